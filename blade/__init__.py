@@ -1,0 +1,59 @@
+"""blade: an LLM inference server whose every part is a plugin.
+
+This module is the whole public surface: a plugin imports from here, from `blade.nn` and from `blade.testing`, and
+from nowhere else. Importing it is cheap (no torch).
+"""
+
+from blade.config import Config, EngineConfig, ModelOptions, ServerOptions
+from blade.errors import BladeError, CheckpointError, ConfigError, Overloaded, PluginError, RequestError
+from blade.hookspecs import hookimpl
+from blade.types import (
+    Batch,
+    DefaultCheckpoint,
+    DemoWeights,
+    EngineStats,
+    FinishReason,
+    KVCache,
+    KVSpec,
+    Limits,
+    ModelConfig,
+    Output,
+    RequestSummary,
+    Sampled,
+    SamplingParams,
+    Sequence,
+    Step,
+    TokenLogprob,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "BladeError",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DefaultCheckpoint",
+    "DemoWeights",
+    "EngineConfig",
+    "EngineStats",
+    "FinishReason",
+    "KVCache",
+    "KVSpec",
+    "Limits",
+    "ModelConfig",
+    "ModelOptions",
+    "Output",
+    "Overloaded",
+    "PluginError",
+    "RequestError",
+    "RequestSummary",
+    "Sampled",
+    "SamplingParams",
+    "Sequence",
+    "ServerOptions",
+    "Step",
+    "TokenLogprob",
+    "hookimpl",
+]

@@ -1,0 +1,1 @@
+"""Model files: finding them, reading them."""

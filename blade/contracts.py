@@ -1,0 +1,341 @@
+"""Protocols of two to four methods over the nouns of `blade.types`: all that the parts of blade know of each other.
+
+An object fits by having the methods; nothing needs to inherit. `blade.testing` has a `check_*` kit for most of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any, Protocol
+
+from blade.types import (
+    Batch,
+    EngineStats,
+    KVCache,
+    KVSpec,
+    Limits,
+    ModelConfig,
+    Output,
+    Sampled,
+    Sequence,
+    Step,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------- models and weights
+
+
+class Model(Protocol):
+    """A loaded decoder."""
+
+    config: ModelConfig
+
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
+        """Store the KV of the batch's T tokens and return logits, [R, vocab_size] float32, of batch.logits_rows."""
+        ...
+
+
+class Architecture(Protocol):
+    """One entry of config.json's `architectures`: what `register_models` registers a factory of."""
+
+    def configure(self, config: Mapping[str, Any]) -> ModelConfig:
+        """Read config.json's content; raise CheckpointError naming the key that cannot be served."""
+        ...
+
+    def build(self, config: ModelConfig, loader: Loader) -> Model:
+        """Load the weights through `loader` and return the model, ready to run."""
+        ...
+
+
+class Weights(Protocol):
+    """The named tensors of a checkpoint, under their Hugging Face names whatever the file format."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU, dequantised where the file holds blocks; in its own dtype unless one is asked for."""
+        ...
+
+
+class Linear(Protocol):
+    """y = x W^T + b, however W is kept: [..., K] -> [..., N], in x's dtype."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Loader(Protocol):
+    """How a model gets its parts: weights in the run's dtype on the run's device, linears in the checkpoint's
+    format."""
+
+    ops: Ops
+    attention: Attention
+    dtype: torch.dtype
+
+    def has(self, name: str) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def linear(self, *prefixes: str) -> Linear:
+        """One linear over the tensors under `prefixes` (each with .weight and maybe .bias), stacked along N."""
+        ...
+
+
+class Quantization(Protocol):
+    """A weight format, chosen by the checkpoint's `quantization_config.quant_method`; it swaps Linear."""
+
+    def linear(self, prefixes: Seq[str], weights: Weights, ops: Ops, dtype: torch.dtype) -> Linear | None:
+        """The linear over the quantised tensors under `prefixes`, stacked along N; None where they are plain."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+class Ops(Protocol):
+    """The op set of one device. Activations are [T, ...] in the model's dtype; every native op has a torch twin."""
+
+    name: str
+    device: torch.device
+
+    def default_dtype(self) -> torch.dtype: ...
+
+    def available_memory(self) -> int:
+        """Bytes of device memory (on a CPU: RAM) free to take now."""
+        ...
+
+    def to_device(self, x: Tensor) -> Tensor: ...
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """weight [N, K] on the CPU, packed into the device's best layout; the caller keeps no reference to it."""
+        ...
+
+    def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """ids [T] int64 -> [T, D]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); may work in place on residual."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] -> [T, I]: silu(first half) * second half."""
+        ...
+
+
+class Attention(Protocol):
+    """Paged attention on one device. It alone knows the layout of the KV it allocates."""
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        """Bytes of one block over all layers."""
+        ...
+
+    def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache: ...
+
+    def rope_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q [T, H, D] and k [T, KV, D] by cos_sin [max_context, rotary_dim] float32 at batch.positions (cos in
+        the first half of a row, sin in the second; halves of the head pair up, as in GPT-NeoX), write k and v
+        [T, KV, D] to batch.slots, return the rotated (q, k)."""
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+    ) -> Tensor:
+        """Causal attention of q [T, H, D] over the stored context: [T, H * D]. k and v [T, KV, D] are the step's own
+        (already stored), for backends that prefer them. `window` bounds how many last tokens are attended to."""
+        ...
+
+
+class Runner(Protocol):
+    """One rank: owns the model, its KV cache and the sampler."""
+
+    def run(self, step: Step) -> list[list[Sampled]]:
+        """Forward the step; for each sequence the sampled tokens: none while its prompt is not through, else one,
+        and under speculation one more per accepted draft."""
+        ...
+
+
+class Executor(Protocol):
+    """Where the ranks run: in this process, in local processes, on other machines."""
+
+    def run(self, step: Step) -> list[list[Sampled]]: ...
+
+    def close(self) -> None: ...
+
+
+# ---------------------------------------------------------------------------------------------- policies
+
+
+class Blocks(Protocol):
+    """What a scheduler may ask of the paged KV pool."""
+
+    block_size: int
+
+    def attach_prefix(self, seq: Sequence) -> bool:
+        """Give a sequence that holds no blocks those of its longest cached prefix (seq.computed grows). False: the
+        next block of its prefix is being computed by another sequence right now; try again next step."""
+        ...
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Make room for tokens[:computed + num_tokens], all or nothing. False: not enough free blocks."""
+        ...
+
+    def release(self, seq: Sequence) -> None:
+        """Take all blocks from the sequence (computed becomes 0); full ones stay cached while there is room."""
+        ...
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that grow could hand out: empty ones and cached ones nobody holds."""
+        ...
+
+
+class Scheduler(Protocol):
+    """Who runs next. It owns the order and the admission of sequences, never their tokens."""
+
+    waiting: Seq[Sequence]
+    running: Seq[Sequence]
+
+    def add(self, seq: Sequence) -> None: ...
+
+    def schedule(self) -> Step:
+        """The next step, within the token budget; every seq in it has its blocks. Empty: nothing can run."""
+        ...
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a finished or aborted sequence, wherever it is; its blocks are released by the engine."""
+        ...
+
+
+class Drafter(Protocol):
+    """Proposes tokens that the model then verifies in the same step (speculative decoding, Leviathan et al. 2023)."""
+
+    def propose(self, seqs: Seq[Sequence], max_tokens: int) -> list[list[int]]:
+        """Up to max_tokens ids likely to follow each sequence; [] proposes nothing for it."""
+        ...
+
+
+class LogitsProcessor(Protocol):
+    """Made for one request by a registered factory; sees one row at a time, before temperature."""
+
+    def __call__(self, output_ids: Seq[int], logits: Tensor) -> None:
+        """Change logits [vocab_size] float32 in place."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+class Tokenizer(Protocol):
+    """The loop thread's view of a tokenizer."""
+
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int  # ids that have text; the logits may be wider
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. With add_special_tokens the tokenizer's own BOS or EOS is added as its files say; the text
+        itself never yields a control token."""
+        ...
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a rendered chat template, in which control tokens count and nothing is added."""
+        ...
+
+    def decode(self, ids: Seq[int], skip_special_tokens: bool = True) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; b"" for an id without text."""
+        ...
+
+
+class ToolParser(Protocol):
+    """Takes tool calls out of a chat reply while it streams. One object per choice."""
+
+    def push(self, text: str, final: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """New text in; (text to show, OpenAI `tool_calls` deltas) out. With final, what is held back is flushed."""
+        ...
+
+
+class ReasoningParser(Protocol):
+    """Splits the reasoning from the answer while a chat reply streams. One object per choice."""
+
+    def push(self, text: str, final: bool = False) -> tuple[str, str]:
+        """New text in; (reasoning, answer) out."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- server
+
+
+class Stream(Protocol):
+    """The outputs of the sequences of one submit, as they come; ends when all of them have finished."""
+
+    def __aiter__(self) -> AsyncIterator[list[Output]]:
+        """Lists of outputs: all that has come since the last one was taken, oldest first."""
+        ...
+
+    def abort(self, seq_id: int | None = None) -> None:
+        """Stop one sequence, or all of them, within a step. No further output of theirs comes; their blocks are
+        free and their prefix stays cached. Harmless when they have ended."""
+        ...
+
+
+class EngineClient(Protocol):
+    """What the loop thread may ask of the engine thread."""
+
+    limits: Limits
+
+    def submit(self, seqs: Seq[Sequence]) -> Stream:
+        """Queue sequences, all or none. Raises RequestError when one can never fit, Overloaded when the queue is
+        full."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def healthy(self) -> bool:
+        """True while the engine is idle or its steps complete."""
+        ...
+
+
+class Request(Protocol):
+    """What a route handler sees of an HTTP request."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]  # names in lower case
+
+    async def body(self) -> bytes: ...
+
+    async def disconnected(self) -> None:
+        """Returns when the client has gone."""
+        ...
+
+
+class Response(Protocol):
+    """What a route handler returns; `blade.api.http` has JSONResponse, TextResponse and EventStream."""
+
+    status: int
+
+
+class Server(Protocol):
+    """The running server, as lifespan hooks and routes see it."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    model_name: str
+    url: str
+
+
+RouteHandler = Callable[[Server, Request], Awaitable[Response]]

@@ -1,0 +1,1 @@
+"""Ids and the device: the engine thread and what runs in it."""

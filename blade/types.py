@@ -1,0 +1,259 @@
+"""Every noun of blade on one page. It imports nothing of ours, and torch only for the type checker.
+
+Who fills a field is said beside it. Ids are token ids; texts live in the loop thread and never come here.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+KVCache: TypeAlias = "Seq[Any]"
+"""One opaque entry per layer; only the attention backend that allocated it knows the layout."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose the next token. Validated by the front end; the engine trusts it.
+
+    `stop_token_ids` holds everything that ends the sequence, the model's end-of-sequence ids included (unless the
+    request ignores them). The stop token is delivered and counted, but it has no text.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0  # stop tokens cannot be sampled before this many output tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # in (0, 1]; 1 is off
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # in [0, 1]; 0 is off
+    repetition_penalty: float = 1.0  # over prompt and output, as in CTRL (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    seed: int | None = None  # None: the engine draws one
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # None: none; k: the chosen token's and those of the k most likely
+    processors: tuple[Any, ...] = ()  # contracts.LogitsProcessor objects made for this request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt on its way to one completion.
+
+    tokens = prompt + output + draft. The KV of tokens[:computed] is in `blocks`; the rest is *owed*. Chunked prefill,
+    prefix-cache hits (computed starts above 0), preemption (computed goes back to 0) and verification of drafts are
+    all this one rule.
+    """
+
+    id: int  # unique in this process
+    prompt_ids: list[int]
+    params: SamplingParams
+    index: int = 0  # which choice of its request this is
+    namespace: bytes = b""  # prefix-cache namespace: only sequences of the same one share blocks
+    priority: int = 0  # lower runs earlier, where the scheduler looks at it
+    arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic clock
+
+    # The engine fills these.
+    output_ids: list[int] = field(default_factory=list)
+    draft_ids: list[int] = field(default_factory=list)  # proposed by a drafter, not yet verified
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)  # block table: block of token i is blocks[i // block_size]
+    block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full blocks known so far
+    num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at first admission
+    num_preemptions: int = 0
+    first_scheduled: float | None = None  # seconds, monotonic clock
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids) + len(self.draft_ids)
+
+    @property
+    def num_owed(self) -> int:
+        return self.num_tokens - self.computed
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Ids of tokens[start:stop] over prompt, output and draft, without joining the whole."""
+        num_prompt = len(self.prompt_ids)
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        tail = self.output_ids + self.draft_ids if self.draft_ids else self.output_ids
+        if start >= num_prompt:
+            return tail[start - num_prompt : stop - num_prompt]
+        return self.prompt_ids[start:] + tail[: stop - num_prompt]
+
+
+@dataclass(slots=True)
+class Step:
+    """A scheduler's decision: run num_tokens[i] owed tokens of seqs[i] together in one forward pass."""
+
+    seqs: list[Sequence] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        self.seqs.append(seq)
+        self.num_tokens.append(num_tokens)
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One ragged step as the model sees it: B sequences, T tokens laid end to end, R rows whose logits are wanted.
+
+    All tensors are on the model's device. Token t of sequence b attends to the first positions[t] + 1 tokens of b.
+    """
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64: block * block_size + offset, where the token's KV is stored
+    cu_seqlens: Tensor  # [B + 1] int32: where each sequence's tokens start in T
+    context_lens: Tensor  # [B] int32: tokens of the sequence with KV once this step's are stored
+    block_tables: Tensor  # [B, max_blocks] int32, padded with 0
+    logits_rows: Tensor  # [R] int64, indices into T
+    # The same on the host, for launch code that must not wait for the device.
+    query_lens: list[int]  # [B]
+    kv_lens: list[int]  # [B], equals context_lens
+
+    @property
+    def max_query_len(self) -> int:
+        return max(self.query_lens)
+
+    @property
+    def max_kv_len(self) -> int:
+        return max(self.kv_lens)
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprob:
+    """Natural-log probability under the model's raw distribution (before temperature, penalties and truncation)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What sampling gave one row: the id, and with `SamplingParams.logprobs` its logprob and the k most likely."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step brought one sequence. It crosses from the engine thread to the loop thread."""
+
+    seq_id: int
+    index: int
+    sampled: list[Sampled] = field(default_factory=list)  # in order; several under speculation
+    finish_reason: FinishReason | None = None
+    num_cached: int = 0
+    error: Exception | None = None  # with finish_reason "error" only; errors.Overloaded or a closed-set message
+
+
+@dataclass(slots=True, frozen=True)
+class KVSpec:
+    """What a model asks of a paged KV cache. bytes per token = 2 * num_layers * num_kv_heads * head_dim * itemsize."""
+
+    num_layers: int
+    num_heads: int  # query heads
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # torch's name: "float32", "bfloat16", "float16"
+    block_size: int = 16  # tokens per block
+
+
+@dataclass(slots=True, frozen=True)
+class ModelConfig:
+    """What the core must know of a model before its weights are loaded. Families subclass it with what they need."""
+
+    architecture: str
+    vocab_size: int  # width of the logits
+    max_context: int  # tokens: prompt and output together
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """What a request must fit into; the front end validates against it."""
+
+    vocab_size: int  # width of the logits; every id in a request must be below it
+    max_context: int  # tokens of prompt and output together
+    max_num_seqs: int  # sequences in one step
+
+
+@dataclass(slots=True, frozen=True)
+class EngineStats:
+    """One consistent picture of the engine, taken after a step. Counters grow for ever, gauges are of this moment."""
+
+    # gauges
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0  # unreferenced, their KV still good
+    blocks_used: int = 0
+    # counters
+    steps: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_cached: int = 0  # of these, found in the prefix cache
+    generated_tokens: int = 0
+    draft_tokens: int = 0
+    draft_tokens_accepted: int = 0
+    preemptions: int = 0
+    step_seconds: float = 0.0
+
+
+@dataclass(slots=True, frozen=True)
+class RequestSummary:
+    """What observers learn when one request ends; no texts and no ids of tokens. Times in seconds."""
+
+    request_id: str
+    endpoint: str  # "/v1/completions", "/v1/chat/completions"
+    model: str
+    num_choices: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reasons: tuple[str, ...]
+    queue_seconds: float | None  # None: never scheduled
+    first_token_seconds: float | None
+    total_seconds: float
+    status: int  # HTTP status; 499 when the client left
+
+
+@dataclass(slots=True, frozen=True)
+class DemoWeights:
+    """A real model carried by Python packages. Their data files are read and joined; their code is never imported."""
+
+    name: str  # as shown: "SmolLM2-135M-Instruct"
+    filename: str  # of the joined file: "smollm2-135m-instruct.gguf"
+    parts: tuple[tuple[str, str], ...]  # (distribution, path of its data file inside site-packages), in order
+    size: int  # bytes of the joined file
+    sha256: str  # of the joined file
+
+
+@dataclass(slots=True, frozen=True)
+class DefaultCheckpoint:
+    """What a model plugin serves when no --model is given: the demo weights when installed, else the hub id."""
+
+    hub_id: str
+    demo: DemoWeights | None = None
