@@ -1,74 +1,120 @@
-"""What was asked for, as frozen structs. Flags become these once, in `blade.cli`; nothing later changes them."""
+"""What was asked for, as frozen dataclasses. The command line is made from them (names, defaults, help), so each option
+is said once; nothing changes them later."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-import msgspec
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Dialect = Literal["bladellm", "openai"]
 Hub = Literal["huggingface", "modelscope"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
-class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
     """Which model, and how to read it."""
 
-    model: str | None = None  # a folder, a .gguf file or a hub id; None: the plugin's default checkpoint
-    revision: str | None = None  # of a hub id; applies to every file
+    model: str | None = None
+    """A folder, a .gguf file or a hub id. Without it: the default checkpoint of the plugin named with --plugin."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; it applies to every file."""
     hub: Hub = "huggingface"
+    """Where a hub id is looked up."""
     tokenizer_dir: Path | None = None
+    """Folder of the tokenizer, where it is not the model's."""
     chat_template: Path | None = None
+    """A Jinja chat template to use instead of the model's own."""
     served_model_name: str | None = None
+    """The model's name in the API; the folder's or file's name by default."""
     dtype: Dtype = "auto"
-    max_model_len: int | None = None  # tokens; None: the checkpoint's own
+    """Type of weights, activations and KV cache; auto is bfloat16 where the device is fast in it, else float32."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and output together; the checkpoint's own context by default."""
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Device, memory, policy."""
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Device, memory and policy."""
 
     device: str = "auto"
+    """auto, cpu, cuda, or the name of a plugin's backend."""
     attention: str = "paged"
+    """Attention backend."""
     scheduler: str = "fcfs"
+    """Scheduling policy."""
     executor: str = "local"
+    """Where the model runs."""
     drafter: str | None = None
+    """Proposer of draft tokens for speculative decoding; none by default."""
     num_draft_tokens: int = 4
+    """Most draft tokens of a sequence in one step."""
     max_batch_tokens: int = 2048
+    """Most tokens in one step: the chunk size of chunked prefill."""
     max_num_seqs: int = 256
+    """Most sequences running at once."""
     block_size: int = 16
+    """Tokens in one block of the KV cache."""
     prefix_cache: bool = True
+    """Keep the KV of finished requests for those that begin alike."""
     max_gpu_memory_utilization: float = 0.85
-    kv_cache_memory: int | None = None  # bytes; None: from the memory that is free
-    max_queue_time: float | None = None  # seconds; None: no bound
-    max_queue_size: int = 1024  # sequences waiting
-    threads: int | None = None  # None: all cores this process may use
-    stall_seconds: float = 120.0  # a step longer than this makes /health false
+    """Share of the device memory left after the weights that the KV cache takes (on a CPU at most 4 GiB of it)."""
+    kv_cache_memory: int | None = None
+    """Bytes of the KV cache, instead of a share."""
+    max_queue_time: float | None = None
+    """Longest time in seconds a request may wait for its first step; then 503. No bound by default."""
+    max_queue_size: int = 1024
+    """Most sequences waiting; then 429."""
+    threads: int | None = None
+    """CPU threads of the model; all cores this process may use by default."""
+    stall_seconds: float = 120.0
+    """A step that takes longer than this makes /health false."""
 
 
-class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
     """The HTTP side."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = 8081
+    """Port to listen on; 0 takes a free one."""
     dialect: Dialect = "bladellm"
-    api_keys: tuple[str, ...] = ()
+    """Framing of replies: BladeLLM's or strictly OpenAI's."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key clients must send. Other users of the machine can see it here: prefer --api-key-file or BLADE_API_KEY."""
+    api_key_file: Path | None = None
+    """File with the keys clients may send, one a line."""
     insecure: bool = False
+    """Allow a public address without a key."""
     drain_seconds: float = 30.0
+    """How long running requests may go on after SIGTERM."""
     max_body_bytes: int = 4 << 20
-    body_seconds: float = 30.0  # longest time a request body may take to arrive
+    """Largest request body; beyond it 413."""
+    body_seconds: float = 30.0
+    """Longest time a request body may take to arrive; then 408."""
     max_connections: int = 65535
+    """Most connections at once."""
     tool_parser: str | None = None
+    """How tool calls are found in a chat reply."""
     reasoning_parser: str | None = None
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
+    """How reasoning is told from the answer in a chat reply."""
+    log_level: LogLevel = "info"
+    """Least severe messages to log."""
+    log_format: LogFormat = "text"
+    """Lines for people or for machines."""
     access_log: bool = False
+    """Log every HTTP request."""
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Config:
     """All of it."""
 
     plugins: tuple[str, ...] = ()
-    model: ModelOptions = ModelOptions()
-    engine: EngineConfig = EngineConfig()
-    server: ServerOptions = ServerOptions()
+    model: ModelOptions = field(default_factory=ModelOptions)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerOptions = field(default_factory=ServerOptions)

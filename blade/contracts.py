@@ -160,16 +160,26 @@ class Attention(Protocol):
 class Runner(Protocol):
     """One rank: owns the model, its KV cache and the sampler."""
 
-    def run(self, step: Step) -> list[list[Sampled]]:
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
         """Forward the step; for each sequence the sampled tokens: none while its prompt is not through, else one,
-        and under speculation one more per accepted draft."""
+        and under speculation one more per accepted draft. Or the exception that is this sequence's alone."""
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended: drop what is kept for it."""
         ...
 
 
 class Executor(Protocol):
     """Where the ranks run: in this process, in local processes, on other machines."""
 
-    def run(self, step: Step) -> list[list[Sampled]]: ...
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        """As Runner.run, of the rank that samples. Running the same step again must be harmless."""
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended: drop what is kept for it."""
+        ...
 
     def close(self) -> None: ...
 

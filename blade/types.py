@@ -67,6 +67,7 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # block table: block of token i is blocks[i // block_size]
     block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full blocks known so far
+    num_committed: int = 0  # full blocks already offered to the prefix cache
     num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at first admission
     num_preemptions: int = 0
     first_scheduled: float | None = None  # seconds, monotonic clock

@@ -1,0 +1,300 @@
+"""The engine thread: inbox in, steps, outputs out.
+
+Two crossings between the threads and no lock: the loop thread puts Submit, Abort and Stop into one inbox; the engine
+thread answers with one `call_soon_threadsafe` per step, carrying everybody's new tokens. While there is nothing to do
+it sleeps on the inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from blade.engine.stream import OutputStream
+from blade.errors import Overloaded, RequestError
+from blade.types import EngineStats, Output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from blade.config import EngineConfig
+    from blade.contracts import Drafter, Executor, Scheduler
+    from blade.engine.blocks import BlockPool
+    from blade.types import FinishReason, Limits, Sampled, Sequence, Step
+
+log = logging.getLogger("blade.engine")
+
+
+@dataclass(slots=True, frozen=True)
+class Submit:
+    seqs: list[Sequence]
+
+
+@dataclass(slots=True, frozen=True)
+class Abort:
+    seq_id: int
+
+
+@dataclass(slots=True, frozen=True)
+class Stop:
+    """Finish everybody with "abort" and end the thread."""
+
+
+class Engine:
+    """Runs sequences to their end (contracts.EngineClient on the loop's side)."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        blocks: BlockPool,
+        config: EngineConfig,
+        limits: Limits,
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.executor = executor
+        self.scheduler = scheduler
+        self.blocks = blocks
+        self.config = config
+        self.limits = limits
+        self.drafter = drafter
+        self._inbox: SimpleQueue[Submit | Abort | Stop] = SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="blade-engine", daemon=True)
+        # The loop thread's own:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[int, OutputStream] = {}
+        self._num_submitted = 0  # not yet seen by the engine thread; counts towards the queue's bound
+        # The engine thread's own; the loop thread reads the two below it, each replaced as a whole:
+        self._seqs: dict[int, Sequence] = {}
+        self._counters: Counter[str] = Counter()  # by the names of EngineStats
+        self._step_seconds = 0.0
+        self._num_received = 0  # sequences taken in since the last delivery
+        self._stats = EngineStats(blocks_total=blocks.num_blocks, blocks_free=blocks.num_blocks)
+        self._busy_since: float | None = None  # start of the step under way; None when asleep
+
+    # ------------------------------------------------------------------------------------------ loop thread
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the thread; outputs are delivered in `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def submit(self, seqs: Seq[Sequence]) -> OutputStream:
+        for seq in seqs:
+            self._refuse_if_too_long(seq)
+        if not self._thread.is_alive():
+            raise Overloaded("the engine has stopped", status=503, retry_after=10)
+        num_queued = self._stats.num_waiting + self._num_submitted
+        if num_queued + len(seqs) > self.config.max_queue_size:
+            raise Overloaded(f"{num_queued} sequences are waiting already", status=429, retry_after=5)
+        stream = OutputStream([seq.id for seq in seqs], self.abort)
+        self._streams |= dict.fromkeys((seq.id for seq in seqs), stream)
+        self._num_submitted += len(seqs)
+        self._inbox.put(Submit(list(seqs)))
+        return stream
+
+    def abort(self, seq_id: int) -> None:
+        """Stop one sequence within a step. Harmless for one that has ended."""
+        if self._streams.pop(seq_id, None) is not None:
+            self._inbox.put(Abort(seq_id))
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def healthy(self) -> bool:
+        busy_since = self._busy_since
+        stalled = busy_since is not None and time.monotonic() - busy_since > self.config.stall_seconds
+        return self._thread.is_alive() and not stalled
+
+    def stop(self) -> None:
+        """Finish every sequence with "abort" after the step under way, and end the thread. Returns at once."""
+        self._inbox.put(Stop())
+
+    def join(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the thread to end; True if it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _refuse_if_too_long(self, seq: Sequence) -> None:
+        num_tokens = len(seq.prompt_ids) + seq.params.max_tokens
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if num_tokens > capacity:
+            raise RequestError(
+                f"prompt and max_tokens need {num_tokens} tokens, the KV cache holds {capacity}.",
+                param="max_tokens",
+                remedy="Shorten one of them.",
+            )
+
+    def _deliver(self, outputs: list[Output], num_received: int) -> None:
+        """The only way back from the engine thread, once per step."""
+        self._num_submitted -= num_received
+        for output in outputs:
+            stream = self._streams.get(output.seq_id)
+            if stream is None:
+                continue
+            if output.finish_reason is not None:
+                del self._streams[output.seq_id]
+            stream.push(output)
+
+    # ------------------------------------------------------------------------------------------ engine thread
+
+    def _main(self) -> None:
+        try:
+            while self._receive():
+                self._busy_since = time.monotonic()
+                self._send(self._expire() + self._step())
+                self._busy_since = None
+            self._send([self._end(seq, "abort") for seq in list(self._seqs.values())])
+        except Exception:  # a defect of blade's own: nobody may wait for ever
+            log.exception("the engine thread has died")
+            self._send([self._end(seq, "error", RuntimeError("engine failure")) for seq in list(self._seqs.values())])
+        finally:
+            self.executor.close()
+
+    def _receive(self) -> bool:
+        """Take in all messages, waiting for one when there is nothing to run. False: stop."""
+        self._num_received = 0
+        block = not self._seqs
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except Empty:
+                return True
+            block = False
+            match message:
+                case Stop():
+                    return False
+                case Submit(seqs):
+                    self._num_received += len(seqs)
+                    for seq in seqs:
+                        self._seqs[seq.id] = seq
+                        self.scheduler.add(seq)
+                case Abort(seq_id):
+                    if seq_id in self._seqs:
+                        self._end(self._seqs[seq_id], "abort")
+
+    def _expire(self) -> list[Output]:
+        """End the sequences that have waited for their first step longer than max_queue_time."""
+        longest = self.config.max_queue_time
+        if longest is None:
+            return []
+        now = time.monotonic()
+        late = [s for s in self.scheduler.waiting if s.first_scheduled is None and now - s.arrival > longest]
+        error = Overloaded(f"the request waited longer than {longest:g} s", status=503, retry_after=5)
+        return [self._end(seq, "error", error) for seq in late]
+
+    def _step(self) -> list[Output]:
+        if not self._seqs:
+            return []
+        self._draft()
+        step = self.scheduler.schedule()
+        if not len(step):
+            raise RuntimeError("sequences are waiting, yet the scheduler runs none")
+        started = time.monotonic()
+        for seq in step.seqs:
+            if seq.first_scheduled is None:
+                seq.first_scheduled = started
+                seq.num_cached = seq.computed
+                self._counters["prompt_tokens"] += len(seq.prompt_ids)
+                self._counters["prompt_tokens_cached"] += seq.num_cached
+        outputs = []
+        for seq, num_tokens, result in zip(step.seqs, step.num_tokens, self._run(step), strict=True):
+            if isinstance(result, Exception):
+                outputs.append(self._end(seq, "error", result))
+            elif output := self._commit(seq, num_tokens, result):
+                outputs.append(output)
+        self._counters["steps"] += 1
+        self._step_seconds += time.monotonic() - started
+        return outputs
+
+    def _draft(self) -> None:
+        """Let the drafter propose for those that only owe their next token."""
+        if self.drafter is None:
+            return
+        seqs = [seq for seq in self.scheduler.running if seq.num_owed == 1]
+        try:
+            drafts = self.drafter.propose(seqs, self.config.num_draft_tokens)
+        except Exception:  # a draft is only ever a guess: go on without
+            log.exception("the drafter failed; speculation is off from now on")
+            self.drafter = None
+            return
+        for seq, draft in zip(seqs, drafts, strict=True):
+            room = seq.params.max_tokens - len(seq.output_ids) - 1  # the last token needs no verification after it
+            valid = all(0 <= token_id < self.limits.vocab_size for token_id in draft)
+            seq.draft_ids = draft[: max(0, min(room, self.config.num_draft_tokens))] if valid else []
+
+    def _run(self, step: Step) -> list[list[Sampled] | Exception]:
+        """Run the step; if it fails as a whole, run it one by one to find out whose fault it is. Running a step again
+        stores the same KV in the same slots, so the innocent lose nothing."""
+        try:
+            return self.executor.run(step)
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(step))
+            if len(step) == 1:
+                return [error]
+        results: list[list[Sampled] | Exception] = []
+        for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True):
+            try:
+                results += self.executor.run(type(step)([seq], [num_tokens]))
+            except Exception as error:
+                results.append(error)
+        return results
+
+    def _commit(self, seq: Sequence, num_tokens: int, sampled: list[Sampled]) -> Output | None:
+        """Book what a step computed and sampled; None when it sampled nothing."""
+        num_drafted, num_before = len(seq.draft_ids), len(seq.output_ids)
+        seq.draft_ids = []
+        finish_reason: FinishReason | None = None
+        for token in sampled:
+            seq.output_ids.append(token.token_id)
+            finish_reason = self._finish_reason(seq, token.token_id)
+            if finish_reason is not None:
+                break
+        num_taken = len(seq.output_ids) - num_before
+        # Of what was sampled, all but the last token were drafts and have their KV; rejected drafts do not count.
+        seq.computed = seq.num_tokens - 1 if sampled else seq.computed + num_tokens
+        self.blocks.commit(seq)
+        self._counters["generated_tokens"] += num_taken
+        self._counters["draft_tokens"] += num_drafted
+        self._counters["draft_tokens_accepted"] += max(0, len(sampled) - 1)
+        if finish_reason is not None:
+            self._end(seq, finish_reason)
+        return Output(seq.id, seq.index, sampled[:num_taken], finish_reason, seq.num_cached) if sampled else None
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        num_output = len(seq.output_ids)
+        if token_id in seq.params.stop_token_ids and num_output > seq.params.min_tokens:
+            return "stop"
+        full = len(seq.prompt_ids) + num_output >= self.limits.max_context
+        return "length" if full or num_output >= seq.params.max_tokens else None
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: Exception | None = None) -> Output:
+        """Take the sequence out of everything. Its blocks are free from now on, its prefix stays cached."""
+        seq.finish_reason = reason
+        del self._seqs[seq.id]
+        self.scheduler.remove(seq)
+        self.blocks.release(seq)
+        self.executor.forget(seq)
+        self._counters["preemptions"] += seq.num_preemptions
+        return Output(seq.id, seq.index, [], reason, seq.num_cached, error)
+
+    def _send(self, outputs: list[Output]) -> None:
+        blocks = self.blocks
+        self._stats = EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            blocks_total=blocks.num_blocks,
+            blocks_free=blocks.num_free - blocks.num_cached,
+            blocks_cached=blocks.num_cached,
+            blocks_used=blocks.num_used,
+            step_seconds=self._step_seconds,
+            **self._counters,
+        )
+        if (outputs or self._num_received) and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, outputs, self._num_received)

@@ -1,0 +1,76 @@
+"""How many KV blocks there is room for, decided once at start, and said in words a person can act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blade.errors import ConfigError
+
+if TYPE_CHECKING:
+    from blade.config import EngineConfig
+
+GIB = 1 << 30
+CPU_DEFAULT_BYTES = 4 * GIB  # RAM is everybody's: the share below is not taken of all of it unasked
+
+
+@dataclass(slots=True, frozen=True)
+class MemoryPlan:
+    """The KV cache to allocate."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    block_bytes: int  # over all layers
+    max_context: int  # tokens a sequence may have
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def num_full_requests(self) -> float:
+        """How many requests of full context length fit at once."""
+        return self.num_tokens / self.max_context
+
+
+def plan_memory(config: EngineConfig, available: int, block_bytes: int, max_context: int, on_cpu: bool) -> MemoryPlan:
+    """Divide `available` bytes (device memory free once the weights are in) into blocks of `block_bytes`.
+
+    Raises ConfigError with the largest setting that works when not even one sequence of max_context tokens fits.
+    """
+    share = int(available * config.max_gpu_memory_utilization)
+    needed = -(-max_context // config.block_size) * block_bytes
+    if config.kv_cache_memory is not None:
+        num_bytes = config.kv_cache_memory
+        if num_bytes > available:
+            raise ConfigError(
+                f"--kv-cache-memory asks for {num_bytes} bytes, {available} are free.",
+                f"The largest setting that would work is --kv-cache-memory {available}.",
+            )
+    elif on_cpu:
+        num_bytes = min(share, max(CPU_DEFAULT_BYTES, needed))
+    else:
+        num_bytes = share
+    num_blocks = num_bytes // block_bytes
+    num_tokens = num_blocks * config.block_size
+    if num_tokens < max_context:
+        raise ConfigError(
+            f"The KV cache would hold {num_tokens} tokens, fewer than the context of {max_context}.",
+            _remedy(num_tokens, needed, available, config),
+        )
+    return MemoryPlan(num_blocks, config.block_size, block_bytes, max_context)
+
+
+def _remedy(num_tokens: int, needed: int, available: int, config: EngineConfig) -> str:
+    if needed <= available and config.kv_cache_memory is None:
+        share = min(1.0, -(-needed * 1000 // available) / 1000)
+        return f"Use --max-gpu-memory-utilization {share:g}, or --max-model-len {num_tokens}."
+    if needed <= available:
+        return f"Use --kv-cache-memory {needed}, or --max-model-len {num_tokens}."
+    if num_tokens == 0:
+        return "Free some memory, or choose a smaller model."
+    return f"The largest context that fits is --max-model-len {num_tokens}."

@@ -1,0 +1,135 @@
+"""Who runs next: budget, admission, preemption, shared prefixes, policies."""
+
+from __future__ import annotations
+
+import itertools
+
+from blade import EngineConfig, SamplingParams, Sequence, Step
+from blade.engine.blocks import BlockPool
+from blade.engine.scheduler import OrderedScheduler
+from blade_priority import PriorityScheduler
+
+counter = itertools.count()
+
+
+def make_seq(num_tokens: int, first: int = 0, priority: int = 0) -> Sequence:
+    number = next(counter)
+    prompt = list(range(first, first + num_tokens))
+    return Sequence(number, prompt, SamplingParams(max_tokens=8), priority=priority, arrival=float(number))
+
+
+def make_scheduler(
+    num_blocks: int = 64, budget: int = 16, max_num_seqs: int = 8, policy: type[OrderedScheduler] = OrderedScheduler
+) -> tuple[OrderedScheduler, BlockPool]:
+    blocks = BlockPool(num_blocks, 4)
+    return policy(blocks, EngineConfig(max_batch_tokens=budget, max_num_seqs=max_num_seqs, block_size=4)), blocks
+
+
+def advance(step: Step, blocks: BlockPool) -> None:
+    """Pretend to compute the step; whoever owes nothing more gets a token."""
+    for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True):
+        seq.computed += num_tokens
+        if not seq.num_owed:
+            seq.output_ids.append(1000 + seq.id)
+        blocks.commit(seq)
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_decodes_go_first() -> None:
+    scheduler, blocks = make_scheduler(budget=16)
+    long, short = make_seq(40), make_seq(4, first=100)
+    scheduler.add(long)
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == ([long], [16])
+    advance(step, blocks)
+    scheduler.add(short)
+    advance(scheduler.schedule(), blocks)  # 16 more of the long one: no budget left
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == ([long, short], [8, 4])
+    advance(step, blocks)
+    long.prompt_ids += list(range(500, 540))  # as if it owed another long stretch
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == ([short, long], [1, 15])
+
+
+def test_the_budget_and_the_number_of_sequences_are_bounds() -> None:
+    scheduler, blocks = make_scheduler(budget=16, max_num_seqs=3)
+    for i in range(6):
+        scheduler.add(make_seq(5, first=100 * i))
+    for _ in range(4):
+        step = scheduler.schedule()
+        assert sum(step.num_tokens) <= 16
+        advance(step, blocks)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (3, 3)
+
+
+def test_the_last_one_gives_way_and_comes_back_with_its_tokens() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=5, budget=32)
+    first, second = make_seq(7), make_seq(7, first=100)
+    for seq in (first, second):
+        scheduler.add(seq)
+    preempted = False
+    for _ in range(8):
+        step = scheduler.schedule()
+        preempted |= second in scheduler.waiting
+        advance(step, blocks)
+        blocks.check([first, second])
+    assert preempted
+    assert second.num_preemptions == 1
+    assert len(first.output_ids) == 8
+    scheduler.remove(first)
+    blocks.release(first)
+    produced = list(second.output_ids)
+    step = scheduler.schedule()
+    assert step.seqs == [second]
+    advance(step, blocks)
+    assert second.output_ids[: len(produced)] == produced
+
+
+def test_a_shared_prefix_is_computed_once_for_those_who_arrive_together() -> None:
+    scheduler, blocks = make_scheduler(budget=64)
+    seqs = [make_seq(16) for _ in range(4)]
+    for i, seq in enumerate(seqs):
+        seq.prompt_ids += [900 + i, 901 + i]
+        scheduler.add(seq)
+    step = scheduler.schedule()
+    assert step.seqs == seqs[:1]
+    advance(step, blocks)
+    step = scheduler.schedule()
+    assert step.seqs == seqs
+    assert step.num_tokens == [1, 2, 2, 2]
+
+
+def test_others_overtake_those_who_wait_for_a_prefix() -> None:
+    scheduler, _ = make_scheduler(budget=64)
+    first, same, other = make_seq(16), make_seq(16), make_seq(8, first=300)
+    for seq in (first, same, other):
+        scheduler.add(seq)
+    assert scheduler.schedule().seqs == [first, other]
+    assert scheduler.waiting == [same]
+
+
+def test_priority_runs_the_urgent_first_and_pushes_out_the_least_urgent() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=4, budget=32, policy=PriorityScheduler)
+    idle = make_seq(8, priority=5)
+    scheduler.add(idle)
+    advance(scheduler.schedule(), blocks)
+    urgent = make_seq(4, first=100, priority=-1)
+    scheduler.add(urgent)
+    advance(scheduler.schedule(), blocks)
+    assert (scheduler.running, scheduler.waiting) == ([urgent], [idle])
+    scheduler.remove(urgent)
+    blocks.release(urgent)
+    step = scheduler.schedule()
+    assert step.seqs == [idle]
+    assert idle.computed == 8  # its full blocks were still there
+    scheduler.add(make_seq(4, first=200, priority=9))
+    advance(step, blocks)
+    assert idle in scheduler.schedule().seqs  # a less urgent one does not push it out
+
+
+def test_a_sequence_removed_while_waiting_is_forgotten() -> None:
+    scheduler, _ = make_scheduler()
+    seq = make_seq(4)
+    scheduler.add(seq)
+    scheduler.remove(seq)
+    assert len(scheduler.schedule()) == 0
