@@ -113,6 +113,7 @@ def test_priority_runs_the_urgent_first_and_pushes_out_the_least_urgent() -> Non
     idle = make_seq(8, priority=5)
     scheduler.add(idle)
     advance(scheduler.schedule(), blocks)
+    advance(scheduler.schedule(), blocks)  # it holds three of the four blocks now
     urgent = make_seq(4, first=100, priority=-1)
     scheduler.add(urgent)
     advance(scheduler.schedule(), blocks)
