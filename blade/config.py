@@ -5,13 +5,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from blade.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Dialect = Literal["bladellm", "openai"]
 Hub = Literal["huggingface", "modelscope"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
+
+
+def _within(options: Any, name: str, low: float, high: float = float("inf")) -> None:
+    """Refuse a value outside [low, high], NaN included; None means not set."""
+    value = getattr(options, name)
+    if value is not None and not low <= value <= high:
+        bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        raise ConfigError(f"--{name.replace('_', '-')} must be {bounds}, not {value:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,9 @@ class ModelOptions:
     """Type of weights, activations and KV cache; auto is bfloat16 where the device is fast in it, else float32."""
     max_model_len: int | None = None
     """Most tokens of prompt and output together; the checkpoint's own context by default."""
+
+    def __post_init__(self) -> None:
+        _within(self, "max_model_len", 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +87,22 @@ class EngineConfig:
     stall_seconds: float = 120.0
     """A step that takes longer than this makes /health false."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_draft_tokens", "max_batch_tokens", "max_num_seqs", "max_queue_size", "threads"):
+            _within(self, name, 1)
+        _within(self, "max_gpu_memory_utilization", 0.01, 1)
+        _within(self, "kv_cache_memory", 1)
+        _within(self, "max_queue_time", 0)
+        _within(self, "stall_seconds", 1)
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"--block-size must be one of {BLOCK_SIZES}, not {self.block_size}.")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-batch-tokens {self.max_batch_tokens} cannot carry one token of each of "
+                f"--max-num-seqs {self.max_num_seqs} sequences.",
+                f"Use --max-num-seqs {self.max_batch_tokens} with it.",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
@@ -108,6 +138,13 @@ class ServerOptions:
     """Lines for people or for machines."""
     access_log: bool = False
     """Log every HTTP request."""
+
+    def __post_init__(self) -> None:
+        _within(self, "port", 0, 65535)
+        _within(self, "drain_seconds", 0)
+        _within(self, "max_body_bytes", 1024)
+        _within(self, "body_seconds", 0.1)
+        _within(self, "max_connections", 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One rank: forwards a step through the model, samples, and keeps of a draft what the model agrees with."""
+"""One rank: forwards a step through the model and samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from blade.engine.batch import build_batch, num_rows
 from blade.engine.sampler import Row, Sampler
+from blade.engine.verify import accept
 
 if TYPE_CHECKING:
     from blade.contracts import Model, Ops
@@ -41,21 +42,3 @@ class ModelRunner:
 
     def forget(self, seq: Sequence) -> None:
         self.sampler.forget(seq)
-
-
-def accept(draft_ids: list[int], sampled: list[Sampled | Exception]) -> list[Sampled] | Exception:
-    """The sampled tokens up to and with the first that the draft did not foresee.
-
-    Each row was sampled from the model's own distribution given the tokens before it, with a random number that
-    depends on the position alone. So what is kept is, token for token, what would have been sampled without a draft:
-    lossless for every setting, with the acceptance of rejection sampling for a draft without probabilities
-    (Leviathan et al. 2023, where q is one-hot).
-    """
-    kept: list[Sampled] = []
-    for i, token in enumerate(sampled):
-        if isinstance(token, Exception):
-            return token
-        kept.append(token)
-        if i == len(draft_ids) or token.token_id != draft_ids[i]:
-            break
-    return kept

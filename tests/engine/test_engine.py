@@ -1,0 +1,284 @@
+"""The engine thread end to end, with a runner whose next token is a plain function of the tokens before it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from blade import EngineConfig, Limits, Overloaded, RequestError, Sampled, SamplingParams, Sequence, Step
+from blade.engine.blocks import BlockPool
+from blade.engine.engine import Engine
+from blade.engine.scheduler import OrderedScheduler
+from blade.engine.verify import accept
+
+VOCAB = 97
+POISON = 96  # a prompt with this id makes every step it is in raise
+SOUR = 95  # a prompt with this id makes its own row fail
+counter = itertools.count()
+
+
+def next_token(tokens: list[int]) -> int:
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token) % 1_000_003
+    return value % 90
+
+
+def expected(prompt: list[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeExecutor:
+    """Samples with next_token; `seconds` is how long a step takes."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.steps: list[list[int]] = []
+        self.closed = False
+
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        time.sleep(self.seconds)
+        self.steps.append(list(step.num_tokens))
+        if any(POISON in seq.prompt_ids for seq in step.seqs):
+            raise ValueError("poisoned")
+        return [self._sample(seq, n) for seq, n in zip(step.seqs, step.num_tokens, strict=True)]
+
+    def _sample(self, seq: Sequence, num_tokens: int) -> list[Sampled] | Exception:
+        if SOUR in seq.prompt_ids:
+            return ValueError("sour")
+        if num_tokens < seq.num_owed:
+            return []
+        first = seq.num_tokens - len(seq.draft_ids)
+        rows = [Sampled(next_token(seq.tokens(0, end))) for end in range(first, seq.num_tokens + 1)]
+        return accept(seq.draft_ids, rows)
+
+    def forget(self, seq: Sequence) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def make_seq(prompt: list[int], max_tokens: int = 8, **params: Any) -> Sequence:
+    return Sequence(next(counter), prompt, SamplingParams(max_tokens=max_tokens, **params))
+
+
+def make_engine(executor: FakeExecutor, num_blocks: int = 64, drafter: Any = None, **config: Any) -> Engine:
+    settings = EngineConfig(block_size=4, **{"max_batch_tokens": 16, "max_num_seqs": 8, **config})
+    blocks = BlockPool(num_blocks, 4)
+    limits = Limits(vocab_size=VOCAB, max_context=128, max_num_seqs=8)
+    return Engine(executor, OrderedScheduler(blocks, settings), blocks, settings, limits, drafter)
+
+
+def serve(engine: Engine, scenario: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
+    """Run the scenario against the started engine, stop it, and check that nothing is left behind."""
+
+    async def main() -> None:
+        engine.start(asyncio.get_running_loop())
+        try:
+            await asyncio.wait_for(scenario(engine), 20)
+        finally:
+            engine.stop()
+            assert await asyncio.to_thread(engine.join, 5)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    engine.blocks.check()
+    assert engine.blocks.num_used == 0
+    assert engine._seqs == {}
+    assert engine._streams == {}
+
+
+async def collect(engine: Engine, seqs: list[Sequence]) -> dict[int, tuple[list[int], str | None, Exception | None]]:
+    """For each sequence: its ids, how it ended, its error."""
+    found: dict[int, tuple[list[int], str | None, Exception | None]] = {seq.id: ([], None, None) for seq in seqs}
+    async for outputs in engine.submit(seqs):
+        for output in outputs:
+            ids = found[output.seq_id][0] + [token.token_id for token in output.sampled]
+            found[output.seq_id] = (ids, output.finish_reason, output.error)
+    return found
+
+
+def test_many_prompts_each_get_their_own_tokens() -> None:
+    async def scenario(engine: Engine) -> None:
+        seqs = [make_seq([i, *range(i, i * 5)], max_tokens=5 + i) for i in range(1, 12)]
+        found = await collect(engine, seqs)
+        for seq in seqs:
+            assert found[seq.id] == (expected(seq.prompt_ids, seq.params.max_tokens), "length", None)
+        assert engine.stats().generated_tokens == sum(seq.params.max_tokens for seq in seqs)
+        assert engine.stats().prompt_tokens == sum(len(seq.prompt_ids) for seq in seqs)
+
+    executor = FakeExecutor()
+    serve(make_engine(executor), scenario)
+    assert executor.closed
+    assert max(sum(step) for step in executor.steps) <= 16
+
+
+def test_too_few_blocks_preempt_and_lose_nothing() -> None:
+    async def scenario(engine: Engine) -> None:
+        seqs = [make_seq([i] * 6, max_tokens=30) for i in range(6)]
+        found = await collect(engine, seqs)
+        assert all(found[seq.id][0] == expected(seq.prompt_ids, 30) for seq in seqs)
+        assert engine.stats().preemptions > 0
+
+    serve(make_engine(FakeExecutor(), num_blocks=14), scenario)
+
+
+def test_stop_tokens_end_it_and_are_delivered_and_min_tokens_holds_them_back() -> None:
+    ids = expected([1, 2, 3], 8)
+    stop = ids[2]
+
+    async def scenario(engine: Engine) -> None:
+        plain, held = (
+            make_seq([1, 2, 3], stop_token_ids=(stop,)),
+            make_seq([1, 2, 3], stop_token_ids=(stop,), min_tokens=5),
+        )
+        found = await collect(engine, [plain, held])
+        assert found[plain.id] == (ids[:3], "stop", None)
+        assert len(found[held.id][0]) > 5
+
+    serve(make_engine(FakeExecutor()), scenario)
+
+
+def test_one_that_fails_alone_or_breaks_the_step_hurts_nobody_else() -> None:
+    async def scenario(engine: Engine) -> None:
+        good, poisoned, sour = make_seq([1, 2, 3]), make_seq([POISON]), make_seq([SOUR])
+        found = await collect(engine, [good, poisoned, sour])
+        assert found[good.id] == (expected([1, 2, 3], 8), "length", None)
+        assert found[poisoned.id][1] == found[sour.id][1] == "error"
+        assert "sour" in str(found[sour.id][2])
+        again = make_seq([4])
+        assert (await collect(engine, [again]))[again.id][0] == expected([4], 8)
+        assert engine.healthy()
+
+    serve(make_engine(FakeExecutor()), scenario)
+
+
+def test_an_aborted_sequence_stops_within_a_step_and_keeps_its_prefix() -> None:
+    async def scenario(engine: Engine) -> None:
+        seq = make_seq(list(range(12)), max_tokens=100)
+        stream = engine.submit([seq])
+        async for _ in stream:
+            stream.abort()
+        await asyncio.sleep(0.02)
+        follower = make_seq(list(range(12)))
+        await collect(engine, [follower])
+        assert len(seq.output_ids) < 10
+        assert follower.num_cached == 8
+
+    serve(make_engine(FakeExecutor(0.002)), scenario)
+
+
+def test_aborting_one_choice_leaves_the_others() -> None:
+    async def scenario(engine: Engine) -> None:
+        first, second = make_seq([1], max_tokens=30), make_seq([2], max_tokens=30)
+        stream = engine.submit([first, second])
+        ids: list[int] = []
+        async for outputs in stream:
+            stream.abort(first.id)
+            ids += [token.token_id for output in outputs if output.seq_id == second.id for token in output.sampled]
+        assert ids == expected([2], 30)
+
+    serve(make_engine(FakeExecutor(0.001)), scenario)
+
+
+def test_a_full_queue_refuses_all_or_none() -> None:
+    async def scenario(engine: Engine) -> None:
+        running = asyncio.create_task(collect(engine, [make_seq([1], max_tokens=40)]))
+        await asyncio.sleep(0.05)
+        stream = engine.submit([make_seq([2]), make_seq([3])])
+        with pytest.raises(Overloaded) as refused:
+            engine.submit([make_seq([4])])
+        assert refused.value.status == 429
+        async for _ in stream:
+            pass
+        await running
+
+    serve(make_engine(FakeExecutor(0.005), max_num_seqs=1, max_queue_size=2), scenario)
+
+
+def test_who_waits_too_long_is_told() -> None:
+    async def scenario(engine: Engine) -> None:
+        running, late = make_seq([1], max_tokens=40), make_seq([2])
+        found = await collect(engine, [running, late])
+        assert found[running.id][1] == "length"
+        error = found[late.id][2]
+        assert isinstance(error, Overloaded)
+        assert error.status == 503
+
+    serve(make_engine(FakeExecutor(0.005), max_num_seqs=1, max_queue_time=0.02), scenario)
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    async def scenario(engine: Engine) -> None:
+        with pytest.raises(RequestError, match=r"need 108 tokens.*holds 64"):
+            engine.submit([make_seq([1] * 100)])
+
+    serve(make_engine(FakeExecutor(), num_blocks=16), scenario)
+
+
+def test_stopping_ends_everybody_with_abort() -> None:
+    async def scenario(engine: Engine) -> None:
+        seq = make_seq([1], max_tokens=100)
+        task = asyncio.create_task(collect(engine, [seq]))
+        await asyncio.sleep(0.03)
+        engine.stop()
+        assert (await task)[seq.id][1] == "abort"
+        assert await asyncio.to_thread(engine.join, 5)
+        with pytest.raises(Overloaded):
+            engine.submit([make_seq([1])])
+        assert not engine.healthy()
+
+    serve(make_engine(FakeExecutor(0.002)), scenario)
+
+
+class Oracle:
+    """Drafts the right tokens for even prompts, wrong ones in between."""
+
+    def propose(self, seqs: list[Sequence], max_tokens: int) -> list[list[int]]:
+        drafts = []
+        for seq in seqs:
+            draft = expected(seq.tokens(0, seq.num_tokens), max_tokens)
+            drafts.append(draft if seq.num_tokens % 2 else [draft[0], (draft[1] + 1) % 90, *draft[2:]])
+        return drafts
+
+
+def test_drafts_change_the_number_of_steps_and_nothing_else() -> None:
+    stop = expected([3] * 5, 20)[17]
+
+    async def scenario(engine: Engine) -> None:
+        seqs = [make_seq([i] * 5, max_tokens=20 + i, stop_token_ids=(stop,)) for i in range(1, 6)]
+        found = await collect(engine, seqs)
+        for seq in seqs:
+            ids = expected(seq.prompt_ids, seq.params.max_tokens)
+            ids = ids[: ids.index(stop) + 1] if stop in ids else ids
+            assert found[seq.id][0] == ids
+            again = make_seq([*seq.prompt_ids, *ids, 1])  # its prefix, found in the cache, must be the true one
+            assert (await collect(engine, [again]))[again.id][0] == expected(again.prompt_ids, 8)
+            assert again.num_cached >= 8
+        assert engine.stats().draft_tokens > engine.stats().draft_tokens_accepted > 0
+
+    executor = FakeExecutor()
+    serve(make_engine(executor, drafter=Oracle(), max_batch_tokens=64), scenario)
+    assert len(executor.steps) < 60
+
+
+class BrokenDrafter:
+    def propose(self, seqs: list[Sequence], max_tokens: int) -> list[list[int]]:
+        raise ValueError("no idea")
+
+
+def test_a_broken_drafter_is_done_without() -> None:
+    async def scenario(engine: Engine) -> None:
+        seq = make_seq([1, 2, 3])
+        assert (await collect(engine, [seq]))[seq.id][0] == expected([1, 2, 3], 8)
+
+    serve(make_engine(FakeExecutor(), drafter=BrokenDrafter()), scenario)
