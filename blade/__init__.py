@@ -1,10 +1,12 @@
 """blade: an LLM inference server whose every part is a plugin.
 
-This module is the whole public surface: a plugin imports from here, from `blade.nn` and from `blade.testing`, and
-from nowhere else. Importing it is cheap (no torch).
+This module is the whole public surface: a plugin imports from here, from `blade.nn`, for the types of what it writes
+from `blade.contracts`, in its tests from `blade.testing`, and from nowhere else. Importing it is cheap (no torch).
 """
 
+from blade.api.http import EventStream, JSONResponse, TextResponse
 from blade.config import Config, EngineConfig, ModelOptions, ServerOptions
+from blade.engine.scheduler import OrderedScheduler
 from blade.errors import BladeError, CheckpointError, ConfigError, Overloaded, PluginError, RequestError
 from blade.hookspecs import hookimpl
 from blade.types import (
@@ -38,12 +40,15 @@ __all__ = [
     "DemoWeights",
     "EngineConfig",
     "EngineStats",
+    "EventStream",
     "FinishReason",
+    "JSONResponse",
     "KVCache",
     "KVSpec",
     "Limits",
     "ModelConfig",
     "ModelOptions",
+    "OrderedScheduler",
     "Output",
     "Overloaded",
     "PluginError",
@@ -54,6 +59,7 @@ __all__ = [
     "Sequence",
     "ServerOptions",
     "Step",
+    "TextResponse",
     "TokenLogprob",
     "hookimpl",
 ]

@@ -58,9 +58,9 @@ def list_plugins(*, plugin: Annotated[tuple[str, ...], Parameter(negative="")] =
         Load this third-party plugin as well, to see its hooks.
     """
     from blade.console import print_plugins
-    from blade.plugins import plugins_table
+    from blade.plugins import load
 
-    print_plugins(plugins_table(_plugin_names(plugin)))
+    print_plugins(load(_plugin_names(plugin)).table())
 
 
 def _plugin_names(named: tuple[str, ...]) -> tuple[str, ...]:

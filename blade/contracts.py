@@ -79,10 +79,13 @@ class Loader(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Raises CheckpointError when it is missing or has another shape than the model expects."""
+        ...
 
-    def linear(self, *prefixes: str) -> Linear:
-        """One linear over the tensors under `prefixes` (each with .weight and maybe .bias), stacked along N."""
+    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
+        """One linear over the tensors under `prefixes` (each with .weight and maybe .bias), stacked along N; `shapes`
+        are the (N, K) expected under each. Raises CheckpointError as `tensor` does."""
         ...
 
 
@@ -252,20 +255,22 @@ class Tokenizer(Protocol):
 
     eos_token_ids: tuple[int, ...]
     vocab_size: int  # ids that have text; the logits may be wider
+    control_tokens: Mapping[str, int]  # text -> id of every token that steers the model
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. With add_special_tokens the tokenizer's own BOS or EOS is added as its files say; the text
         itself never yields a control token."""
         ...
 
-    def encode_template(self, text: str) -> list[int]:
-        """Ids of a rendered chat template, in which control tokens count and nothing is added."""
+    def encode_template(self, text: str, literals: Mapping[str, str] | None = None) -> list[int]:
+        """Ids of a rendered chat template, in which control tokens count and nothing is added. `literals` maps
+        stand-in characters of the text to what they stand for: plain text, whatever it looks like."""
         ...
 
     def decode(self, ids: Seq[int], skip_special_tokens: bool = True) -> str: ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; b"" for an id without text."""
+        """The bytes one token stands for; b"" for a control token and for an id that is no token."""
         ...
 
 
@@ -321,10 +326,19 @@ class EngineClient(Protocol):
 class Request(Protocol):
     """What a route handler sees of an HTTP request."""
 
-    method: str
-    path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]  # names in lower case
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def query(self) -> Mapping[str, str]: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Names in lower case."""
+        ...
 
     async def body(self) -> bytes: ...
 

@@ -1,1 +1,25 @@
-"""Layers that model families share."""
+"""Layers that model families share; together with `blade` what a model plugin imports. Imports torch."""
+
+from blade.nn.config import DecoderConfig
+from blade.nn.decoder import Decoder, FeedForward, Layer, Norm, SelfAttention
+from blade.nn.keys import Keys
+from blade.nn.loader import Loader
+from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+from blade.nn.rope_config import read_rope
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "DynamicRope",
+    "FeedForward",
+    "Keys",
+    "Layer",
+    "LinearRope",
+    "Llama3Rope",
+    "Loader",
+    "Norm",
+    "Rope",
+    "SelfAttention",
+    "YarnRope",
+    "read_rope",
+]

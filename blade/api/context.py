@@ -1,0 +1,54 @@
+"""What route handlers are given: the running server (contracts.Server) and what the built-in routes need besides."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from blade.api.http import HTTPError
+from blade.api.metrics import Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from blade.config import ServerOptions
+    from blade.contracts import (
+        EngineClient,
+        LogitsProcessor,
+        ReasoningParser,
+        RouteHandler,
+        Tokenizer,
+        ToolParser,
+    )
+    from blade.text.chat_template import ChatTemplate
+    from blade.types import RequestSummary
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerContext:
+    """Made once by the composition root. The parsers are the selected ones; factories make one object per choice."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    model_name: str
+    url: str
+    version: str
+    options: ServerOptions
+    api_keys: tuple[str, ...] = ()  # none: everybody is let in
+    chat_template: ChatTemplate | None = None  # None: chat requests are refused
+    tool_parser: Callable[[Tokenizer], ToolParser] | None = None
+    reasoning_parser: Callable[[Tokenizer], ReasoningParser] | None = None
+    logits_processors: Mapping[str, Callable[[Any, Tokenizer], LogitsProcessor]] = field(default_factory=dict)
+    routes: Mapping[str, RouteHandler] = field(default_factory=dict)  # plugins' own, beside the built-in ones
+    request_finished: Callable[[RequestSummary], None] = lambda summary: None
+    metrics: Metrics = field(default_factory=Metrics)
+    started: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
+    seq_ids: Iterator[int] = field(default_factory=count)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises HTTPError 404 unless `name` is the model served, or empty."""
+        if name and name != self.model_name:
+            message = f"The model {name!r} is not served here; {self.model_name!r} is."
+            raise HTTPError(404, message, code="model_not_found", param="model")

@@ -1,0 +1,156 @@
+"""From a request's body to a job: everything checked, every prompt in ids, nothing left to refuse but by the engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from blade.api import params
+from blade.api.prompts import chat_prompt, completion_prompts, uses_tools
+from blade.api.wire import ChatRequest, CompletionRequest, Sampling, decode
+from blade.errors import RequestError
+from blade.types import Sequence
+
+if TYPE_CHECKING:
+    from blade.api.context import ServerContext
+    from blade.api.http import HTTPRequest
+    from blade.types import Limits, SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """What one request wants of the engine, the same for both endpoints. Choice i of prompt p is seqs[p * n + i]."""
+
+    id: str
+    endpoint: str
+    chat: bool
+    continues: bool  # the reply goes on from a text, rather than beginning one
+    model: str  # as the request names it
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+    n: int
+    stop: list[str]
+    tools: bool
+    echo: list[str]  # one text per prompt, or none
+    seqs: list[Sequence]
+    arrival: float  # seconds, monotonic clock
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [seq.prompt_ids for seq in self.seqs[:: self.n]]
+
+
+async def completion_job(server: ServerContext, http: HTTPRequest) -> Job:
+    """Raises RequestError naming the field that cannot be honoured, HTTPError for another model."""
+    body = await http.body()
+    arrival = time.monotonic()
+    request = decode(body, CompletionRequest)
+    server.check_model(request.model)
+    num_logprobs = params.completion_logprobs(request)
+    if request.echo and num_logprobs is not None:
+        raise RequestError("echo together with logprobs is not supported by this version.", param="echo")
+    sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
+    prompts = await completion_prompts(request, len(body), server.tokenizer)
+    echo = [_echo(request, prompt, i, server) for i, prompt in enumerate(prompts)] if request.echo else []
+    return _job(server, http, request, sampling, prompts, echo, arrival)
+
+
+async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
+    """As completion_job."""
+    body = await http.body()
+    arrival = time.monotonic()
+    request = decode(body, ChatRequest)
+    server.check_model(request.model)
+    num_logprobs = params.chat_logprobs(request)
+    sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
+    has_parser = server.tool_parser is not None
+    prompt = await chat_prompt(request, len(body), server.chat_template, server.tokenizer, has_parser)
+    return _job(server, http, request, sampling, [prompt], [], arrival)
+
+
+def _echo(request: CompletionRequest, prompt: list[int], index: int, server: ServerContext) -> str:
+    """The prompt's text as the client wrote it, or what its ids stand for."""
+    if isinstance(request.prompt, str):
+        return request.prompt
+    given = request.prompt[index]
+    return given if isinstance(given, str) else server.tokenizer.decode(prompt)
+
+
+def _job(
+    server: ServerContext,
+    http: HTTPRequest,
+    request: Sampling,
+    sampling: SamplingParams,
+    prompts: list[list[int]],
+    echo: list[str],
+    arrival: float,
+) -> Job:
+    chat = isinstance(request, ChatRequest)
+    return Job(
+        id=http.id,
+        endpoint=http.path,
+        chat=chat,
+        continues=not isinstance(request, ChatRequest) or bool(request.resume_response),
+        model=request.model or "",
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        logprobs=sampling.logprobs is not None,
+        n=request.n or 1,
+        stop=params.stop_strings(request),
+        tools=isinstance(request, ChatRequest) and uses_tools(request),
+        echo=echo,
+        seqs=_sequences(server, request, sampling, prompts, _namespace(http.tenant, request.cache_salt), arrival),
+        arrival=arrival,
+    )
+
+
+def _sequences(
+    server: ServerContext,
+    request: Sampling,
+    sampling: SamplingParams,
+    prompts: list[list[int]],
+    namespace: bytes,
+    arrival: float,
+) -> list[Sequence]:
+    """n for each prompt, every one checked against the engine's limits."""
+    chat, n, limits = isinstance(request, ChatRequest), request.n or 1, server.engine.limits
+    field = "messages" if chat else "prompt"
+    _check_count(len(prompts), n, field, limits)
+    params.check_processors(request, server.logits_processors)
+    seqs: list[Sequence] = []
+    for prompt in prompts:
+        params.check_ids(prompt, field, limits)
+        default = None if chat else DEFAULT_COMPLETION_TOKENS
+        max_tokens = params.resolve_max_tokens(request, len(prompt), default, limits, field)
+        for i in range(n):
+            processors = params.make_processors(request, server.logits_processors, server.tokenizer)
+            seqs.append(
+                Sequence(
+                    id=next(server.seq_ids),
+                    prompt_ids=prompt,
+                    params=params.for_choice(sampling, max_tokens, i, request.seed, processors),
+                    index=len(seqs),
+                    namespace=namespace,
+                    priority=request.priority or 0,
+                    arrival=arrival,
+                )
+            )
+    return seqs
+
+
+def _check_count(num_prompts: int, n: int, field: str, limits: Limits) -> None:
+    if num_prompts * n > limits.max_num_seqs:
+        raise RequestError(
+            f"{field} and n ask for {num_prompts} times {n} sequences, the server runs {limits.max_num_seqs} at once.",
+            param="n" if n > 1 else field,
+        )
+
+
+def _namespace(tenant: bytes, salt: str | None) -> bytes:
+    """The prefix-cache namespace: prefixes are shared within one API key and one `cache_salt` only."""
+    return blake2b((salt or "").encode(), key=tenant, digest_size=16).digest() if tenant or salt else b""

@@ -1,0 +1,114 @@
+"""From what a request says to prompt ids. Long texts are worked on in a thread: the loop has others to serve."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from blade.api.wire import MAX_PROMPTS, NOT_YET
+from blade.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from blade.api.wire import ChatRequest, CompletionRequest, Message, ToolCall
+    from blade.contracts import Tokenizer
+    from blade.text.chat_template import ChatTemplate
+
+LONG_TEXT = 4096  # bytes: about 2 ms of tokenising
+
+RESERVED_OPTIONS = {"self", "tokenizer", "messages", "tools", "add_generation_prompt"}  # of render_ids
+
+R = TypeVar("R")
+
+
+async def completion_prompts(request: CompletionRequest, size: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """One list of ids per prompt; raises RequestError for an empty one. Ids that were given are not checked here.
+    `size` is that of the request in bytes."""
+    texts, prompts = _split_prompt(request.prompt)
+    if texts:
+        prompts = await _run(size, lambda: [tokenizer.encode(text) for text in texts])
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            path = f"prompt[{index}]" if len(prompts) > 1 else "prompt"
+            raise RequestError(f"{path} is empty.", param=path)
+    return prompts
+
+
+def _split_prompt(prompt: str | list[Any]) -> tuple[list[str], list[list[int]]]:
+    """(texts, []) or ([], lists of ids) out of the four forms a prompt comes in."""
+    if isinstance(prompt, str):
+        return [prompt], []
+    kind = type(prompt[0])
+    if any(type(item) is not kind for item in prompt):
+        raise RequestError("prompt mixes strings, ids and lists; give one kind.", param="prompt")
+    if kind is int:
+        return [], [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise RequestError(f"prompt has {len(prompt)} items, more than {MAX_PROMPTS}.", param="prompt")
+    return (prompt, []) if kind is str else ([], prompt)
+
+
+async def chat_prompt(
+    request: ChatRequest, size: int, template: ChatTemplate | None, tokenizer: Tokenizer, has_tool_parser: bool
+) -> list[int]:
+    """Ids of the rendered conversation, up to where the reply goes on. `size` is that of the request in bytes."""
+    if template is None:
+        raise RequestError(
+            "The model has no chat template.", "messages", "Use /v1/completions, or start with --chat-template FILE."
+        )
+    _check_tools(request, has_tool_parser)
+    if taken := (request.chat_template_kwargs or {}).keys() & RESERVED_OPTIONS:
+        raise RequestError(f"{min(taken)} is not for a request to set.", param="chat_template_kwargs")
+    try:
+        return await _run(size, lambda: _render(request, template, tokenizer))
+    except RecursionError:
+        raise RequestError("messages or tools are nested too deeply.", param="messages") from None
+
+
+def _render(request: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    messages = [_template_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    tools = [msgspec.to_builtins(tool) for tool in request.tools or []] if uses_tools(request) else None
+    options = request.chat_template_kwargs or {}
+    ids = template.render_ids(tokenizer, messages, tools=tools, add_generation_prompt=True, **options)
+    return ids + tokenizer.encode(request.resume_response or "", add_special_tokens=False)
+
+
+def uses_tools(request: ChatRequest) -> bool:
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def _check_tools(request: ChatRequest, has_tool_parser: bool) -> None:
+    if request.tool_choice not in (None, "none", "auto"):
+        raise RequestError(f'tool_choice other than "none" and "auto" {NOT_YET}', param="tool_choice")
+    if uses_tools(request) and not has_tool_parser:
+        raise RequestError("The server parses no tool calls.", "tools", "Start it with --tool-parser NAME.")
+
+
+def _template_message(message: Message, path: str) -> dict[str, Any]:
+    """A message as chat templates expect it: roles they know (they skip others without a word), parsed arguments."""
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    out: dict[str, Any] = {"role": role, "content": msgspec.to_builtins(message.content) or ""}
+    for field in ("name", "reasoning_content", "tool_call_id"):
+        if (value := getattr(message, field)) is not None:
+            out[field] = value
+    if message.tool_calls:
+        out["tool_calls"] = [
+            _template_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
+        ]
+    return out
+
+
+def _template_call(call: ToolCall, path: str) -> dict[str, Any]:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        field = f"{path}.function.arguments"
+        raise RequestError(f"{field} is not a JSON object.", param=field) from None
+    return {"type": "function", "id": call.id, "function": {"name": call.function.name, "arguments": arguments}}
+
+
+async def _run(size: int, work: Callable[[], R]) -> R:
+    return await asyncio.to_thread(work) if size > LONG_TEXT else work()

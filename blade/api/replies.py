@@ -1,0 +1,99 @@
+"""A job's generation as a response: a stream of events, or one body."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from blade.api.choice import Reply
+from blade.api.dialects import DIALECTS
+from blade.api.errors import Failure, failure_of
+from blade.api.generation import Generation
+from blade.api.http import ClientGone, EventStream, JSONResponse
+from blade.errors import Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from blade.api.context import ServerContext
+    from blade.api.dialects import Dialect
+    from blade.api.http import HTTPRequest
+    from blade.api.jobs import Job
+    from blade.types import Output
+
+log = logging.getLogger("blade.api")
+
+MAX_STREAM_BYTES = 64 << 20
+"""Bound of one stream. granian's RSGI takes every write at once and keeps in memory what a slow client does not read,
+without telling how much that is; so the whole stream is the only thing that can be bounded. 64 MiB are over 150,000
+tokens of plain chunks."""
+
+TOO_LONG = Failure(500, f"The stream has reached its bound of {MAX_STREAM_BYTES} bytes.", code="stream_too_long")
+
+
+async def respond(server: ServerContext, http: HTTPRequest, job: Job) -> JSONResponse | EventStream:
+    """Raises Overloaded and whatever else fails before the first token; ClientGone when nobody is there to answer."""
+    generation = Generation(server, job)
+    dialect = DIALECTS[server.options.dialect](job, server.model_name, server.tokenizer, generation.usage)
+    if not job.stream:
+        return await _whole(generation, http, dialect)
+    frames = _frames(generation, http, dialect)
+    # The head goes out with the first frames, so that a failure before them still has its own status.
+    return EventStream(frames, first=await anext(frames))
+
+
+async def _whole(generation: Generation, http: HTTPRequest, dialect: Dialect) -> JSONResponse:
+    replies = [Reply(index) for index in range(len(generation.job.seqs))]
+    failure = None
+    with generation.running(http) as stream:
+        async for outputs in stream:
+            for delta in generation.take(outputs):
+                replies[delta.index].add(delta)
+                if isinstance(delta.error, Overloaded):
+                    raise delta.error
+                if delta.error is not None:
+                    failure = failure_of(delta.error)
+                    generation.status = failure.status
+            if failure is not None:
+                break
+        if generation.client_gone:
+            raise ClientGone
+    return JSONResponse(dialect.reply(replies, failure), status=generation.status)
+
+
+async def _frames(generation: Generation, http: HTTPRequest, dialect: Dialect) -> AsyncGenerator[bytes, None]:
+    """One item per wake-up: the chunks of all that the engine has brought since the last one."""
+    num_bytes = 0
+    with generation.running(http) as stream:
+        try:
+            async for outputs in stream:
+                frames, failed = _frame(generation, outputs, dialect, begun=num_bytes > 0)
+                num_bytes += len(frames)
+                if num_bytes > MAX_STREAM_BYTES:
+                    frames, failed = dialect.failure(TOO_LONG), True
+                if frames:
+                    yield frames
+                if failed:
+                    break
+        except Exception as error:
+            if not num_bytes:
+                raise
+            log.exception("request %s failed while it streamed", generation.job.id)
+            yield dialect.failure(failure_of(error))
+        if generation.client_gone:
+            raise ClientGone
+    yield dialect.end()
+
+
+def _frame(generation: Generation, outputs: list[Output], dialect: Dialect, begun: bool) -> tuple[bytes, bool]:
+    """(frames, whether a choice has failed, which ends the stream). What fails before it has begun is raised."""
+    frames = []
+    for delta in generation.take(outputs):
+        if delta.error is None:
+            frames.append(dialect.frame(delta))
+        elif begun:
+            frames.append(dialect.frame(delta, failure_of(delta.error)))
+            return b"".join(frames), True
+        else:
+            raise delta.error
+    return b"".join(frames), False

@@ -1,0 +1,191 @@
+"""From a Config to an engine: choose every part by name, load the weights, size the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blade.errors import CheckpointError, ConfigError
+from blade.types import KVSpec, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from blade.checkpoint.open import Checkpoint
+    from blade.config import Config
+    from blade.contracts import Architecture, Attention, Drafter, Model, Ops, Quantization
+    from blade.engine.engine import Engine
+    from blade.engine.memory import MemoryPlan
+    from blade.plugins import Plugins
+    from blade.types import DefaultCheckpoint, ModelConfig
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Everything chosen, nothing heavy loaded yet."""
+
+    config: Config
+    plugins: Plugins
+    checkpoint: Checkpoint
+    architecture: Architecture
+    family: str  # the plugin that brought the architecture
+    quantization: Quantization | None
+    model_config: ModelConfig
+    model_name: str
+    max_context: int  # tokens
+    ops: Ops
+    attention: Attention
+    dtype: torch.dtype
+
+    @property
+    def kv_spec(self) -> KVSpec:
+        model = self.model_config
+        return KVSpec(
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=str(self.dtype).removeprefix("torch."),
+            block_size=self.config.engine.block_size,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights once loaded, as far as the file tells."""
+        return self.checkpoint.num_params * self.dtype.itemsize
+
+    def plan_memory(self, reserved: int = 0) -> MemoryPlan:
+        """Size the KV cache from the memory free now, less `reserved` bytes (of weights not loaded yet)."""
+        from blade.engine.memory import plan_memory
+
+        available = max(0, self.ops.available_memory() - reserved)
+        block_bytes = self.attention.block_bytes(self.kv_spec)
+        on_cpu = self.ops.device.type == "cpu"
+        return plan_memory(self.config.engine, available, block_bytes, self.max_context, on_cpu)
+
+
+def choose(config: Config, plugins: Plugins) -> Assembly:
+    """Resolve every name of the config. Raises ConfigError, PluginError or CheckpointError with a remedy."""
+    from blade.checkpoint.open import open_checkpoint
+    from blade.checkpoint.source import resolve
+    from blade.console import progress
+
+    path = resolve(config.model, _default_checkpoint(config, plugins), progress)
+    checkpoint = open_checkpoint(path)
+    family, architecture = _architecture(checkpoint, plugins)
+    model_config = architecture.configure(checkpoint.config)
+    ops: Ops = plugins.registry("register_backends").create(_device(config.engine.device), config.engine.threads)
+    return Assembly(
+        config=config,
+        plugins=plugins,
+        checkpoint=checkpoint,
+        architecture=architecture,
+        family=family,
+        quantization=_quantization(checkpoint, plugins),
+        model_config=model_config,
+        model_name=config.model.served_model_name or checkpoint.name,
+        max_context=_max_context(config, model_config),
+        ops=ops,
+        attention=plugins.registry("register_attention").create(config.engine.attention, ops),
+        dtype=_dtype(config, ops),
+    )
+
+
+def load_model(assembly: Assembly, advance: Callable[[int], None] | None = None) -> Model:
+    """Load the weights; `advance` is told the bytes of each tensor once it is in."""
+    from blade.nn import Loader
+
+    loader = Loader(
+        assembly.checkpoint.weights, assembly.ops, assembly.attention, assembly.dtype, assembly.quantization, advance
+    )
+    return assembly.architecture.build(assembly.model_config, loader)
+
+
+def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine:
+    """Allocate the KV cache and put the engine together; it is not started."""
+    from blade.engine.blocks import BlockPool
+    from blade.engine.engine import Engine
+    from blade.engine.runner import ModelRunner
+
+    plugins, config = assembly.plugins, assembly.config.engine
+    kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
+    executor = plugins.registry("register_executors").create(
+        config.executor, lambda: ModelRunner(model, kv, assembly.ops, config.block_size), config
+    )
+    blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache)
+    scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)
+    drafter: Drafter | None = None
+    if config.drafter is not None:
+        drafter = plugins.registry("register_drafters").create(config.drafter, config)
+    limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
+    return Engine(executor, scheduler, blocks, config, limits, drafter)
+
+
+def _default_checkpoint(config: Config, plugins: Plugins) -> DefaultCheckpoint | None:
+    """That of the first plugin named with --plugin that has one."""
+    if config.model.model is not None:
+        return None
+    defaults = (plugins.default_checkpoint(name) for name in config.plugins)
+    default = next(filter(None, defaults), None)
+    if default is None:
+        raise ConfigError(
+            "No model was named.", "Use --model with a folder, a .gguf file or a hub id, or try --plugin qwen."
+        )
+    return default
+
+
+def _architecture(checkpoint: Checkpoint, plugins: Plugins) -> tuple[str, Architecture]:
+    registry = plugins.registry("register_models")
+    names = checkpoint.config.get("architectures")
+    names = names if isinstance(names, list) else []
+    name = next((name for name in names if name in registry), None)
+    if name is None:
+        raise CheckpointError(
+            f"{checkpoint.name} is a {', '.join(map(str, names)) or 'model of no stated architecture'}, "
+            "which no loaded plugin serves.",
+            f"Served: {', '.join(sorted(registry))}.",
+        )
+    return registry.entry(name).plugin, registry.create(name)
+
+
+def _quantization(checkpoint: Checkpoint, plugins: Plugins) -> Quantization | None:
+    settings = checkpoint.config.get("quantization_config")
+    if not settings:
+        return None
+    registry = plugins.registry("register_quantizations")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(method, str) or method not in registry:
+        raise CheckpointError(
+            f"{checkpoint.name} is quantised by {method!r}, which no loaded plugin reads.",
+            f"Read: {', '.join(sorted(registry)) or 'none yet'}, and GGUF files. Use the model's unquantised form.",
+        )
+    quantization: Quantization = registry.create(method, settings)
+    return quantization
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(config: Config, ops: Ops) -> torch.dtype:
+    import torch
+
+    name = config.model.dtype
+    dtype: torch.dtype = ops.default_dtype() if name == "auto" else getattr(torch, name)
+    return dtype
+
+
+def _max_context(config: Config, model_config: ModelConfig) -> int:
+    asked = config.model.max_model_len
+    if asked is not None and asked > model_config.max_context:
+        raise ConfigError(
+            f"--max-model-len {asked} is beyond the model's own context of {model_config.max_context}.",
+            f"Use at most {model_config.max_context}.",
+        )
+    return asked or model_config.max_context

@@ -1,0 +1,72 @@
+"""What blade says of itself at start: the model, the memory, the URL and something to paste."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from blade.api.context import ServerContext
+    from blade.assembly import Assembly
+    from blade.config import Config
+    from blade.engine.memory import MemoryPlan
+
+UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
+    """Model, device and memory in three lines."""
+    checkpoint, engine = assembly.checkpoint, assembly.config.engine
+    cache = "prefix cache on" if engine.prefix_cache else "prefix cache off"
+    return [
+        f"model   {assembly.model_name}: {assembly.model_config.architecture} by plugin {assembly.family!r}, "
+        f"{checkpoint.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
+        f"device  {assembly.ops.describe()}, {str(assembly.dtype).removeprefix('torch.')}, "
+        f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
+        f"memory  KV cache of {_size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "
+        f"{memory.num_full_requests:.1f} requests of the full context of {memory.max_context:,}",
+    ]
+
+
+def ready(context: ServerContext, seconds: float) -> list[str]:
+    """Where it can be reached, and a first request."""
+    key = ' -H "Authorization: Bearer $BLADE_API_KEY"' if context.api_keys else ""
+    return [
+        f"ready   in {seconds:.1f} s at {context.url}",
+        "",
+        f"curl -N {context.url}/v1/completions{key} -H 'Content-Type: application/json' \\",
+        """     -d '{"prompt": "def fibonacci(n):", "max_tokens": 48, "temperature": 0, "stream": true}'""",
+        "",
+    ]
+
+
+def command_line(config: Config) -> str:
+    """The `blade serve` command that asks for the same; keys are left out."""
+    words = ["blade", "serve"]
+    for name in config.plugins:
+        words += ["--plugin", name]
+    for options in (config.model, config.engine, config.server):
+        words += _flags(options)
+    return shlex.join(words)
+
+
+def _flags(options: object) -> Iterator[str]:
+    for field in fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if value == field.default or not field.repr:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield from (f"--{flag}", str(value))
+
+
+def _size(num_bytes: int) -> str:
+    for size, unit in UNITS:
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,64 @@
+"""Checked access to a GGUF file's metadata: a wrong value is reported by its key."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from blade.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """Key-value pairs; keys without a known group are of the file's architecture: "block_count" is "llama.block_count".
+
+    An absent key without a default is an error. Every method raises CheckpointError, which names file and key.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @property
+    def arch(self) -> str:
+        return self.text("general.architecture")
+
+    def has(self, key: str) -> bool:
+        return self._full(key) in self.values
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or not minimum <= value < 2**31:
+            self.refuse(key, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Finite and above 0, with the seven digits that a float32 holds: 1e-06, not 9.99999997e-07."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            self.refuse(key, "a positive number")
+        return float(f"{value:.7g}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if type(value) is not str:
+            self.refuse(key, "a string")
+        return value
+
+    def refuse(self, key: str, wanted: str) -> NoReturn:
+        found = reprlib.repr(self.values.get(self._full(key)))
+        raise CheckpointError(f"{self.path}: {self._full(key)} must be {wanted}, not {found}.")
+
+    def _full(self, key: str) -> str:
+        return key if key.startswith(("general.", "tokenizer.")) else f"{self.arch}.{key}"
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(self._full(key), default)
+        if value is None:
+            raise CheckpointError(f"{self.path} has no key {self._full(key)}.")
+        return value

@@ -1,0 +1,91 @@
+"""The tensors of a GGUF file under their Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+import torch
+
+from blade.checkpoint.gguf_dequant import PLAIN_DTYPES, dequantize
+from blade.checkpoint.gguf_names import hf_name
+from blade.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade.checkpoint.gguf import GGMLType, GGUFFile, TensorInfo
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GGUFWeights:
+    """contracts.Weights over the parts of one GGUF model.
+
+    llama.cpp rotates neighbouring channels of a head where Hugging Face rotates halves, and reorders the rows of a
+    Llama's q and k for it. `heads` names the modules that were reordered, with their number of heads ("q_proj": 9);
+    their rows, which are whole blocks, are put back.
+    """
+
+    def __init__(self, files: Seq[GGUFFile], heads: Mapping[str, int]) -> None:
+        self._heads = heads
+        self._tensors: dict[str, tuple[GGUFFile, TensorInfo]] = {}
+        for file in files:
+            for name, info in file.tensors.items():
+                self._add(file, name, info)
+
+    def _add(self, file: GGUFFile, name: str, info: TensorInfo) -> None:
+        known = name if name == _ROPE_FACTORS else hf_name(name)
+        if known is None:
+            raise CheckpointError(f"{file.path}: the tensor {name!r} belongs to no model that blade knows.")
+        if known in self._tensors:
+            raise CheckpointError(f"{file.path}: the tensor {name!r} is in another part too.")
+        self._tensors[known] = (file, info)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for _, info in self._tensors.values())
+
+    @property
+    def num_params(self) -> int:
+        return sum(info.num_params for _, info in self._tensors.values())
+
+    def names(self) -> Iterable[str]:
+        return [name for name in self._tensors if name != _ROPE_FACTORS]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name)[1].shape
+
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Blocks are float32 unless another type is asked for."""
+        kind, raw = self.raw(name)
+        return dequantize(kind, raw, dtype or PLAIN_DTYPES.get(kind, torch.float32)).view(self.shape(name))
+
+    def rope_factors(self) -> list[float] | None:
+        """By what each of the rope's frequencies is divided, head_dim / 2 of them; None without rope_freqs.weight."""
+        factors: list[float] | None = self.get(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in self._tensors else None
+        return factors
+
+    def raw(self, name: str) -> tuple[GGMLType, Tensor]:
+        """The tensor as it is stored, for kernels that compute on blocks: [rows, row_bytes] uint8."""
+        file, info = self._find(name)
+        stored = torch.frombuffer(file.memory, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
+        num_heads = self._heads.get(name.split(".")[-2])
+        if num_heads is not None:
+            stored = self._restore(file, name, info, stored, num_heads)
+        return info.kind, stored.view(info.num_params // info.shape[-1], -1)
+
+    def _restore(self, file: GGUFFile, name: str, info: TensorInfo, stored: Tensor, num_heads: int) -> Tensor:
+        num_rows = info.shape[0]  # of a bias: numbers
+        if num_rows % (2 * num_heads) or info.num_bytes % num_rows:
+            raise CheckpointError(
+                f"{file.path}: {name}, of shape {info.shape}, does not divide into {num_heads} heads."
+            )
+        pairs = stored.view(num_heads, num_rows // num_heads // 2, 2, info.num_bytes // num_rows)
+        return pairs.transpose(1, 2).reshape(-1)
+
+    def _find(self, name: str) -> tuple[GGUFFile, TensorInfo]:
+        if name not in self._tensors:
+            raise CheckpointError(f"The checkpoint has no tensor {name!r}.")
+        return self._tensors[name]

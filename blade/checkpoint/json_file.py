@@ -1,0 +1,38 @@
+"""JSON files of a checkpoint, which come from anywhere."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from blade.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; CheckpointError where there is none."""
+    try:
+        return parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """The object in `data`, which is from the file at `path`; its keys must be unique."""
+    try:
+        value = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not sound JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return values

@@ -1,0 +1,107 @@
+"""How the rows of a step are drawn: alike ones together, and all results fetched from the device at once."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from blade.engine import tiles
+from blade.engine.truncation import ALL, draw_from_all, draw_from_top, more_than
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.engine.logprobs import RawLogprobs
+    from blade.engine.truncation import Settings
+    from blade.types import SamplingParams
+
+
+class Way(NamedTuple):
+    """How a row is drawn; rows of one way share their passes over the vocabulary."""
+
+    size: int  # how many of the most likely tokens are looked at; 1: greedy; 0: none, nothing is truncated
+    whole: bool = False  # top_p is a share of all tokens, not of the top k
+
+
+GREEDY, UNTRUNCATED = Way(1), Way(0)
+
+
+class Drawn(NamedTuple):
+    """One row's result on the host."""
+
+    token_id: int
+    peak: float  # its largest logit; not finite when there was nothing to draw from
+    enough: bool  # tokens were looked at
+
+
+def way_of(params: SamplingParams, vocab_size: int) -> Way:
+    if params.temperature == 0 or params.top_k == 1 or params.top_p * vocab_size <= 1:
+        return GREEDY
+    if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
+        return UNTRUNCATED
+    return Way(more_than(params.top_k), whole=params.top_k == 0 and params.top_p < 1)
+
+
+def draw(
+    x: Tensor, ways: Seq[Way], settings: Settings | None, raw: RawLogprobs | None
+) -> tuple[list[Drawn], list[list[float]]]:
+    """A token for each row of logits x [R, W], and the lines of `raw.columns` for these tokens.
+
+    `settings` may be None when all rows are greedy. One copy to the host, and one more for each time that some row's
+    truncation turns out to keep more than the candidates looked at.
+    """
+    peaks = tiles.peaks(x)  # [R, W / TILE]
+    table = torch.ones(len(x), 3, dtype=torch.float64, device=x.device)  # a line is a Drawn
+    table[:, 1] = peaks.amax(-1)
+    groups = _grouped(enumerate(ways))
+    while True:
+        for way, members in groups.items():
+            rows = torch.tensor(members, device=x.device)
+            some = slice(None) if len(members) == len(x) else rows  # a view where it can be, not a copy
+            ids, enough = _draw_alike(way, x[some], peaks[some], settings and settings.of(rows))
+            table[rows, 0], table[rows, 2] = ids.double(), enough.double()
+        drawn, lines = _fetch(table, raw)
+        again = [i for i, row in enumerate(drawn) if not row.enough and math.isfinite(row.peak)]
+        if not again:
+            return drawn, lines
+        grown = {i: way._replace(size=more_than(way.size)) for way, members in groups.items() for i in members}
+        groups = _grouped((i, grown[i]) for i in again)
+
+
+def _grouped(ways: Iterable[tuple[int, Way]]) -> dict[Way, list[int]]:
+    groups: dict[Way, list[int]] = {}
+    for i, way in ways:
+        groups.setdefault(way, []).append(i)
+    return groups
+
+
+def _draw_alike(way: Way, x: Tensor, peaks: Tensor, settings: Settings | None) -> tuple[Tensor, Tensor]:
+    """Ids, and whether the tokens looked at were enough, both [R]."""
+    if settings is None or way == GREEDY:
+        ids = tiles.argmax(x, peaks)
+    elif way == UNTRUNCATED:
+        ids = tiles.draw(torch.softmax(x.div_(settings.temperature[:, None]), -1), settings.u)
+    elif way.size == ALL:
+        ids = draw_from_all(x, settings, way.whole)
+    else:
+        return draw_from_top(x, peaks, settings, way.size, way.whole)
+    return ids, torch.ones_like(ids)
+
+
+def _fetch(table: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], list[list[float]]]:
+    """The one copy to the host."""
+    num, width = table.shape
+    if raw is None:
+        values, lines = table.flatten().tolist(), []
+    else:
+        columns = raw.columns(table[:, 0].long())
+        values = torch.cat([table.flatten(), columns.flatten()]).tolist()
+        rest = values[num * width :]
+        lines = [rest[i : i + columns.shape[1]] for i in range(0, len(rest), columns.shape[1])]
+    rows = (values[i : i + width] for i in range(0, num * width, width))
+    return [Drawn(int(token_id), peak, bool(enough)) for token_id, peak, enough in rows], lines

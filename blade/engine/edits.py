@@ -1,0 +1,112 @@
+"""What a request asks to be changed in its logits before they are drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from blade.engine.penalties import TokenCounts, has_penalties, penalize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.engine.penalties import Floats, Ids
+    from blade.types import SamplingParams, Sequence
+
+
+class Row(NamedTuple):
+    """One row of logits: what follows tokens[: position + 1] of the sequence, all of its output among them."""
+
+    seq: Sequence
+    position: int
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens, drafts included, before the one to be sampled."""
+        return self.position + 1 - len(self.seq.prompt_ids)
+
+    @property
+    def draft_ids(self) -> list[int]:
+        """The drafts among them."""
+        return self.seq.draft_ids[: self.num_output - len(self.seq.output_ids)]
+
+
+@dataclass(slots=True, frozen=True)
+class Kept:
+    """What is made once per sequence rather than once per step."""
+
+    counts: TokenCounts | None
+    bias_ids: Ids
+    bias_values: Floats
+    stop_ids: Ids
+
+
+class LogitEdits:
+    """Changes logits in place: penalties, then logit_bias, then processors, and last what min_tokens forbids."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._kept: dict[int, Kept] = {}  # by id of the sequence
+
+    def forget(self, seq: Sequence) -> None:
+        self._kept.pop(seq.id, None)
+
+    def apply(self, x: Tensor, rows: Seq[Row]) -> dict[int, Exception]:
+        """Edit x [R, W]. Returns what processors raised, by number of the row; these rows are spoilt."""
+        edited = [(i, row, self._keep(row.seq)) for i, row in enumerate(rows) if _is_edited(row.seq.params)]
+        if not edited:
+            return {}
+        flat, width = x.view(-1), x.shape[1]
+        if penalized := [(i, row, k.counts) for i, row, k in edited if k.counts is not None]:
+            counts = []
+            for _, row, token_counts in penalized:
+                token_counts.update(row.seq.output_ids)
+                counts.append(token_counts.after(row.draft_ids))
+            penalize(flat, [i * width for i, _, _ in penalized], counts, [row.seq.params for _, row, _ in penalized])
+        if biased := [(i, k) for i, _, k in edited if len(k.bias_ids)]:
+            values = torch.from_numpy(np.concatenate([k.bias_values for _, k in biased]))
+            flat[_index((i * width + k.bias_ids for i, k in biased), x.device)] += values.to(x.device)
+        errors = {}
+        for i, row, _ in edited:
+            try:
+                self._process(row, x[i, : self._vocab_size])
+            except Exception as error:  # a plugin's code: its request alone shall feel it
+                errors[i] = error
+        if banned := [i * width + k.stop_ids for i, row, k in edited if row.num_output < row.seq.params.min_tokens]:
+            flat[_index(banned, x.device)] = float("-inf")
+        return errors
+
+    def _keep(self, seq: Sequence) -> Kept:
+        kept = self._kept.get(seq.id)
+        if kept is None:
+            kept = self._kept[seq.id] = _make(seq)
+        return kept
+
+    def _process(self, row: Row, logits: Tensor) -> None:
+        for processor in row.seq.params.processors:
+            processor(row.seq.tokens(len(row.seq.prompt_ids), row.position + 1), logits)
+
+
+def _make(seq: Sequence) -> Kept:
+    params = seq.params
+    prompt_ids = seq.prompt_ids if params.repetition_penalty != 1 else []  # the other penalties are over output
+    return Kept(
+        counts=TokenCounts(prompt_ids) if has_penalties(params) else None,
+        bias_ids=np.fromiter(params.logit_bias.keys(), np.int64),
+        bias_values=np.fromiter(params.logit_bias.values(), np.float32),
+        stop_ids=np.array(params.stop_token_ids, np.int64),
+    )
+
+
+def _is_edited(params: SamplingParams) -> bool:
+    return bool(params.logit_bias or params.processors or params.min_tokens or has_penalties(params))
+
+
+def _index(parts: Iterable[Ids], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts])).to(device, non_blocking=True)

@@ -1,0 +1,79 @@
+"""Repetition, presence and frequency penalties on the few tokens that they concern."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from blade.types import SamplingParams
+
+    Ids: TypeAlias = NDArray[np.int64]
+    Floats: TypeAlias = NDArray[np.float32]
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+class TokenCounts:
+    """The distinct tokens of a sequence's prompt and output, and how often each was output.
+
+    It grows with the output, a token at a time, and never looks at the prompt again. Drafts do not enter it.
+    """
+
+    def __init__(self, prompt_ids: Seq[int]) -> None:
+        self._ids: Ids = np.unique(np.asarray(prompt_ids, np.int64))
+        self._counts: Floats = np.zeros(len(self._ids), np.float32)
+        self._index = {token_id: i for i, token_id in enumerate(self._ids.tolist())}
+        self._num_output = 0
+
+    def update(self, output_ids: Seq[int]) -> None:
+        """Count what has been added to the output since the last call."""
+        for token_id in output_ids[self._num_output :]:
+            i = self._index.setdefault(token_id, len(self._index))
+            if i == len(self._ids):
+                room = np.zeros(max(64, i), np.int64)
+                self._ids = np.concatenate([self._ids, room])
+                self._counts = np.concatenate([self._counts, room.astype(np.float32)])
+            self._ids[i] = token_id
+            self._counts[i] += 1
+        self._num_output = len(output_ids)
+
+    def after(self, draft_ids: Seq[int]) -> tuple[Ids, Floats]:
+        """Distinct ids [U] and their counts [U] as if the drafts had been output."""
+        num = len(self._index)
+        ids, counts = self._ids[:num], self._counts[:num]
+        if not draft_ids:
+            return ids, counts
+        drafted = Counter(draft_ids)
+        counts = counts.copy()
+        for token_id in drafted.keys() & self._index.keys():
+            counts[self._index[token_id]] += drafted.pop(token_id)
+        new_ids, new_counts = np.fromiter(drafted.keys(), np.int64), np.fromiter(drafted.values(), np.float32)
+        return np.concatenate([ids, new_ids]), np.concatenate([counts, new_counts])
+
+
+def penalize(flat: Tensor, starts: Seq[int], counts: Seq[tuple[Ids, Floats]], params: Seq[SamplingParams]) -> None:
+    """Penalise in place, for each of N rows, the ids of counts[n] in the row that begins at starts[n] of `flat`.
+
+    First repetition, dividing what is positive and multiplying what is not (CTRL, Keskar et al. 2019, as in
+    transformers), then presence and frequency, subtracting (as OpenAI documents them).
+    """
+    sizes = [len(ids) for ids, _ in counts]
+    position = np.concatenate([ids + start for start, (ids, _) in zip(starts, counts, strict=True)])
+    factor = np.repeat(np.array([p.repetition_penalty for p in params], np.float32), sizes)
+    less = [n * p.frequency_penalty + (n > 0) * p.presence_penalty for p, (_, n) in zip(params, counts, strict=True)]
+    index = torch.from_numpy(position).to(flat.device, non_blocking=True)
+    repetition = torch.from_numpy(factor).to(flat.device, non_blocking=True)
+    subtract = torch.from_numpy(np.concatenate(less, dtype=np.float32)).to(flat.device, non_blocking=True)
+    logits = flat[index]
+    flat[index] = torch.where(logits < 0, logits * repetition, logits / repetition) - subtract

@@ -1,0 +1,100 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Every row depends on its own logits, its seed, its position and the tokens before it, and on nothing else in the batch.
+So a seed gives the same text whatever runs beside it, and whether or not a drafter helped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from typing import TYPE_CHECKING
+
+import torch
+
+from blade.engine import tiles
+from blade.engine.drawing import GREEDY, draw, way_of
+from blade.engine.edits import LogitEdits, Row
+from blade.engine.logprobs import RawLogprobs, read_line
+from blade.engine.truncation import ALL, Settings
+from blade.engine.uniforms import uniforms
+from blade.types import Sampled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.engine.drawing import Drawn
+    from blade.types import Sequence
+
+__all__ = ["Row", "Sampler", "SamplingError"]
+
+log = logging.getLogger("blade.engine")
+
+COLDEST = 1e-30  # keeps logits / temperature finite; a draw is greedy far above it
+
+
+class SamplingError(Exception):
+    """One row cannot be sampled, through its own fault; the others are not touched."""
+
+
+class Sampler:
+    """Samples rows of logits: penalties, logit_bias, processors, min_tokens; temperature, top_k, top_p, min_p; then one
+    uniform number per row, by inverse transform."""
+
+    def __init__(self, vocab_size: int, device: torch.device, secret: int | None = None) -> None:
+        """`secret` seeds the requests that bring no seed; drawn afresh unless given."""
+        self.vocab_size = vocab_size
+        self.device = device
+        self._secret = secrets.randbits(64) if secret is None else secret
+        self._edits = LogitEdits(vocab_size)
+
+    def sample(self, logits: Tensor, rows: Seq[Row]) -> list[Sampled | SamplingError]:
+        """One result per row of logits [R, V] float32, which may be overwritten.
+
+        The same call again gives the same results: all that is kept between calls follows from the sequences' tokens.
+        """
+        x = tiles.pad(logits)  # [R, W]
+        asked = [row.seq.params.logprobs for row in rows]
+        reported = [i for i, num_top in enumerate(asked) if num_top is not None]
+        raw = RawLogprobs(x, reported, max(num_top or 0 for num_top in asked)) if reported else None
+        failed = self._edits.apply(x, rows)
+        ways = [way_of(row.seq.params, self.vocab_size) for row in rows]
+        settings = None if all(way == GREEDY for way in ways) else self._settings(rows)
+        drawn, lines = draw(x, ways, settings, raw)
+        line_of = dict(zip(reported, lines, strict=True))
+        return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended."""
+        self._edits.forget(seq)
+
+    def _settings(self, rows: Seq[Row]) -> Settings:
+        params = [row.seq.params for row in rows]
+        seeds = (self._secret + seq.id if seq.params.seed is None else seq.params.seed for seq, _ in rows)
+        u = uniforms(seeds, (row.position for row in rows)).tolist()
+        columns = [
+            [max(p.temperature, COLDEST) for p in params],
+            [float(p.top_k or ALL) for p in params],
+            [p.top_p if p.top_p < 1 else math.inf for p in params],
+            [p.min_p for p in params],
+            u,
+        ]
+        table = torch.tensor(columns, dtype=torch.float64).to(self.device, non_blocking=True)
+        temperature, top_k, top_p, min_p, u = table
+        return Settings(temperature.float(), top_k.long(), top_p, min_p.float(), u)
+
+    def _result(
+        self, seq: Sequence, drawn: Drawn, line: list[float] | None, raised: Exception | None
+    ) -> Sampled | SamplingError:
+        if raised is not None:
+            log.error("a logits processor of sequence %d failed", seq.id, exc_info=raised)
+            return SamplingError("a logits processor failed")
+        if not math.isfinite(drawn.peak) or (line is not None and math.isnan(line[0])):
+            log.error("sequence %d has no token to sample: its logits are not finite, or all forbidden", seq.id)
+            return SamplingError("no token to sample")
+        if line is None:
+            return Sampled(drawn.token_id)
+        return Sampled(drawn.token_id, *read_line(line, seq.params.logprobs or 0))

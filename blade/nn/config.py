@@ -1,0 +1,72 @@
+"""config.json of the Llama-like families, read and validated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blade.nn.keys import Keys
+from blade.nn.rope import Rope
+from blade.nn.rope_config import read_rope
+from blade.types import ModelConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(slots=True, frozen=True)
+class DecoderConfig(ModelConfig):
+    """What `Decoder` is built from."""
+
+    hidden_size: int
+    intermediate_size: int
+    rms_norm_eps: float
+    tied: bool  # the embedding is the output matrix too, where the checkpoint has none of its own
+    rope: Rope
+    windows: tuple[int | None, ...]  # per layer: how many last tokens it attends to; None is all
+    qk_norm: bool  # heads of queries and keys are normalised before they are rotated
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], qk_norm: bool = False) -> DecoderConfig:
+        """From config.json's content. Raises CheckpointError naming the key that is missing, wrong or not served."""
+        keys = Keys(config)
+        if keys.text("hidden_act", "silu") != "silu":
+            keys.refuse("hidden_act", "silu")
+        num_heads = keys.integer("num_attention_heads")
+        num_kv_heads = keys.integer("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            keys.refuse("num_key_value_heads", f"a divisor of the {num_heads} attention heads")
+        hidden_size = keys.integer("hidden_size")
+        head_dim = keys.integer("head_dim", hidden_size // num_heads)
+        num_layers = keys.integer("num_hidden_layers")
+        rope = read_rope(keys, head_dim)
+        return cls(
+            architecture=keys.texts("architectures")[0],
+            vocab_size=keys.integer("vocab_size"),
+            max_context=rope.max_context,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            hidden_size=hidden_size,
+            intermediate_size=keys.integer("intermediate_size"),
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+            tied=keys.flag("tie_word_embeddings", False),
+            rope=rope,
+            windows=_windows(keys, num_layers),
+            qk_norm=qk_norm,
+        )
+
+
+def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
+    """`layer_types` where it is there; else, as before transformers 5, layers from `max_window_layers` on slide."""
+    if not keys.flag("use_sliding_window", False):
+        return (None,) * num_layers
+    window = keys.integer("sliding_window")
+    if keys.has("layer_types"):
+        kinds = keys.texts("layer_types")
+        if len(kinds) != num_layers or not {"full_attention", "sliding_attention"}.issuperset(kinds):
+            keys.refuse("layer_types", f"full_attention or sliding_attention, once for each of {num_layers} layers")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = keys.integer("max_window_layers", 28, minimum=0)
+    return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -1,0 +1,81 @@
+"""Checked access to config.json: a wrong value is reported by its key, not met later as an exception of torch's."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from blade.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_INTEGER = 2**31 - 1
+
+
+class Keys:
+    """A JSON object's values by key. null counts as absent; an absent key without a default is an error.
+
+    Every method raises CheckpointError, which names the key.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self._values = values
+        self._path = path
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or not minimum <= value <= MAX_INTEGER:
+            self.refuse(key, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Finite and above 0."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            self.refuse(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if type(value) is not bool:
+            self.refuse(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if type(value) is not str:
+            self.refuse(key, "a string")
+        return value
+
+    def texts(self, key: str, default: list[str] | None = None) -> list[str]:
+        """At least one."""
+        value = self._get(key, default)
+        if type(value) is not list or not value or any(type(item) is not str for item in value):
+            self.refuse(key, "a list of strings")
+        return value
+
+    def section(self, key: str) -> Keys:
+        """The object under `key`, empty when absent."""
+        value = self._get(key, {})
+        if type(value) is not dict:
+            self.refuse(key, "an object")
+        return Keys(value, f"{self._path}{key}.")
+
+    def has(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def refuse(self, key: str, wanted: str) -> NoReturn:
+        """Raise the error of a key whose value is not what was wanted."""
+        raise CheckpointError(
+            f"config.json: {self._path}{key} must be {wanted}, not {reprlib.repr(self._values.get(key))}."
+        )
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"config.json has no {self._path}{key}.")
+        return value

@@ -1,0 +1,85 @@
+"""config.json's words on the rotary embedding: `rope_parameters`, or as before transformers 5 `rope_scaling`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+
+if TYPE_CHECKING:
+    from blade.nn.keys import Keys
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def read_rope(config: Keys, head_dim: int) -> Rope:
+    """Raises CheckpointError naming the key that is wrong, and for an unknown kind those that are known."""
+    section = "rope_scaling" if config.has("rope_scaling") else "rope_parameters"
+    keys = config.section(section)
+    if keys.has("full_attention") or keys.has("sliding_attention"):
+        config.refuse(section, "one rope for all layers")
+    kind = keys.text("rope_type", keys.text("type", "default"))
+    if kind not in KINDS:
+        keys.refuse("rope_type" if keys.has("rope_type") else "type", f"one of {', '.join(KINDS)}")
+    plain = (_theta(config, keys), _rotary_dim(config, keys, head_dim), config.integer("max_position_embeddings"))
+    match kind:
+        case "linear":
+            return LinearRope(*plain, keys.number("factor"))
+        case "dynamic":
+            return DynamicRope(*plain, keys.number("factor"))
+        case "llama3":
+            return _llama3(config, keys, plain)
+        case "yarn":
+            return _yarn(config, keys, plain)
+    return Rope(*plain)
+
+
+def _theta(config: Keys, keys: Keys) -> float:
+    theta = keys.number("rope_theta", config.number("rope_theta", 10000.0))
+    if theta <= 1:
+        (keys if keys.has("rope_theta") else config).refuse("rope_theta", "above 1")
+    return theta
+
+
+def _rotary_dim(config: Keys, keys: Keys, head_dim: int) -> int:
+    share = keys.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    rotary_dim = int(head_dim * share)
+    if rotary_dim % 2 or not 2 < rotary_dim <= head_dim:
+        where = keys if keys.has("partial_rotary_factor") else config
+        where.refuse("partial_rotary_factor", f"a share of the head's {head_dim} channels that makes pairs of them")
+    return rotary_dim
+
+
+def _original_context(config: Keys, keys: Keys, trained_context: int) -> int:
+    inner = keys.integer("original_max_position_embeddings", trained_context)
+    return config.integer("original_max_position_embeddings", inner)
+
+
+def _llama3(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
+    low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
+    if high <= low:
+        keys.refuse("high_freq_factor", f"above low_freq_factor, {low:g}")
+    return Llama3Rope(*plain, keys.number("factor"), low, high, _original_context(config, keys, plain[2]))
+
+
+def _yarn(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
+    original_context = _original_context(config, keys, plain[2])
+    factor = keys.number("factor", plain[2] / original_context)
+    magnitude = _yarn_magnitude(factor, 1.0)
+    if keys.has("mscale") and keys.has("mscale_all_dim"):
+        magnitude = _yarn_magnitude(factor, keys.number("mscale"))
+        magnitude /= _yarn_magnitude(factor, keys.number("mscale_all_dim"))
+    return YarnRope(
+        *plain,
+        factor,
+        original_context,
+        beta_fast=keys.number("beta_fast", 32.0),
+        beta_slow=keys.number("beta_slow", 1.0),
+        truncate=keys.flag("truncate", True),
+        magnitude=keys.number("attention_factor", magnitude),
+    )
+
+
+def _yarn_magnitude(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0

@@ -1,0 +1,166 @@
+"""`blade serve`: the composition root, the only file that knows everyone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from blade import __version__, logs
+from blade.api.app import App
+from blade.api.context import ServerContext
+from blade.api.routes import ROUTES
+from blade.api.server import Address, reserve, serve_http
+from blade.assembly import build_engine, choose, load_model
+from blade.banner import command_line, describe, ready
+from blade.console import progress
+from blade.errors import ConfigError
+from blade.plugins import Plugins, load
+
+if TYPE_CHECKING:
+    from blade.assembly import Assembly
+    from blade.config import Config
+    from blade.engine.engine import Engine
+    from blade.engine.memory import MemoryPlan
+    from blade.text.chat_template import ChatTemplate
+    from blade.text.tokenizer import HFTokenizer
+
+log = logging.getLogger("blade.serve")
+
+SWITCH_SECONDS = 0.0005  # how long a thread may hold the interpreter while another waits; Python's own is 5 ms
+
+
+def dry_run(config: Config) -> None:
+    """Print what `run` would do with this config, without loading weights."""
+    assembly = choose(config, load(config.plugins))
+    memory = assembly.plan_memory(reserved=assembly.weight_bytes)
+    print("\n".join([*describe(assembly, memory), "", command_line(config)]))
+
+
+def run(config: Config) -> None:
+    """Load the model and serve until SIGTERM or Ctrl-C."""
+    started = time.monotonic()
+    logs.set_up(config.server.log_level, config.server.log_format)
+    keys = _api_keys(config)
+    address = reserve(config.server, has_key=bool(keys))
+    # Half of a cold start is importing torch: begin while everything else is being looked up.
+    threading.Thread(target=__import__, args=("torch",), daemon=True).start()
+    plugins = load(config.plugins)
+    assembly = choose(config, plugins)
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(_load_text, assembly)
+        engine, memory = _load_engine(assembly)
+        tokenizer, template = text.result()
+    context = _context(config, assembly, engine, tokenizer, template, keys, address.url)
+    gc.collect()
+    gc.freeze()  # what is loaded stays; the collector need not look at it again and again
+    sys.setswitchinterval(SWITCH_SECONDS)
+
+    def announce() -> None:
+        for line in [*describe(assembly, memory), *ready(context, time.monotonic() - started)]:
+            _say(line, config.server.log_format)
+
+    uvloop.run(_serve(config, plugins, engine, context, address, announce))
+
+
+async def _serve(
+    config: Config, plugins: Plugins, engine: Engine, context: ServerContext, address: Address, announce: object
+) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop)
+    engine.start(loop)
+    try:
+        async with plugins.lifespans(context):
+            await serve_http(App(context), config.server, address, stop, engine.stop, announce)
+    finally:
+        engine.stop()
+        await asyncio.to_thread(engine.join, 5.0)
+
+
+def _on_signal(stop: asyncio.Event) -> None:
+    if stop.is_set():  # a second Ctrl-C: the user does not want to wait for the drain
+        os._exit(130)
+    log.info("stopping; running requests may finish (again to stop at once)")
+    stop.set()
+
+
+def _api_keys(config: Config) -> tuple[str, ...]:
+    """Those of --api-key, --api-key-file (one a line) and BLADE_API_KEY."""
+    keys = [config.server.api_key or "", os.environ.get("BLADE_API_KEY", "")]
+    path = config.server.api_key_file
+    if path is not None:
+        try:
+            keys += path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError(f"--api-key-file {path} cannot be read.", "Is it a text file of yours?") from None
+        if not any(map(str.strip, keys)):
+            raise ConfigError(f"--api-key-file {path} holds no key.", "Write one key a line.")
+    return tuple(filter(None, map(str.strip, keys)))
+
+
+def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan]:
+    with progress(f"Loading {assembly.model_name}", assembly.weight_bytes) as advance:
+        model = load_model(assembly, advance)
+    memory = assembly.plan_memory()
+    return build_engine(assembly, model, memory), memory
+
+
+def _load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:
+    from blade.text.chat_template import load_chat_template
+    from blade.text.tokenizer import load_tokenizer
+
+    checkpoint, options = assembly.checkpoint, assembly.config.model
+    folder = options.tokenizer_dir or checkpoint.path
+    metadata = None if options.tokenizer_dir else checkpoint.gguf_metadata
+    tokenizer = load_tokenizer(folder, metadata)
+    return tokenizer, load_chat_template(folder, metadata, options.chat_template)
+
+
+def _context(
+    config: Config,
+    assembly: Assembly,
+    engine: Engine,
+    tokenizer: HFTokenizer,
+    template: ChatTemplate | None,
+    keys: tuple[str, ...],
+    url: str,
+) -> ServerContext:
+    plugins, options = assembly.plugins, config.server
+    tool_parsers = plugins.registry("register_tool_parsers")
+    reasoning_parsers = plugins.registry("register_reasoning_parsers")
+    processors = plugins.registry("register_logits_processors")
+    routes = plugins.registry("register_routes", reserved=ROUTES)
+    return ServerContext(
+        engine=engine,
+        tokenizer=tokenizer,
+        model_name=assembly.model_name,
+        url=url,
+        version=__version__,
+        options=options,
+        api_keys=keys,
+        chat_template=template,
+        tool_parser=tool_parsers[options.tool_parser] if options.tool_parser else None,
+        reasoning_parser=reasoning_parsers[options.reasoning_parser] if options.reasoning_parser else None,
+        logits_processors={name: processors[name] for name in processors},
+        routes={name: routes[name] for name in routes},
+        request_finished=plugins.request_finished,
+    )
+
+
+def _say(line: str, log_format: str) -> None:
+    """To standard output for people; as a log record for machines."""
+    if log_format == "json":
+        if line:
+            log.info("%s", line)
+    else:
+        print(line, flush=True)

@@ -1,0 +1,193 @@
+"""The kit for attention backends: ragged batches over a scattered cache, against attention written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blade.contracts import Attention, Ops
+from blade.testing.ops import require_close
+from blade.testing.require import require
+from blade.types import Batch, KVSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 32), (4, 2, 128)]  # (num_heads, num_kv_heads, head_dim)
+_WINDOWS = (None, 1, 20)
+_MAX_CONTEXT = 640
+_STALE = float("nan")  # what unused slots hold: the KV another sequence left there may be anything
+
+
+@dataclass
+class _Case:
+    """Raw q, k, v of whole sequences, and which blocks they live in. Sequences 0 and 1 share their first blocks."""
+
+    spec: KVSpec
+    spans: list[tuple[int, int]]  # per sequence: the step computes tokens [start, stop)
+    shared: int  # tokens
+    tables: list[list[int]]
+    num_blocks: int
+    q: list[Tensor]  # [L, H, D] each
+    k: list[Tensor]  # [L, KV, D]
+    v: list[Tensor]
+    cos_sin: Tensor  # [max_context, rotary_dim] float32
+
+
+def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
+    """Prefill, chunks, decodes and mixes of them; head ratios, windows, partial rotary; shared and permuted blocks."""
+    import torch
+
+    attention = factory(ops)
+    steps = [
+        [(0, 37), (0, 1), (0, 16)],  # prompts
+        [(32, 33), (40, 41), (16, 17), (0, 1)],  # decodes
+        [(32, 60), (33, 34), (15, 18), (0, 40), (100, 101)],  # all at once
+        [(600, 601), (520, 550)],  # far behind
+    ]
+    for dtype in sorted(dtypes or {torch.float32, ops.default_dtype()}, key=str):
+        for seed, (num_heads, num_kv_heads, head_dim) in enumerate(_HEADS):
+            block_size = (16, 8)[seed % 2]
+            name = str(dtype).removeprefix("torch.")
+            spec = KVSpec(2, num_heads, num_kv_heads, head_dim, name, block_size)
+            for spans in steps:
+                case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
+                _check_case(attention, case, ops)
+
+
+def _make_case(spec: KVSpec, spans: list[tuple[int, int]], rotary_dim: int, dtype: torch.dtype, seed: int) -> _Case:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int, num_heads: int) -> Tensor:
+        return torch.randn(length, num_heads, spec.head_dim, generator=generator).to(dtype)
+
+    q, k, v = ([draw(stop, n) for _, stop in spans] for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads))
+    shared = min(spans[0][0], spans[1][0]) // spec.block_size * spec.block_size
+    k[1][:shared], v[1][:shared] = k[0][:shared], v[0][:shared]
+    sizes = [-(-stop // spec.block_size) for _, stop in spans]
+    num_blocks = sum(sizes) + 3  # some belong to nobody
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    tables = [[order.pop() for _ in range(size)] for size in sizes]
+    num_shared = shared // spec.block_size
+    tables[1][:num_shared] = tables[0][:num_shared]
+    angles = torch.arange(_MAX_CONTEXT)[:, None] * 100.0 ** -torch.linspace(0, 1, rotary_dim // 2)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return _Case(spec, spans, shared, tables, num_blocks, q, k, v, cos_sin)
+
+
+def _check_case(attention: Attention, case: _Case, ops: Ops) -> None:
+    import torch
+
+    spec = case.spec
+    require(attention.block_bytes(spec) > 0, "block_bytes() must be a positive number of bytes")
+    kv = attention.allocate(spec, case.num_blocks)
+    require(len(kv) == spec.num_layers, f"allocate() made {len(kv)} entries for {spec.num_layers} layers")
+    _spoil(attention, case, kv, ops)
+    past = [(case.shared if i == 1 else 0, start) for i, (start, _) in enumerate(case.spans)]
+    if any(stop > start for start, stop in past):
+        _store(attention, case, past, _batch(case, past, ops), kv[1], ops)
+    _spoil(attention, case, kv[:1], ops)  # another layer's slots are not this one's
+    batch = _batch(case, case.spans, ops)
+    q, k, v = _store(attention, case, case.spans, batch, kv[1], ops)
+    expected_q = torch.cat([_rotate(x, case.cos_sin)[a:b] for x, (a, b) in zip(case.q, case.spans, strict=True)])
+    expected_k = torch.cat([_rotate(x, case.cos_sin)[a:b] for x, (a, b) in zip(case.k, case.spans, strict=True)])
+    dtype = case.q[0].dtype
+    require_close("rotated q", q, expected_q, dtype)
+    require_close("rotated k", k, expected_k, dtype)
+    for window in _WINDOWS:
+        scale = spec.head_dim**-0.5
+        out = attention.attend(q.clone(), k, v, batch, kv[1], scale, window)
+        require_close(f"attention with window {window}", out, _attend(case, scale, window), dtype, factor=4)
+
+
+def _spoil(attention: Attention, case: _Case, kv: Any, ops: Ops) -> None:
+    """Fill every slot of these layers with what must never be seen again."""
+    import torch
+
+    spec = case.spec
+    whole = [[block] for block in range(case.num_blocks)]
+    spans = [(0, spec.block_size)] * case.num_blocks
+    batch = make_batch(whole, spans, spec.block_size, ops)
+    num_tokens = case.num_blocks * spec.block_size
+
+    def stale(num_heads: int) -> Tensor:
+        return ops.to_device(torch.full((num_tokens, num_heads, spec.head_dim), _STALE, dtype=case.q[0].dtype))
+
+    for layer_kv in kv:
+        k, v = stale(spec.num_kv_heads), stale(spec.num_kv_heads)
+        attention.rope_and_store(stale(spec.num_heads), k, v, ops.to_device(case.cos_sin), batch, layer_kv)
+
+
+def _store(
+    attention: Attention, case: _Case, spans: list[tuple[int, int]], batch: Batch, layer_kv: Any, ops: Ops
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate and store tokens [start, stop) of each sequence; returns q, k (rotated) and v of these tokens."""
+    import torch
+
+    q, k, v = (
+        ops.to_device(torch.cat([x[start:stop] for x, (start, stop) in zip(raw, spans, strict=True)]))
+        for raw in (case.q, case.k, case.v)
+    )
+    q, k = attention.rope_and_store(q, k, v, ops.to_device(case.cos_sin), batch, layer_kv)
+    return q, k, v
+
+
+def _batch(case: _Case, spans: list[tuple[int, int]], ops: Ops) -> Batch:
+    busy = [i for i, (start, stop) in enumerate(spans) if stop > start]
+    return make_batch([case.tables[i] for i in busy], [spans[i] for i in busy], case.spec.block_size, ops)
+
+
+def make_batch(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int, ops: Ops) -> Batch:
+    """The batch in which sequence b, living in the blocks tables[b], computes its tokens [start, stop) = spans[b]."""
+    import torch
+
+    def on_device(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+        return ops.to_device(torch.tensor(values, dtype=dtype))
+
+    places = [(b, i) for b, (start, stop) in enumerate(spans) for i in range(start, stop)]
+    query_lens, kv_lens = [stop - start for start, stop in spans], [stop for _, stop in spans]
+    ends = [sum(query_lens[: b + 1]) for b in range(len(spans))]
+    width = max(map(len, tables))
+    return Batch(
+        input_ids=on_device([0] * len(places), torch.int64),
+        positions=on_device([i for _, i in places], torch.int64),
+        slots=on_device([tables[b][i // block_size] * block_size + i % block_size for b, i in places], torch.int64),
+        cu_seqlens=on_device([0, *ends], torch.int32),
+        context_lens=on_device(kv_lens, torch.int32),
+        block_tables=on_device([table + [0] * (width - len(table)) for table in tables], torch.int32),
+        logits_rows=on_device([end - 1 for end in ends], torch.int64),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+    )
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x [L, H, D] at positions 0 to L - 1, in float32; halves of the first rotary_dim channels pair up."""
+    import torch
+
+    cos, sin = cos_sin[: len(x), None].chunk(2, dim=-1)  # [L, 1, rotary_dim / 2]
+    rotary_dim = cos_sin.shape[1]
+    first, second = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:].float()], dim=-1)
+
+
+def _attend(case: _Case, scale: float, window: int | None) -> Tensor:
+    """Softmax attention of the step's tokens, one sequence after the other, in float32: [T, H * D]."""
+    import torch
+
+    outs = []
+    for raw_q, raw_k, raw_v, (start, stop) in zip(case.q, case.k, case.v, case.spans, strict=True):
+        groups = case.spec.num_heads // case.spec.num_kv_heads
+        rounded = [_rotate(raw, case.cos_sin).to(raw.dtype).float() for raw in (raw_q, raw_k)]
+        q, k = rounded[0][start:], rounded[1].repeat_interleave(groups, dim=1)
+        v = raw_v.float().repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        behind = torch.arange(start, stop)[:, None] - torch.arange(stop)  # [Q, K]: how far back the key lies
+        hidden = (behind < 0) | (behind >= (window or stop))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+    return torch.cat(outs)

@@ -1,0 +1,103 @@
+"""The kit for op sets: each op against its formula in float32, over a grid of shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from blade.contracts import Ops
+from blade.testing.require import require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_NUM_TOKENS = (1, 2, 7, 33)
+_WIDTHS = (16, 64, 96, 576)  # of activations
+_EPS = 1e-5
+
+
+def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
+    """`dtypes` of the activations: float32 and the device's default, unless told otherwise."""
+    import torch
+
+    require(bool(ops.name), "an op set needs a name")
+    require(ops.available_memory() > 0, "available_memory() must be a positive number of bytes")
+    require(ops.to_device(torch.zeros(2)).device.type == ops.device.type, "to_device() does not move to ops.device")
+    for dtype in sorted(dtypes or {torch.float32, ops.default_dtype()}, key=str):
+        generator = torch.Generator().manual_seed(0)
+        for width in _WIDTHS:
+            for num_tokens in _NUM_TOKENS:
+                x = torch.randn(num_tokens, width, generator=generator).to(dtype)
+                _check_linear(ops, x, generator)
+                _check_norms(ops, x, generator)
+                _check_silu_mul(ops, x)
+            _check_embedding(ops, torch.randn(50, width, generator=generator).to(dtype))
+        _check_norms(ops, torch.randn(5, 4, 64, generator=generator).to(dtype), generator)  # per head: [T, H, D]
+        _check_norms(ops, torch.full((3, 64), 1e4, dtype=dtype), generator)  # squares beyond float16
+        _check_norms(ops, torch.full((3, 64), 1e-4, dtype=dtype), generator)  # where eps counts
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative error that a result in this dtype may have; twice its resolution, and 1e-5 for sums in float32."""
+    import torch
+
+    return max(2 * torch.finfo(dtype).eps, 1e-5)
+
+
+def require_close(what: str, found: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """`expected` is float32; errors are measured against its largest value."""
+    require(found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    require(found.dtype == dtype, f"{what}: dtype {found.dtype}, not {dtype}")
+    error = float((found.float().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+    limit = factor * tolerance(dtype)
+    require(
+        error <= limit, f"{what}, {dtype}, shape {tuple(found.shape)}: relative error {error:.1e} exceeds {limit:.1e}"
+    )
+
+
+def _check_linear(ops: Ops, x: Tensor, generator: torch.Generator) -> None:
+    import torch
+
+    for num_out, with_bias in ((8, False), (80, True), (200, False)):
+        weight = torch.randn(num_out, x.shape[1], generator=generator).to(x.dtype)
+        bias = torch.randn(num_out, generator=generator).to(x.dtype) if with_bias else None
+        expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+        linear = ops.linear(weight.clone(), bias if bias is None else bias.clone())
+        require_close("linear", linear(ops.to_device(x)), expected, x.dtype)
+
+
+def _check_embedding(ops: Ops, weight: Tensor) -> None:
+    import torch
+
+    ids = torch.tensor([0, 49, 7, 7])
+    require_close("embedding", ops.embedding(weight.clone())(ops.to_device(ids)), weight[ids].float(), weight.dtype)
+
+
+def _check_norms(ops: Ops, x: Tensor, generator: torch.Generator) -> None:
+    import torch
+
+    residual = torch.randn(x.shape, generator=generator).to(x.dtype)
+    weight = torch.randn(x.shape[-1], generator=generator).to(x.dtype)
+    on_device = ops.to_device(x.clone())
+    normed = ops.rms_norm(on_device, ops.to_device(weight), _EPS)
+    require(torch.equal(on_device.cpu(), x), "rms_norm changed its input")
+    require_close("rms_norm", normed, _rms_norm(x.float(), weight), x.dtype)
+    added = (x.float() + residual.float()).to(x.dtype)  # the sum lives on in the model's dtype
+    normed, total = ops.add_rms_norm(
+        ops.to_device(x.clone()), ops.to_device(residual.clone()), ops.to_device(weight), _EPS
+    )
+    require_close("add_rms_norm, the sum", total, added.float(), x.dtype)
+    require_close("add_rms_norm", normed, _rms_norm(added.float(), weight), x.dtype, factor=2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + _EPS).rsqrt() * weight.float()
+
+
+def _check_silu_mul(ops: Ops, x: Tensor) -> None:
+    import torch
+
+    gate_up = torch.cat([x * 30, x.flip(-1)], dim=-1)  # far out, where exp() overflows
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    require_close("silu_mul", ops.silu_mul(ops.to_device(gate_up)), gate * gate.sigmoid() * up, x.dtype)

@@ -1,0 +1,92 @@
+"""The tokenizer files of a model folder. No code of the folder runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from blade.errors import CheckpointError
+from blade.text.post_processor import surround
+
+_REMEDY = "Pass --tokenizer-dir with a folder that holds the model's tokenizer.json."
+
+
+def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None]:
+    """(tokenizer, end-of-sequence ids, BOS) of a folder in Hugging Face's layout."""
+    tokenizer = _read_tokenizer(folder)
+    special_tokens = read_special_tokens(folder)
+    bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
+    config = read_json(folder / "tokenizer_config.json")
+    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
+    if add_bos is not None or add_eos is not None:  # that outweighs tokenizer.json, as in transformers
+        surround(tokenizer, bos if add_bos else None, eos if add_eos else None)
+    return tokenizer, _eos_token_ids(folder, tokenizer, eos), bos
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} is not a JSON object.") from error
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _convert(folder)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(f"{path} is no tokenizer that the installed tokenizers library can read.") from error
+
+
+def _convert(folder: Path) -> Tokenizer:
+    """From older files, by transformers' own classes; importing them takes seconds."""
+    remedy = _REMEDY
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        name = "Qwen2Tokenizer"
+    elif (folder / "tokenizer.model").is_file():
+        name = "LlamaTokenizer"
+        remedy = f"Install the packages sentencepiece and protobuf if they are missing. Else: {_REMEDY}"
+    else:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or tokenizer.model.", _REMEDY
+        )
+    import transformers
+
+    try:
+        converted = getattr(transformers, name).from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # of any kind: a missing package, a malformed file
+        raise CheckpointError(f"{folder}: transformers' {name} cannot read the tokenizer files.", remedy) from error
+    if not isinstance(converted, Tokenizer):
+        raise CheckpointError(f"{folder}: transformers' {name} gives no fast tokenizer.", _REMEDY)
+    return converted
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """{"bos_token": "<s>", ...}; in the files a value is a string or an object with `content`."""
+    merged = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    named = {name: value for name, value in merged.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _eos_token_ids(folder: Path, tokenizer: Tokenizer, eos: str | None) -> tuple[int, ...]:
+    """Those generation_config.json lists and the tokenizer's own; config.json's where neither names one."""
+    own = None if eos is None else tokenizer.token_to_id(eos)
+    ids = _read_ids(folder / "generation_config.json") + ([] if own is None else [own])
+    return tuple(dict.fromkeys(ids or _read_ids(folder / "config.json")))
+
+
+def _read_ids(path: Path) -> list[int]:
+    value = read_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id is neither an id nor a list of ids.")
+    return ids

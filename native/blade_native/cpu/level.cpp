@@ -1,0 +1,20 @@
+// Which instruction sets this machine has. The portable library is safe to load anywhere, so it is the one to ask.
+#include "api.h"
+
+// 3: AVX-512 with BF16 and VNNI, 2: AVX-512, 1: AVX2 with FMA, 0: none of them.
+EXPORT int blade_machine_level(void) {
+#if defined(__x86_64__)
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512cd");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return 3;
+    return avx512 ? 2 : avx2 ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
+// What the sources hashed to when this library was built.
+EXPORT const char* blade_source_hash(void) { return BLADE_SOURCE_HASH; }

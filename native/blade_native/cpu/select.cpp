@@ -1,0 +1,74 @@
+// The largest of each row of logits: the token of greedy decoding, and the candidates of top-k sampling, without
+// sorting the vocabulary.
+#include <algorithm>
+
+#include "api.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace {
+struct Candidate {
+    float value;
+    int64_t index;
+    // Larger values first; of equal ones the lower index.
+    bool operator<(const Candidate& other) const {
+        return value > other.value || (value == other.value && index < other.index);
+    }
+};
+
+int64_t argmax(const float* row, long n) {
+    vec::F most = vec::set(-__builtin_inff());
+    vec::for_lanes(n / vec::LANES * vec::LANES, [&](long i, int) { most = vec::max(vec::load(row + i), most); });
+    float bound = vec::max_lane(most);
+    for (long i = n / vec::LANES * vec::LANES; i < n; i++) bound = std::max(bound, row[i]);
+    const float* at = std::find(row, row + n, bound);
+    return at < row + n ? at - row : 0;
+}
+
+// The largest of the floor and sixteen logits; NaN counts for nothing.
+float highest(const float* logits, float floor) { return vec::max_lane(vec::max(vec::load(logits), vec::set(floor))); }
+
+// best[0 : 2 k] holds candidates; whenever it is full the worse half is dropped, which raises the bar to enter.
+void top_k(const float* row, long n, long k, Candidate* best) {
+    long num = 0;
+    float bar = -__builtin_inff();
+    for (long i = 0; i < n; i += vec::LANES) {
+        int lanes = int(std::min<long>(n - i, vec::LANES));
+        if (num >= k && lanes == vec::LANES && highest(row + i, bar) == bar) continue;
+        for (int j = 0; j < lanes; j++) {
+            if (num >= k && !(row[i + j] > bar)) continue;
+            bool is_number = row[i + j] == row[i + j];
+            best[num++] = {is_number ? row[i + j] : -__builtin_inff(), i + j};
+            if (num == 2 * k) {
+                std::nth_element(best, best + k - 1, best + num);
+                num = k;
+                bar = best[k - 1].value;
+            }
+        }
+    }
+    std::partial_sort(best, best + std::min(k, num), best + num);
+}
+}  // namespace
+
+// logits [rows, n] -> ids [rows], the first of the largest.
+EXPORT int blade_argmax(const float* logits, int64_t rows, int64_t n, int64_t* ids, int threads) {
+    parallel_for(threads, rows, 1, [=](long row, int) { ids[row] = argmax(logits + row * n, n); });
+    return OK;
+}
+
+// logits [rows, n] -> values and ids [rows, k], largest first, equal ones by id. k <= n.
+EXPORT int blade_top_k(const float* logits, int64_t rows, int64_t n, int64_t k, float* values, int64_t* ids,
+                       int threads) {
+    Scratch scratch(rows * 2 * k * sizeof(Candidate));
+    Candidate* candidates = (Candidate*)scratch.data;
+    if (!candidates) return OUT_OF_MEMORY;
+    parallel_for(threads, rows, 1, [=](long row, int) {
+        Candidate* best = candidates + row * 2 * k;
+        top_k(logits + row * n, n, k, best);
+        for (int64_t i = 0; i < k; i++) {
+            values[row * k + i] = best[i].value;
+            ids[row * k + i] = best[i].index;
+        }
+    });
+    return OK;
+}

@@ -1,0 +1,108 @@
+// AVX2 + FMA + F16C: sixteen lanes are two registers.
+#pragma once
+#include <immintrin.h>
+
+namespace vec {
+struct F {
+    __m256 a, b;
+};
+struct I {
+    __m256i a, b;
+};
+typedef I W;
+constexpr int MAX_ROWS = 3;  // 12 accumulators of a 32-channel panel and 3 temporaries fit 16 registers
+
+INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE I set_int(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE __m256 widen(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE F load(const bf16* p) { return {widen(p), widen(p + 8)}; }
+INLINE void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+INLINE __m256i narrow(__m256 x) {
+    __m256i u = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i nan = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, nan, is_nan), 16);
+}
+INLINE void store(bf16* p, F x) {
+    __m256i both = _mm256_packus_epi32(narrow(x.a), narrow(x.b));  // interleaves the 128-bit halves
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+INLINE float sum(F x) {
+    __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+INLINE float max_lane(F x) {
+    __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+INLINE F round_to_int(F x) {
+    return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+INLINE __m256 power2(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE F scale2(F x, F n) { return {_mm256_mul_ps(x.a, power2(n.a)), _mm256_mul_ps(x.b, power2(n.b))}; }
+INLINE __m256 keep8(__m256 x, int from, int to, float other) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i drop = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane),
+                                   _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(to - 1)));
+    return _mm256_blendv_ps(x, _mm256_set1_ps(other), _mm256_castsi256_ps(drop));
+}
+// Lanes [from, to) of x, the others become `other`.
+INLINE F keep(F x, int from, int to, float other) {
+    return {keep8(x.a, from, to, other), keep8(x.b, from - 8, to - 8, other)};
+}
+
+INLINE W word(const void* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+INLINE W splat(const void* p) {
+    int32_t w;
+    memcpy(&w, p, 4);
+    return set_int(w);
+}
+INLINE W both(W w, __m256i mask) { return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)}; }
+INLINE W low_halves(W w) { return both(w, _mm256_set1_epi32(0xffff)); }
+INLINE W low_nibbles(W w) { return both(w, _mm256_set1_epi8(15)); }
+INLINE W high_nibbles(W w) { return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)}); }
+INLINE F as_float(W w) { return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)}; }
+INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INLINE F half_to_float(const void* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+
+INLINE F dot_bf16(F c, W w, W a) {
+    F w_low = {_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
+    F a_low = {_mm256_castsi256_ps(_mm256_slli_epi32(a.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.b, 16))};
+    const __m256i high = _mm256_set1_epi32(0xffff0000);
+    return fma(as_float(both(w, high)), as_float(both(a, high)), fma(w_low, a_low, c));
+}
+INLINE __m256i dot_bytes8(__m256i c, __m256i w, __m256i a) {
+    __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)),
+                                     _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
+    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8));
+    return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+}
+// c + sum over the four bytes of w (unsigned) times a (signed); exact, where vpmaddubsw alone would saturate.
+INLINE I dot_bytes(I c, W w, W a) { return {dot_bytes8(c.a, w.a, a.a), dot_bytes8(c.b, w.b, a.b)}; }
+}  // namespace vec

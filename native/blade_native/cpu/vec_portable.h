@@ -1,0 +1,109 @@
+// GCC vector extensions of 128 bits, which become SSE2, NEON or whatever the compiler's target has.
+#pragma once
+
+namespace vec {
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+struct F {
+    F4 v[4];
+};
+struct I {
+    I4 v[4];
+};
+typedef I W;
+constexpr int MAX_ROWS = 2;
+
+// Applies an expression of q = 0..3 to the four quarters.
+#define QUARTERS(T, expression) \
+    T out; \
+    _Pragma("GCC unroll 4") for (int q = 0; q < 4; q++) out.v[q] = (expression); \
+    return out;
+
+INLINE F4 bits_to_float(I4 x) { return (F4)x; }
+INLINE F set(float x) { QUARTERS(F, (F4{x, x, x, x})) }
+INLINE I set_int(int x) { QUARTERS(I, (I4{x, x, x, x})) }
+INLINE F zero() { return set(0.0f); }
+INLINE F load(const float* p) {
+    F x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+INLINE F load(const bf16* p) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
+}
+INLINE void store(float* p, F x) { memcpy(p, &x, sizeof x); }
+INLINE void store(bf16* p, F x) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) from_float(lanes[i], p[i]);
+}
+INLINE F add(F a, F b) { QUARTERS(F, a.v[q] + b.v[q]) }
+INLINE F sub(F a, F b) { QUARTERS(F, a.v[q] - b.v[q]) }
+INLINE F mul(F a, F b) { QUARTERS(F, a.v[q] * b.v[q]) }
+INLINE F div(F a, F b) { QUARTERS(F, a.v[q] / b.v[q]) }
+INLINE F fma(F a, F b, F c) { QUARTERS(F, a.v[q] * b.v[q] + c.v[q]) }
+INLINE F max(F a, F b) { QUARTERS(F, a.v[q] > b.v[q] ? a.v[q] : b.v[q]) }
+INLINE float sum(F x) {
+    F4 s = (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+INLINE float max_lane(F x) {
+    float lanes[LANES], most;
+    store(lanes, x);
+    most = lanes[0];
+    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+}
+INLINE F round_to_int(F x) {  // |x| < 2^22: adding 1.5 * 2^23 drops the fraction
+    F magic = set(12582912.0f);
+    return sub(add(x, magic), magic);
+}
+INLINE F scale2(F x, F n) {
+    QUARTERS(F, x.v[q] * bits_to_float((__builtin_convertvector(n.v[q], I4) + 127) << 23))
+}
+// Lanes [from, to) of x, the others become `other`.
+INLINE F keep(F x, int from, int to, float other) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) lanes[i] = i >= from && i < to ? lanes[i] : other;
+    return load(lanes);
+}
+
+INLINE W word(const void* p) {
+    W w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+INLINE W splat(const void* p) {
+    int32_t w;
+    memcpy(&w, p, 4);
+    return set_int(w);
+}
+INLINE W low_halves(W w) { QUARTERS(W, w.v[q] & 0xffff) }
+INLINE W low_nibbles(W w) { QUARTERS(W, w.v[q] & 0x0f0f0f0f) }
+INLINE W high_nibbles(W w) { QUARTERS(W, (w.v[q] >> 4) & 0x0f0f0f0f) }
+INLINE F as_float(W w) { QUARTERS(F, bits_to_float(w.v[q])) }
+INLINE F to_float(I x) { QUARTERS(F, __builtin_convertvector(x.v[q], F4)) }
+INLINE F half_to_float(const void* p) {
+    uint16_t halves[LANES];
+    float lanes[LANES];
+    memcpy(halves, p, sizeof halves);
+    for (int i = 0; i < LANES; i++) lanes[i] = half_to_float(halves[i]);
+    return load(lanes);
+}
+
+INLINE F dot_bf16(F c, W w, W a) {
+    const I4 high = I4{-65536, -65536, -65536, -65536};
+    QUARTERS(F, c.v[q] + bits_to_float(w.v[q] << 16) * bits_to_float(a.v[q] << 16) +
+                    bits_to_float(w.v[q] & high) * bits_to_float(a.v[q] & high))
+}
+INLINE I4 byte(I4 x, int i) { return (x << (24 - 8 * i)) >> 24; }
+// c + sum over the four bytes of w (unsigned) times a (signed); exact.
+INLINE I dot_bytes(I c, W w, W a) {
+    QUARTERS(I, c.v[q] + (byte(w.v[q], 0) & 0xff) * byte(a.v[q], 0) + (byte(w.v[q], 1) & 0xff) * byte(a.v[q], 1) +
+                    (byte(w.v[q], 2) & 0xff) * byte(a.v[q], 2) + (byte(w.v[q], 3) & 0xff) * byte(a.v[q], 3))
+}
+#undef QUARTERS
+}  // namespace vec

@@ -1,0 +1,131 @@
+"""Paged attention over the compiled kernels: contracts.Attention."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blade.contracts import Attention
+from blade.types import Batch, KVCache, KVSpec
+from blade_native.simd.check import DTYPES, check, check_heads
+from blade_native.simd.library import CPagedKV, Library
+from blade_native.simd.memory import allocate
+
+MAX_HEAD_DIM = 256
+
+
+class LayerKV:
+    """One layer's K and V in the kernels' layout (PagedKV of api.h), on huge pages."""
+
+    def __init__(self, spec: KVSpec, num_blocks: int) -> None:
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        num_bytes = num_blocks * layer_block_bytes(spec) // 2
+        self.k, self.v = allocate(num_bytes), allocate(num_bytes)
+        self._struct = CPagedKV(
+            DTYPES[self.dtype],
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.block_size,
+            self.k.data_ptr(),
+            self.v.data_ptr(),
+        )
+        self.by_reference = ctypes.byref(self._struct)
+
+
+def layer_block_bytes(spec: KVSpec) -> int:
+    return int(2 * spec.block_size * spec.num_kv_heads * spec.head_dim * getattr(torch, spec.dtype).itemsize)
+
+
+def covers(spec: KVSpec) -> bool:
+    """Whether the kernels have this shape: float32 or bfloat16, head_dim 16, 32, ... 256, block size 16, 32, ..."""
+    return (
+        getattr(torch, spec.dtype) in DTYPES
+        and spec.head_dim % 16 == 0
+        and spec.head_dim <= MAX_HEAD_DIM
+        and spec.block_size % 16 == 0
+        and spec.num_heads % spec.num_kv_heads == 0
+    )
+
+
+class StepArguments:
+    """What the layers of one step pass to the kernels alike: checked once, as addresses."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.num_tokens, self.num_seqs = len(batch.positions), len(batch.context_lens)
+        self.max_blocks = batch.block_tables.shape[-1]
+        check("positions", batch.positions, torch.int64, (self.num_tokens,))
+        check("slots", batch.slots, torch.int64, (self.num_tokens,))
+        check("cu_seqlens", batch.cu_seqlens, torch.int32, (self.num_seqs + 1,))
+        check("context_lens", batch.context_lens, torch.int32, (self.num_seqs,))
+        check("block_tables", batch.block_tables, torch.int32, (self.num_seqs, self.max_blocks))
+        self.where = batch.positions.data_ptr(), batch.slots.data_ptr()
+        self.context = batch.cu_seqlens.data_ptr(), batch.context_lens.data_ptr(), batch.block_tables.data_ptr()
+
+
+class SimdAttention:
+    """A row's result depends neither on the batch around it nor on the number of threads.
+
+    Caches of a shape that the kernels do not cover are allocated and served by `base`.
+    """
+
+    def __init__(self, base: Attention, library: Library, threads: int) -> None:
+        self.base = base
+        self.library = library
+        self.threads = threads
+        self._step: StepArguments | None = None
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        return spec.num_layers * layer_block_bytes(spec) if covers(spec) else self.base.block_bytes(spec)
+
+    def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
+        if not covers(spec):
+            return self.base.allocate(spec, num_blocks)
+        return [LayerKV(spec, num_blocks) for _ in range(spec.num_layers)]
+
+    def rope_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(layer_kv, LayerKV):
+            return self.base.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
+        step, dtype = self._arguments(batch), layer_kv.dtype
+        q_shape = (step.num_tokens, layer_kv.num_heads, layer_kv.head_dim)
+        kv_shape = (step.num_tokens, layer_kv.num_kv_heads, layer_kv.head_dim)
+        check_heads("q", q, dtype, q_shape)
+        check_heads("k", k, dtype, kv_shape)
+        check_heads("v", v, dtype, kv_shape)
+        rotary_dim = cos_sin.shape[-1]
+        check("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], rotary_dim))
+        if rotary_dim % 2 or rotary_dim > layer_kv.head_dim:
+            raise ValueError(f"rotary_dim {rotary_dim} does not fit head_dim {layer_kv.head_dim}")
+        rotated_q, rotated_k = q.new_empty(q_shape), k.new_empty(kv_shape)
+        tensors = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)
+        table = cos_sin.data_ptr(), rotary_dim
+        outputs = rotated_q.data_ptr(), rotated_k.data_ptr()
+        self.library.rope_and_store(
+            layer_kv.by_reference, *tensors, step.num_tokens, *step.where, *table, *outputs, self.threads
+        )
+        return rotated_q, rotated_k
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+    ) -> Tensor:
+        if not isinstance(layer_kv, LayerKV):
+            return self.base.attend(q, k, v, batch, layer_kv, scale, window)
+        step, num_heads, head_dim = self._arguments(batch), layer_kv.num_heads, layer_kv.head_dim
+        check_heads("q", q, layer_kv.dtype, (step.num_tokens, num_heads, head_dim))
+        out = q.new_empty((step.num_tokens, num_heads * head_dim))
+        queries = q.data_ptr(), q.stride(0)
+        context = step.num_seqs, *step.context, step.max_blocks
+        self.library.attend(layer_kv.by_reference, *queries, *context, scale, window or 0, out.data_ptr(), self.threads)
+        return out
+
+    def _arguments(self, batch: Batch) -> StepArguments:
+        if self._step is None or self._step.batch is not batch:
+            self._step = StepArguments(batch)
+        return self._step

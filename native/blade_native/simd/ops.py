@@ -1,0 +1,124 @@
+"""The op set: contracts.Ops over the compiled kernels. What they do not cover (float16) goes to the torch op set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from blade.contracts import Linear, Ops
+from blade_native.simd.check import DTYPES, check
+from blade_native.simd.library import Library
+from blade_native.simd.linear import PackedLinear, pack_dense, quantize
+
+
+class SimdOps:
+    """bf16 and f32 on a CPU. `base` answers for the memory, for embeddings that nothing shares and for float16."""
+
+    name = "simd"
+
+    def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
+        self.base = base
+        self.library = library
+        self.threads = threads or torch.get_num_threads()
+        self.device = base.device
+
+    def default_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def available_memory(self) -> int:
+        return self.base.available_memory()
+
+    def to_device(self, x: Tensor) -> Tensor:
+        return self.base.to_device(x)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if weight.dtype not in DTYPES:
+            return self.base.linear(weight, bias)
+        return pack_dense(self.library, weight, bias, self.threads)
+
+    def quantized_linear(self, weight: Tensor, bias: Tensor | None, bits: int) -> Linear:
+        """Quantise weight [N, K] to 8 or 4 bits in groups and pack it; see linear.quantize."""
+        return quantize(self.library, weight, bias, bits, self.threads)
+
+    def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return self.base.embedding(weight)
+
+    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor]:
+        """The embedding tied to a linear that this op set packed: ids [T] int64 -> [T, K], from the same memory."""
+        if not isinstance(linear, PackedLinear) or linear.dtype is None:
+            raise TypeError("only a dense linear of this op set can be read back")
+        return linear.rows
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., D]; of three or more axes the first may be strided, as in a slice of a fused projection."""
+        if x.dtype not in DTYPES:
+            return self.base.rms_norm(x, weight, eps)
+        d = x.shape[-1]
+        check("weight", weight, x.dtype, (d,))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        outer, inner, stride = rows_of(x, d)
+        self.library.rms_norm(
+            DTYPES[x.dtype], x.data_ptr(), outer, inner, stride, d, weight.data_ptr(), eps, y.data_ptr(), self.threads
+        )
+        return y
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x and residual [T, D], weight [D]; works in place on residual."""
+        if x.dtype not in DTYPES:
+            return self.base.add_rms_norm(x, residual, weight, eps)
+        rows, d = x.shape
+        check("x", x, x.dtype, (rows, d))
+        check("residual", residual, x.dtype, (rows, d))
+        check("weight", weight, x.dtype, (d,))
+        y = torch.empty_like(x)
+        self.library.add_rms_norm(
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            residual.data_ptr(),
+            rows,
+            d,
+            weight.data_ptr(),
+            eps,
+            y.data_ptr(),
+            self.threads,
+        )
+        return y, residual
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype not in DTYPES:
+            return self.base.silu_mul(gate_up)
+        rows, width = gate_up.shape
+        check("gate_up", gate_up, gate_up.dtype, (rows, width))
+        if width % 2:
+            raise ValueError(f"gate_up has an odd width, {width}")
+        y = gate_up.new_empty((rows, width // 2))
+        self.library.silu_mul(DTYPES[gate_up.dtype], gate_up.data_ptr(), rows, width // 2, y.data_ptr(), self.threads)
+        return y
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """logits [R, V] float32 -> ids [R] int64, the first of the largest."""
+        check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
+        ids = torch.empty(logits.shape[0], dtype=torch.int64)
+        self.library.argmax(logits.data_ptr(), *logits.shape, ids.data_ptr(), self.threads)
+        return ids
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
+        check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
+        if not 1 <= k <= logits.shape[1]:
+            raise ValueError(f"k = {k} is not in 1..{logits.shape[1]}")
+        values = torch.empty(logits.shape[0], k)
+        ids = torch.empty(logits.shape[0], k, dtype=torch.int64)
+        self.library.top_k(logits.data_ptr(), *logits.shape, k, values.data_ptr(), ids.data_ptr(), self.threads)
+        return values, ids
+
+
+def rows_of(x: Tensor, d: int) -> tuple[int, int, int]:
+    """x [..., D] as (outer, inner, stride): `inner` contiguous rows of D, `outer` times `stride` elements apart."""
+    if x.is_contiguous():
+        return (x.numel() // d, 1, d)
+    if x.dim() > 1 and x[0].is_contiguous():
+        return x.shape[0], x[0].numel() // d, x.stride(0)
+    raise ValueError("x: the rows behind one index do not lie side by side")

@@ -1,0 +1,120 @@
+"""How a ragged step is cut into tiles, each of which is one dense attention over keys gathered side by side.
+
+A tile is a few sequences with equally many queries and about as many keys, or a run of queries of one long prompt.
+Decodes, chunks of prompts and verifications of drafts are all tiles; nothing below tells them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade import Batch
+
+MAX_SHARED_QUERIES = 8  # sequences with more queries in the step fill a tile of their own
+MAX_STRETCH, MAX_PADDING = 1.25, 64  # a tile's keys are padded to its longest: at most so much beyond its shortest
+
+
+class Piece(NamedTuple):
+    """Consecutive queries of one sequence."""
+
+    seq: int  # in the batch
+    first_row: int  # in the batch's T tokens
+    num_queries: int
+    kv_end: int  # keys seen by the last of them
+
+
+@dataclass(slots=True, frozen=True)
+class Tile:
+    """B pieces of n queries over L keys each, on the device. L is a whole number of blocks."""
+
+    num_pieces: int
+    rows: Tensor  # [B * n] int64: which of the batch's T tokens the queries are
+    blocks: Tensor  # [B * L / block_size]: which KV blocks hold the keys
+    bias: Tensor  # [B, 1, n * G, L]: 0 where a query sees a key, else -inf; the G heads of a KV head innermost
+
+
+def cut(query_lens: Iterable[int], kv_lens: Iterable[int], max_queries: int) -> Iterator[Piece]:
+    """Cut at multiples of max_queries tokens of the sequence, so that tiles of prompts end alike and share a bias."""
+    row = 0
+    for seq, (num_queries, end) in enumerate(zip(query_lens, kv_lens, strict=True)):
+        start = end - num_queries
+        while start < end:
+            stop = min(end, (start // max_queries + 1) * max_queries)
+            yield Piece(seq, row, stop - start, stop)
+            row += stop - start
+            start = stop
+
+
+def group(pieces: Iterable[Piece], max_keys: int) -> list[list[Piece]]:
+    """Pieces that become one tile, by falling number of queries and keys; max_keys bounds the keys they gather."""
+    tiles: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: (piece.num_queries, piece.kv_end), reverse=True):
+        if tiles and _fits(tiles[-1], piece, max_keys):
+            tiles[-1].append(piece)
+        else:
+            tiles.append([piece])
+    return tiles
+
+
+def _fits(tile: list[Piece], piece: Piece, max_keys: int) -> bool:
+    longest = tile[0]
+    return (
+        piece.num_queries == longest.num_queries <= MAX_SHARED_QUERIES
+        and longest.kv_end <= piece.kv_end * MAX_STRETCH + MAX_PADDING
+        and longest.kv_end * (len(tile) + 1) <= max_keys
+    )
+
+
+def build(
+    pieces: Seq[Piece],
+    batch: Batch,
+    block_size: int,
+    num_groups: int,
+    window: int | None,
+    dtype: torch.dtype,
+    biases: dict[tuple[int, int], Tensor],
+) -> Tile:
+    """The tile of these pieces. `biases` is shared by the tiles of a step, which come longest first: seen from its end
+    the bias of a lone piece is always the same triangle, so shorter tiles use the tail of a longer one's."""
+    device = batch.positions.device
+    num_queries = pieces[0].num_queries
+    firsts = [0 if window is None else max(0, p.kv_end - num_queries + 1 - window) // block_size for p in pieces]
+    num_blocks = max(-(-p.kv_end // block_size) - first for p, first in zip(pieces, firsts, strict=True))
+    numbers = torch.tensor([(*piece, first) for piece, first in zip(pieces, firsts, strict=True)])
+    columns = numbers.to(device, non_blocking=True).unsqueeze(-1).unbind(1)
+    seqs, rows, _, ends, first_blocks = columns  # [B, 1] each
+
+    places = first_blocks + torch.arange(num_blocks, device=device)  # [B, num_blocks] in the block table
+    # Beyond its end a sequence reads its own last block again: hidden, and nobody else's.
+    blocks = batch.block_tables[seqs.squeeze(1)].gather(1, torch.minimum(places, (ends - 1) // block_size))
+    queries = torch.arange(num_queries, device=device)
+    shape = (num_queries, -pieces[0].kv_end % block_size)
+    bias = biases.get(shape) if len(pieces) == 1 else None
+    if bias is None:
+        keys = (places[:, :, None] * block_size + torch.arange(block_size, device=device)).flatten(1)
+        bias = _bias(ends - num_queries + queries, keys, window, num_groups, dtype)
+        if len(pieces) == 1:
+            biases[shape] = bias
+    return Tile(
+        num_pieces=len(pieces),
+        rows=(rows + queries).flatten(),
+        blocks=blocks.flatten(),
+        bias=bias[..., bias.shape[-1] - num_blocks * block_size :],
+    )
+
+
+def _bias(queries: Tensor, keys: Tensor, window: int | None, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """queries [B, n] and keys [B, L] are positions."""
+    behind = queries[:, :, None] - keys[:, None, :]  # [B, n, L]
+    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return bias[:, None].repeat_interleave(num_groups, dim=2)

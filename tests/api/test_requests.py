@@ -1,0 +1,147 @@
+"""What a request may say, and what the engine is asked for then."""
+
+from typing import Any
+
+import pytest
+
+from blade.types import Limits, SamplingParams
+
+from .fakes import EOS, Client, FakeEngine, complete, run
+from .rsgi import Answer
+
+
+def params(path: str = "complete", **fields: Any) -> SamplingParams:
+    client = Client(logits_processors={"loud": lambda arguments, tokenizer: ("loud", arguments)})
+    answer: Answer = run(getattr(client, path)(**fields))
+    assert answer.status == 200, answer.json
+    return client.engine.seqs[0].params
+
+
+def prompts(prompt: Any, **fields: Any) -> list[list[int]]:
+    client = Client()
+    assert run(client.complete(prompt=prompt, **fields)).status == 200
+    return [seq.prompt_ids for seq in client.engine.seqs]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("ab", [[97, 98]]),
+        (["ab", "c"], [[97, 98], [99]]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (["7"], [[55]]),
+        ("x" * 5000, None),  # long enough for a thread
+    ],
+)
+def test_a_prompt_comes_in_four_forms(prompt: Any, ids: list[list[int]] | None) -> None:
+    if ids is None:
+        engine = FakeEngine(limits=Limits(260, 6000, 4))
+        assert complete(engine, prompt=prompt).status == 200
+        assert engine.seqs[0].prompt_ids == [120] * 5000
+    else:
+        assert prompts(prompt) == ids
+
+
+def test_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
+    answer = complete(FakeEngine("ab"), prompt=["x", "yz"], n=2, echo=True)
+    assert [(c["index"], c["text"]) for c in answer.json["choices"]] == [
+        (0, "xab"),
+        (1, "xab"),
+        (2, "yzab"),
+        (3, "yzab"),
+    ]
+    assert answer.json["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+
+
+def test_a_seed_gives_each_choice_its_own() -> None:
+    client = Client()
+    run(client.complete(seed=7, n=3))
+    assert [seq.params.seed for seq in client.engine.seqs] == [7, 8, 9]
+
+
+def test_echo_of_ids_is_their_text_and_begins_a_stream() -> None:
+    events = complete(FakeEngine("a"), prompt=[120, 121], echo=True, stream=True).events
+    assert [event["choices"][0]["text"] for event in events] == ["xya", ""]
+
+
+def test_the_defaults() -> None:
+    assert params() == SamplingParams(max_tokens=16, stop_token_ids=(EOS,))
+    assert params("chat") == SamplingParams(max_tokens=512 - 8, stop_token_ids=(EOS,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"max_tokens": "12"}, {"max_tokens": 12}),
+        ({"max_tokens": 12.0}, {"max_tokens": 12}),
+        ({"max_completion_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": None, "temperature": None, "stop": None}, {}),
+        ({"min_tokens": 3}, {"min_tokens": 3}),
+        ({"temperature": 0}, {"temperature": 0.0}),
+        ({"temperature": "0.5"}, {"temperature": 0.5}),
+        ({"top_p": 0.5}, {"top_p": 0.5}),
+        ({"top_p": 0}, {"top_p": 1e-9}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": 0}, {"top_k": 0}),
+        ({"top_k": 40}, {"top_k": 40}),
+        ({"top_k": 2**31 - 1}, {"top_k": 0}),
+        ({"min_p": 0.1}, {"min_p": 0.1}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0, "frequency_penalty": 2.0}),
+        ({"seed": -1}, {"seed": 2**63 - 1}),
+        ({"logit_bias": {"5": -100, "7": 1.5}}, {"logit_bias": {5: -100.0, 7: 1.5}}),
+        ({"stop_tokens": [3], "stop_token_ids": [4, 3]}, {"stop_token_ids": (3, 4, EOS)}),
+        ({"ignore_eos": "true", "stop_tokens": [3]}, {"stop_token_ids": (3,)}),
+        ({"logprobs": 0}, {"logprobs": 0}),
+        ({"logprobs": 3}, {"logprobs": 3}),
+        ({"logprobs": "3"}, {"logprobs": 3}),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 2}, {"logprobs": 2}),
+        ({"logprobs": False}, {}),
+        ({"logits_processors": {"loud": [1]}}, {"processors": (("loud", [1]),)}),
+        ({"best_of": 1, "use_beam_search": False, "response_format": "text", "nobody_knows": [{}]}, {}),
+        ({"response_format": {"type": "text"}, "guided_json": None, "user": "u", "model": ""}, {}),
+    ],
+)
+def test_fields_become_sampling_params(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    defaults = {"max_tokens": 16, "stop_token_ids": (EOS,)}
+    assert params(**fields) == SamplingParams(**(defaults | expected))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"), [({"logprobs": 0}, None), ({"logprobs": 2}, 2), ({"logprobs": True}, 0)]
+)
+def test_chat_takes_logprobs_as_a_flag_or_a_count(fields: dict[str, Any], expected: int | None) -> None:
+    assert params("chat", **fields).logprobs == expected
+
+
+def test_priority_and_salt_reach_the_engine() -> None:
+    client = Client()
+    for salt in ("a", "b", "a"):
+        run(client.complete(cache_salt=salt, priority=-3))
+    first, second, third = client.engine.seqs
+    assert first.namespace == third.namespace != second.namespace != b""
+    assert first.priority == -3
+
+
+@pytest.mark.parametrize("field", ["stop", "stop_sequences"])
+@pytest.mark.parametrize("stop", ["lo W", ["xx", "lo W"]])
+def test_a_stop_string_over_several_tokens_ends_the_choice_in_the_engine_too(field: str, stop: Any) -> None:
+    client = Client(FakeEngine("Hello World"))
+    answer = run(client.complete(**{field: stop}))
+    assert answer.json["choices"][0]["text"] == "Hel"
+    assert answer.json["choices"][0]["finish_reason"] == "stop"
+    assert answer.json["usage"]["completion_tokens"] == 7
+    assert client.engine.aborted == [0]
+
+
+def test_stop_strings_do_not_count_before_min_tokens() -> None:
+    choice = complete(FakeEngine("a.b.c"), stop=".", min_tokens=3).json["choices"][0]
+    assert choice["text"] == "a.b"
+
+
+def test_held_back_text_is_not_lost() -> None:
+    assert complete(FakeEngine("Hel"), stop="lo").json["choices"][0]["text"] == "Hel"
+    events = complete(FakeEngine("Hel"), stop="lo", stream=True).events
+    assert [event["choices"][0]["text"] for event in events] == ["H", "e", "", "l", ""]

@@ -1,0 +1,168 @@
+"""How a generation ends other than well: the client leaves, the queue is full, the server stops, a plugin breaks."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from blade.api import replies
+from blade.errors import Overloaded, RequestError
+
+from .fakes import Client, FakeEngine, complete, run
+from .rsgi import FakeProto
+
+QUEUE_FULL = Overloaded("9 sequences are waiting already.", status=429, retry_after=5)
+WAITED = Overloaded("The request waited longer than 3 s.", status=503, retry_after=7)
+
+
+async def leave(client: Client, proto: FakeProto, body: dict[str, Any], when: Any) -> None:
+    """Ask, and go away once `when()`."""
+    asking = asyncio.create_task(client.post("/v1/completions", body, proto=proto))
+    while not when():
+        await asyncio.sleep(0.001)
+    proto.gone.set()
+    await asking
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+def test_when_the_client_leaves_its_sequences_stop(stream: bool, started: bool) -> None:
+    async def work() -> None:
+        engine = FakeEngine("x" * 400, pace=0.001, gate=None if started else asyncio.Event())
+        client = Client(engine)
+        body = {"prompt": "abc", "max_tokens": 400, "n": 2, "stream": stream}
+        proto = FakeProto(json.dumps(body).encode())
+        await leave(client, proto, body, lambda: engine.seqs and (not started or engine.seqs[0].output_ids))
+        assert sorted(engine.aborted) == [0, 1]
+        assert client.summaries[0].status == 499
+        assert client.summaries[0].finish_reasons == ("abort", "abort")
+        if engine.gate is not None:
+            assert proto.sent == []
+            engine.gate.set()
+        await asyncio.gather(*engine.tasks)
+        assert (await client.complete()).status == 200
+
+    run(work())
+
+
+def test_a_write_to_a_client_that_has_gone_ends_it_too() -> None:
+    async def work() -> None:
+        client = Client(FakeEngine("x" * 400))
+        proto = FakeProto(b'{"prompt": "abc", "stream": true}')
+        proto.gone.set()
+        await client.request("POST", "/v1/completions", proto=proto)
+        assert client.engine.aborted == [0]
+        assert client.summaries[0].status == 499
+
+    run(work())
+
+
+def test_outputs_that_wait_go_out_in_one_write() -> None:
+    async def work() -> None:
+        client = Client(FakeEngine("Hello"))
+        proto = FakeProto(b'{"prompt": "abc", "n": 3, "stream": true}')
+        await client.request("POST", "/v1/completions", proto=proto)
+        assert all(write.count(b"data: ") == 3 for write in proto.sent[:-1])
+        assert proto.sent[-1] == b"data: [DONE]\n\n"
+
+    run(work())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize(
+    ("engine", "status", "retry_after"),
+    [
+        (lambda: FakeEngine(refuse=QUEUE_FULL), 429, "5"),
+        (lambda: FakeEngine(fail_at=0, error=WAITED), 503, "7"),
+        (lambda: FakeEngine(draining=True), 503, "10"),
+    ],
+)
+def test_an_overload_is_a_real_status(stream: bool, dialect: str, engine: Any, status: int, retry_after: str) -> None:
+    answer = complete(engine(), dialect, stream=stream)
+    assert (answer.status, answer.headers["retry-after"]) == (status, retry_after)
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_refusal_of_the_engine_names_its_field() -> None:
+    answer = complete(FakeEngine(refuse=RequestError("Too much.", "max_tokens", "Ask for less.")), "openai")
+    assert (answer.status, answer.json["error"]["param"]) == (400, "max_tokens")
+    assert answer.json["error"]["message"] == "Too much. Ask for less."
+
+
+@pytest.mark.parametrize(("dialect", "reason"), [("bladellm", "abort"), ("openai", "length")])
+def test_a_drain_ends_a_stream_with_a_proper_last_chunk(dialect: str, reason: str) -> None:
+    async def work() -> None:
+        client = Client(FakeEngine("x" * 400, pace=0.001), dialect)
+        asking = asyncio.create_task(client.complete(max_tokens=400, stream=True))
+        while not (client.engine.seqs and client.engine.seqs[0].output_ids):
+            await asyncio.sleep(0.001)
+        client.engine.drain()
+        answer = await asking
+        assert answer.events[-1]["choices"][0]["finish_reason"] == reason
+        assert client.summaries[0].finish_reasons == ("abort",)
+
+    run(work())
+
+
+def test_one_failing_choice_ends_the_others() -> None:
+    client = Client(FakeEngine("Hello", fail_at=1))
+    events = run(client.complete(n=2, stream=True)).events
+    assert events[-1]["choices"][0]["finish_reason"] == "error"
+    assert client.engine.aborted == []  # both failed in that step
+    assert client.summaries[0].finish_reasons == ("error", "abort")
+
+
+class BrokenParser:
+    def __init__(self, tokenizer: Any) -> None: ...
+
+    def push(self, text: str, final: bool = False) -> tuple[str, str]:
+        if text == "l":
+            raise ValueError("secret path /home/x")
+        return "", text
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+def test_a_parser_that_breaks_fails_its_request_alone(dialect: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        client = Client(FakeEngine("Hello", pace=0.001), dialect, reasoning_parser=BrokenParser)
+        events = (await client.chat(stream=True)).events
+        assert "The server failed on this request." in str(events[-1])
+        assert client.engine.aborted == [0]
+        whole = await client.chat()
+        assert whole.status == 500
+        assert "secret" not in str(events) + str(whole.json)
+        assert "secret" in caplog.text
+        assert (await client.complete()).status == 200
+
+    run(work())
+
+
+def test_a_stream_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "MAX_STREAM_BYTES", 2000)
+    client = Client(FakeEngine("x" * 400))
+    events = run(client.complete(max_tokens=400, stream=True)).events
+    assert len(events) < 12
+    assert events[-1]["error_info"]["code"] == 500
+    assert client.engine.aborted == [0]
+
+
+def test_an_observer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def observe(summary: Any) -> None:
+        raise ZeroDivisionError
+
+    assert run(Client(request_finished=observe).complete()).status == 200
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_summary_says_what_happened() -> None:
+    client = Client(FakeEngine("Hi", num_cached=2))
+    run(client.complete(n=2, headers={"x-request-id": "r1"}))
+    (summary,) = client.summaries
+    assert (summary.request_id, summary.endpoint, summary.model) == ("r1", "/v1/completions", "tiny")
+    assert (summary.num_choices, summary.prompt_tokens, summary.cached_tokens) == (2, 3, 2)
+    assert (summary.completion_tokens, summary.finish_reasons, summary.status) == (6, ("stop", "stop"), 200)
+    assert summary.queue_seconds == 0
+    assert summary.first_token_seconds is not None
+    assert 0 < summary.first_token_seconds <= summary.total_seconds

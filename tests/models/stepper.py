@@ -1,0 +1,87 @@
+"""Runs a checkpoint step by step, its prompts in blocks scattered over the cache."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+import blade_llama
+import blade_qwen
+from blade import KVSpec
+from blade.nn import Loader
+from blade.plugins import Plugins
+from blade.testing.attention import make_batch
+from blade_native import cpu_ops, paged_attention
+
+if TYPE_CHECKING:
+    from checkpoints import Reference
+    from torch import Tensor
+
+Span = tuple[int, int]  # tokens [start, stop) of a prompt
+ARCHITECTURES = Plugins({"llama": blade_llama, "qwen": blade_qwen}).registry("register_models")
+
+
+class Stepper:
+    """One model and the KV of all of the reference's prompts."""
+
+    def __init__(self, reference: Reference, dtype: torch.dtype = torch.float32, block_size: int = 16) -> None:
+        self.ops = cpu_ops(None)
+        attention = paged_attention(self.ops)
+        architecture = ARCHITECTURES.create(reference.config["architectures"][0])
+        config = architecture.configure(reference.config)
+        self.model = architecture.build(config, Loader(reference.weights, self.ops, attention, dtype))
+        sizes = [-(-len(prompt) // block_size) for prompt in reference.prompts]
+        order = random.Random(0).sample(range(sum(sizes)), sum(sizes))
+        self.tables = [[order.pop() for _ in range(size)] for size in sizes]
+        self.prompts = reference.prompts
+        self.block_size = block_size
+        name = str(dtype).removeprefix("torch.")
+        spec = KVSpec(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, name, block_size)
+        self.kv = attention.allocate(spec, sum(sizes))
+
+    @torch.inference_mode()
+    def step(self, spans: dict[int, Span], rows: list[int] | None = None) -> Tensor:
+        """Logits after each token of the spans, keyed by prompt; or after those tokens of the batch that `rows` are."""
+        batch = make_batch([self.tables[i] for i in spans], list(spans.values()), self.block_size, self.ops)
+        ids = [token for i, (start, stop) in spans.items() for token in self.prompts[i][start:stop]]
+        rows = list(range(len(ids))) if rows is None else rows
+        batch = replace(batch, input_ids=torch.tensor(ids), logits_rows=torch.tensor(rows, dtype=torch.int64))
+        return self.model.forward(batch, self.kv)
+
+    def run(self, steps: list[dict[int, Span]]) -> list[Tensor]:
+        """All logits of every prompt, once the steps have gone through it."""
+        parts: list[list[Tensor]] = [[] for _ in self.prompts]
+        for spans in steps:
+            logits = self.step(spans).split([stop - start for start, stop in spans.values()])
+            for i, part in zip(spans, logits, strict=True):
+                parts[i].append(part)
+        return [torch.cat(part) for part in parts]
+
+
+def one_by_one(lengths: list[int], chunk: int) -> list[dict[int, Span]]:
+    """Each prompt alone, in chunks."""
+    return [
+        {i: (start, min(start + chunk, length))}
+        for i, length in enumerate(lengths)
+        for start in range(0, length, chunk)
+    ]
+
+
+def all_together(lengths: list[int], seed: int) -> list[dict[int, Span]]:
+    """Each step takes some of the prompts, in any order, on by one token, a few or many."""
+    rng = random.Random(seed)
+    computed = [0] * len(lengths)
+    steps = []
+    while computed != lengths:
+        step = {}
+        for i in rng.sample(range(len(lengths)), len(lengths)):
+            stop = min(lengths[i], computed[i] + rng.choice([0, 1, 1, 4, 19, 40]))
+            if stop > computed[i]:
+                step[i] = (computed[i], stop)
+                computed[i] = stop
+        if step:
+            steps.append(step)
+    return steps

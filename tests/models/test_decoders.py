@@ -1,0 +1,60 @@
+"""The families against transformers, however the tokens are cut into steps and blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from stepper import Stepper, all_together, one_by_one
+
+if TYPE_CHECKING:
+    from checkpoints import Reference
+    from torch import Tensor
+
+
+def lengths(reference: Reference) -> list[int]:
+    return [len(prompt) for prompt in reference.prompts]
+
+
+def error(found: list[Tensor], reference: Reference) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, reference.logits, strict=True))
+
+
+def test_logits_equal_those_of_transformers(reference: Reference) -> None:
+    assert 0.5 < float(reference.logits[0].std()) < 50  # they say something
+    for steps in (
+        one_by_one(lengths(reference), chunk=1000),
+        one_by_one(lengths(reference), chunk=7),
+        all_together(lengths(reference), seed=0),
+        all_together(lengths(reference), seed=1),
+    ):
+        assert error(Stepper(reference).run(steps), reference) < 1e-4
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 32])
+def test_block_size_does_not_matter(qwen3_reference: Reference, block_size: int) -> None:
+    steps = all_together(lengths(qwen3_reference), seed=2)
+    assert error(Stepper(qwen3_reference, block_size=block_size).run(steps), qwen3_reference) < 1e-4
+
+
+def test_only_the_wanted_rows_get_logits(qwen3_reference: Reference) -> None:
+    stepper = Stepper(qwen3_reference)
+    spans = {0: (0, 60), 1: (0, 23), 3: (0, 41)}
+    everything = stepper.step(spans)
+    torch.testing.assert_close(stepper.step(spans, rows=[82, 59]), everything[[82, 59]])
+    assert stepper.step(spans, rows=[]).shape == (0, 199)
+    torch.testing.assert_close(stepper.step({1: (22, 23)})[0], everything[82])  # the KV of all tokens is there
+
+
+def test_running_a_step_again_is_harmless(qwen3_reference: Reference) -> None:
+    stepper = Stepper(qwen3_reference)
+    for step in all_together(lengths(qwen3_reference), seed=3):
+        torch.testing.assert_close(stepper.step(step), stepper.step(step), rtol=0, atol=0)
+
+
+def test_bfloat16_comes_close(qwen3_reference: Reference) -> None:
+    logits = Stepper(qwen3_reference, torch.bfloat16).run(all_together(lengths(qwen3_reference), seed=4))
+    assert all(part.dtype == torch.float32 for part in logits)
+    spread = float(qwen3_reference.logits[0].std())
+    assert 1e-4 < error(logits, qwen3_reference) < spread / 4

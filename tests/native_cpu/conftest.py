@@ -1,0 +1,41 @@
+"""The kernels of every instruction-set level that this machine can run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from blade_native.reference import TorchOps
+from blade_native.simd import build
+from blade_native.simd.library import Library, Unavailable, load, runnable_levels
+from blade_native.simd.ops import SimdOps
+
+THREADS = 2
+
+
+def unavailable() -> str | None:
+    try:
+        load({})
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(params=list(build.levels()))
+def library(request: pytest.FixtureRequest) -> Library:
+    if reason := unavailable():
+        pytest.skip(reason)
+    if request.param not in runnable_levels():
+        pytest.skip(f"this machine cannot run {request.param}")
+    return load({**os.environ, "BLADE_CPU_ISA": request.param})
+
+
+@pytest.fixture
+def ops(library: Library) -> SimdOps:
+    return SimdOps(TorchOps(), library, THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,98 @@
+"""Packed linears against x W^T + b in float64, and row by row against themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blade_native.simd.linear import GROUP, pack_quants
+from blade_native.simd.ops import SimdOps
+from torch import Tensor
+
+SHAPES = [(32, 16), (1, 2), (70, 33), (96, 448), (40, 4096)]  # (N, K): panels whole and not, odd K, K in slices
+ROWS = [1, 2, 3, 7, 11, 12, 13, 24, 25, 50]
+DTYPES = [torch.float32, torch.bfloat16]
+BITS_ERROR = {8: 0.02, 4: 0.12}  # relative, against unquantised weights of a normal distribution
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ weight.double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_dense_linear_equals_its_formula(ops: SimdOps, n: int, k: int, dtype: torch.dtype) -> None:
+    weight, bias = (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
+    linear, without_bias = ops.linear(weight, bias), ops.linear(weight, None)
+    for m in ROWS:
+        x = torch.randn(m, k).to(dtype)
+        y = linear(x, torch.float32)
+        torch.testing.assert_close(y.double(), exact(x, weight, bias), rtol=0, atol=1e-4)
+        torch.testing.assert_close(without_bias(x, torch.float32).double(), exact(x, weight, None), rtol=0, atol=1e-4)
+        torch.testing.assert_close(linear(x), y.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, dtype: torch.dtype, bits: int) -> None:
+    weight, bias = torch.randn(70, 4096).to(dtype), torch.randn(70).to(dtype)
+    linear = ops.quantized_linear(weight, bias, bits) if bits else ops.linear(weight, bias)
+    x = torch.randn(400, 4096).to(dtype)
+    whole = linear(x, torch.float32)
+    for m in ROWS:
+        torch.testing.assert_close(linear(x[:m], torch.float32), whole[:m], rtol=0, atol=0)
+    torch.testing.assert_close(linear(x[399:], torch.float32), whole[399:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_linear_is_close_to_the_unquantised(ops: SimdOps, bits: int, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(70, 448).to(dtype), torch.randn(70).to(dtype)
+    linear = ops.quantized_linear(weight, bias, bits)
+    for m in ROWS:
+        x = torch.randn(m, 448).to(dtype)
+        want = exact(x, weight, bias)
+        error = (linear(x, torch.float32) - want).norm() / want.norm()
+        assert error < BITS_ERROR[bits]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_given_quants_are_kept_exactly(ops: SimdOps, bits: int) -> None:
+    """The activations here are their own int8 quantisation, so the product has no rounding but float32's."""
+    n, k, group = 33, 256, GROUP[bits]
+    q = torch.randint(0 if bits == 4 else 1, 2**bits, (n, k), dtype=torch.uint8)
+    scales = torch.rand(n, k // group).half()
+    minima = torch.randn(n, k // group).half() if bits == 4 else None
+    offset = minima.double() if minima is not None else -128 * scales.double()
+    weight = q.double() * scales.double().repeat_interleave(group, 1) + offset.repeat_interleave(group, 1)
+    linear = pack_quants(ops.library, q, scales, minima, None, ops.threads)
+    x = torch.randint(-127, 128, (13, k)).float()
+    x[:, ::group] = 127
+    torch.testing.assert_close(linear(x).double(), exact(x, weight, None), rtol=1e-5, atol=0.05)
+
+
+def test_zero_rows_and_leading_axes(ops: SimdOps) -> None:
+    linear = ops.linear(torch.randn(40, 8), None)
+    assert linear(torch.empty(0, 8)).shape == (0, 40)
+    assert linear(torch.randn(2, 3, 8)).shape == (2, 3, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 48).to(dtype)
+    ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
+    torch.testing.assert_close(ops.embedding_of(ops.linear(weight, None))(ids), weight[ids], rtol=0, atol=0)
+
+
+def test_wrong_input_is_refused(ops: SimdOps) -> None:
+    linear = ops.linear(torch.randn(40, 8), None)
+    with pytest.raises(TypeError, match="bfloat16"):
+        linear(torch.zeros(1, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="9 features"):
+        linear(torch.zeros(1, 9))
+    with pytest.raises(ValueError, match="contiguous"):
+        linear(torch.zeros(8, 2).T)
+    with pytest.raises(ValueError, match="groups of 64"):
+        ops.quantized_linear(torch.randn(40, 96), None, 8)
+    with pytest.raises(TypeError, match="read back"):
+        ops.embedding_of(ops.quantized_linear(torch.randn(40, 64), None, 8))

@@ -1,0 +1,97 @@
+"""Row ops and selection against their torch formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blade_native.reference import TorchOps
+from blade_native.simd.ops import SimdOps
+from torch.nn import functional as F
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6}}
+SHAPES = [(1, 16), (3, 100), (40, 896), (2, 7)]
+EPS = 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 4, 80), (0, 64)], ids=str)
+def test_rms_norm(ops: SimdOps, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = 3 * torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    want = F.rms_norm(x.float(), (shape[-1],), weight.float(), EPS).to(dtype)
+    torch.testing.assert_close(ops.rms_norm(x, weight, EPS), want, **TOLERANCE[dtype])
+
+
+def test_rms_norm_of_heads_within_a_fused_projection(ops: SimdOps) -> None:
+    fused, weight = torch.randn(6, 10 * 32), torch.randn(32)
+    heads = fused[:, 64:192].view(6, 4, 32)
+    torch.testing.assert_close(ops.rms_norm(heads, weight, EPS), F.rms_norm(heads, (32,), weight, EPS))
+    with pytest.raises(ValueError, match="side by side"):
+        ops.rms_norm(torch.randn(4, 32, 6).transpose(1, 2), weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_rms_norm(ops: SimdOps, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, *shape).to(dtype)
+    weight = torch.randn(shape[-1]).to(dtype)
+    total = x + residual
+    y, kept = ops.add_rms_norm(x, residual, weight, EPS)
+    torch.testing.assert_close(kept, total, rtol=0, atol=0)
+    torch.testing.assert_close(y, F.rms_norm(total.float(), (shape[-1],), weight.float(), EPS).to(dtype), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_silu_mul(ops: SimdOps, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate_up = (20 * torch.randn(shape[0], 2 * shape[1])).to(dtype)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    torch.testing.assert_close(ops.silu_mul(gate_up), (F.silu(gate) * up).to(dtype), **TOLERANCE[dtype])
+
+
+def test_silu_mul_of_extreme_gates(ops: SimdOps) -> None:
+    gates = torch.tensor([[-1e4, -90.0, -0.0, 90.0, 1e4, torch.nan]])
+    y = ops.silu_mul(torch.cat((gates, torch.ones_like(gates)), dim=1))
+    torch.testing.assert_close(y, F.silu(gates), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 1000), (17, 333)], ids=str)
+def test_argmax_and_top_k(ops: SimdOps, shape: tuple[int, int]) -> None:
+    logits = torch.randn(shape).mul(3).round()  # many equal values
+    assert torch.equal(ops.argmax(logits), logits.argmax(-1))
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    for k in {1, min(5, shape[1]), shape[1]}:
+        values, ids = ops.top_k(logits, k)
+        assert torch.equal(values, order.values[:, :k])
+        assert torch.equal(ids, order.indices[:, :k])
+
+
+def test_selection_survives_nan_and_infinity(ops: SimdOps) -> None:
+    logits = torch.full((2, 100), torch.nan)
+    logits[1, ::2] = torch.arange(50.0)
+    logits[1, 1] = -torch.inf
+    assert ops.argmax(logits).tolist() == [0, 98]
+    values, ids = ops.top_k(logits, 60)
+    assert ids[1, :50].tolist() == list(range(98, -1, -2))
+    assert values[1, 50:].isinf().all()
+    assert values[0].isinf().all()
+
+
+def test_wrong_input_is_refused(ops: SimdOps) -> None:
+    x = torch.zeros(2, 32)
+    with pytest.raises(TypeError, match="weight is torch.bfloat16"):
+        ops.rms_norm(x, torch.ones(32, dtype=torch.bfloat16), EPS)
+    with pytest.raises(ValueError, match="weight has shape"):
+        ops.rms_norm(x, torch.ones(31), EPS)
+    with pytest.raises(ValueError, match="residual has shape"):
+        ops.add_rms_norm(x, torch.zeros(3, 32), torch.ones(32), EPS)
+    with pytest.raises(ValueError, match="odd width"):
+        ops.silu_mul(torch.zeros(2, 33))
+    with pytest.raises(ValueError, match="k = 33"):
+        ops.top_k(x, 33)
+
+
+def test_float16_goes_to_the_torch_ops(ops: SimdOps) -> None:
+    x, weight = torch.randn(3, 32).half(), torch.ones(32).half()
+    torch.testing.assert_close(ops.rms_norm(x, weight, EPS), TorchOps().rms_norm(x, weight, EPS))
+    torch.testing.assert_close(ops.linear(x, None)(x), x @ x.T)

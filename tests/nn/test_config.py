@@ -1,0 +1,116 @@
+"""config.json is taken as it is meant, or refused by the key that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from blade import CheckpointError
+from blade.nn import DecoderConfig, DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+
+PLAIN: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+SHORTER = {"original_max_position_embeddings": 64}
+
+
+def read(**settings: Any) -> DecoderConfig:
+    return DecoderConfig.read(PLAIN | settings)
+
+
+def test_what_is_absent_has_the_default_of_transformers() -> None:
+    config = read(head_dim=None, rope_scaling=None)
+    assert (config.num_kv_heads, config.head_dim, config.max_context) == (4, 16, 512)
+    assert (config.rms_norm_eps, config.tied, config.qk_norm) == (1e-6, False, False)
+    assert config.rope == Rope(theta=10000.0, rotary_dim=16, trained_context=512)
+    assert config.windows == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "rope"),
+    [
+        ({"rope_theta": 5e5}, Rope(5e5, 16, 512)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, Rope(5e5, 16, 512)),
+        ({"rope_theta": 7, "rope_parameters": {"rope_theta": 5e5}}, Rope(5e5, 16, 512)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, LinearRope(5e5, 16, 512, 2.0)),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}, DynamicRope(1e4, 16, 512, 2.5)),
+        ({"rope_scaling": LLAMA3}, Llama3Rope(1e4, 16, 512, 8.0, 1.0, 4.0, 512)),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}},
+            Llama3Rope(1e4, 16, 512, 8.0, 1.0, 4.0, 64),
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}, "original_max_position_embeddings": 32},
+            Llama3Rope(1e4, 16, 512, 8.0, 1.0, 4.0, 32),
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 0.5, "original_max_position_embeddings": 128}},
+            YarnRope(1e4, 16, 512, 0.5, 128, 32.0, 1.0, True, 1.0),
+        ),
+        ({"partial_rotary_factor": 0.5}, Rope(1e4, 8, 512)),
+    ],
+)
+def test_ropes_new_and_legacy(settings: dict[str, Any], rope: Rope) -> None:
+    assert read(**settings).rope == rope
+
+
+def test_windows() -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 32}
+    assert read(**sliding, max_window_layers=3).windows == (None, None, None, 32)
+    assert read(**sliding, max_window_layers=0).windows == (32,) * 4
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert read(**sliding, layer_types=kinds).windows == (32, None, 32, None)
+    assert read(layer_types=kinds, sliding_window=32).windows == (None,) * 4  # use_sliding_window rules
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size must be an integer of at least 1, not '64'"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be"),
+        ({"vocab_size": True}, "vocab_size must be"),
+        ({"intermediate_size": 96.0}, "intermediate_size must be"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of the 4 attention heads, not 3"),
+        ({"num_attention_heads": 128}, "head_dim must be"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu, not 'gelu'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, not nan"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
+        ({"architectures": []}, "architectures must be a list of strings"),
+        ({"max_position_embeddings": None}, "config.json has no max_position_embeddings"),
+        ({"rope_theta": -1}, "rope_theta must be a positive number"),
+        ({"rope_parameters": {"rope_theta": 1}}, "rope_parameters.rope_theta must be above 1, not 1"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters must be one rope for all layers"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_parameters.rope_type must be one of default, linear, dynamic, llama3, yarn, not 'longrope'",
+        ),
+        ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.type must be one of"),
+        ({"rope_scaling": {"type": "linear"}}, "config.json has no rope_scaling.factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor must be a positive number"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "config.json has no rope_scaling.low_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "rope_scaling.high_freq_factor must be above"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be"),
+        ({"head_dim": 15}, "partial_rotary_factor must be"),
+        ({"use_sliding_window": True}, "config.json has no sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types must be"),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["linear"] * 4}, "layer_types must be"),
+        ({"hidden_act": "x" * 10**6}, "hidden_act must be"),
+    ],
+)
+def test_wrong_values_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read(**settings)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 200

@@ -1,0 +1,129 @@
+"""The kits for op sets and attention catch what is subtly wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from blade.testing import check_attention, check_ops
+from blade_native.attention import PagedAttention
+from blade_native.reference import TorchOps
+
+# ------------------------------------------------------------------------------------------ op sets
+
+
+class NoBias(TorchOps):
+    def linear(self, weight: Any, bias: Any) -> Any:
+        return super().linear(weight, None)
+
+
+class HalfLinear(TorchOps):
+    def linear(self, weight: Any, bias: Any) -> Any:
+        inner = super().linear(weight.bfloat16(), None if bias is None else bias.bfloat16())
+        return lambda x: inner(x.bfloat16()).to(x.dtype)
+
+
+class WrongEps(TorchOps):
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        return super().rms_norm(x, weight, 0.0)
+
+
+class NarrowNorm(TorchOps):
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        x = x.half()
+        return (x * (x * x).mean(-1, keepdim=True).add(eps).rsqrt()).to(weight.dtype) * weight
+
+
+class InPlaceNorm(TorchOps):
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        return x.copy_(super().rms_norm(x, weight, eps))
+
+
+class OldResidual(TorchOps):
+    def add_rms_norm(self, x: Any, residual: Any, weight: Any, eps: float) -> Any:
+        return super().rms_norm(x + residual, weight, eps), residual
+
+
+class SwappedGate(TorchOps):
+    def silu_mul(self, gate_up: Any) -> Any:
+        return super().silu_mul(torch.cat(gate_up.chunk(2, dim=-1)[::-1], dim=-1))
+
+
+class WidenedEmbedding(TorchOps):
+    def embedding(self, weight: Any) -> Any:
+        return super().embedding(weight.double())
+
+
+def test_the_torch_ops_pass() -> None:
+    check_ops(TorchOps(), [torch.float32, torch.bfloat16])
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [NoBias, HalfLinear, WrongEps, NarrowNorm, InPlaceNorm, OldResidual, SwappedGate, WidenedEmbedding],
+)
+def test_a_broken_op_is_caught(ops: type[TorchOps]) -> None:
+    with pytest.raises(AssertionError):
+        check_ops(ops())
+
+
+# ------------------------------------------------------------------------------------------ attention
+
+
+class NoScale(PagedAttention):
+    def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
+        return super().attend(q, k, v, batch, layer_kv, 1.0, window)
+
+
+class NoWindow(PagedAttention):
+    def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
+        return super().attend(q, k, v, batch, layer_kv, scale, None)
+
+
+class WindowOffByOne(PagedAttention):
+    def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
+        return super().attend(q, k, v, batch, layer_kv, scale, window and window + 1)
+
+
+class OwnTokensOnly(PagedAttention):
+    def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
+        groups = q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(groups, 1)) * scale
+        weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(groups, 1)).flatten(1)
+
+
+class Contiguous(PagedAttention):
+    """Believes that a sequence's blocks follow each other."""
+
+    def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
+        tables = batch.block_tables
+        batch.block_tables = (tables[:, :1] + torch.arange(tables.shape[1])) % len(layer_kv)
+        return super().attend(q, k, v, batch, layer_kv, scale, window)
+
+
+class OneLayer(PagedAttention):
+    def allocate(self, spec: Any, num_blocks: int) -> Any:
+        return super().allocate(spec, num_blocks)[:1] * spec.num_layers
+
+
+class WrongPairs(PagedAttention):
+    """Rotates neighbouring channels, as in RoFormer, instead of halves."""
+
+    def rope_and_store(self, q: Any, k: Any, v: Any, cos_sin: Any, batch: Any, layer_kv: Any) -> Any:
+        order = torch.arange(q.shape[-1]).view(2, -1).T.flatten()
+        q, k = super().rope_and_store(q[..., order], k[..., order], v, cos_sin, batch, layer_kv)
+        return q[..., order.argsort()], k[..., order.argsort()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_attention_passes(dtype: torch.dtype) -> None:
+    check_attention(lambda ops: PagedAttention(ops.device), TorchOps(), [dtype])
+
+
+@pytest.mark.parametrize(
+    "attention", [NoScale, NoWindow, WindowOffByOne, OwnTokensOnly, Contiguous, OneLayer, WrongPairs]
+)
+def test_broken_attention_is_caught(attention: type[PagedAttention]) -> None:
+    with pytest.raises(AssertionError):
+        check_attention(lambda ops: attention(ops.device), TorchOps())
