@@ -69,10 +69,12 @@ class Assembly:
 def choose(config: Config, plugins: Plugins) -> Assembly:
     """Resolve every name of the config. Raises ConfigError, PluginError or CheckpointError with a remedy."""
     from blade.checkpoint.open import open_checkpoint
+    from blade.checkpoint.progress import console_progress
     from blade.checkpoint.source import resolve
-    from blade.console import progress
 
-    path = resolve(config.model, _default_checkpoint(config, plugins), progress)
+    default = _default_checkpoint(config, plugins)
+    with console_progress() as progress:
+        path = resolve(config.model, default, progress)
     checkpoint = open_checkpoint(path)
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
@@ -85,7 +87,7 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
         family=family,
         quantization=_quantization(checkpoint, plugins),
         model_config=model_config,
-        model_name=config.model.served_model_name or checkpoint.name,
+        model_name=config.model.served_model_name or _name(checkpoint, default),
         max_context=_max_context(config, model_config),
         ops=ops,
         attention=plugins.registry("register_attention").create(config.engine.attention, ops),
@@ -134,6 +136,11 @@ def _default_checkpoint(config: Config, plugins: Plugins) -> DefaultCheckpoint |
             "No model was named.", "Use --model with a folder, a .gguf file or a hub id, or try --plugin qwen."
         )
     return default
+
+
+def _name(checkpoint: Checkpoint, default: DefaultCheckpoint | None) -> str:
+    """Demo weights go by their own name, whatever file they lie in; a hub's default is a folder."""
+    return default.demo.name if default and default.demo and checkpoint.path.is_file() else checkpoint.name
 
 
 def _architecture(checkpoint: Checkpoint, plugins: Plugins) -> tuple[str, Architecture]:

@@ -24,7 +24,7 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
     return [
         f"model   {assembly.model_name}: {assembly.model_config.architecture} by plugin {assembly.family!r}, "
         f"{checkpoint.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
-        f"device  {assembly.ops.describe()}, {str(assembly.dtype).removeprefix('torch.')}, "
+        f"device  {assembly.ops.name}, {str(assembly.dtype).removeprefix('torch.')}, "
         f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
         f"memory  KV cache of {_size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "
         f"{memory.num_full_requests:.1f} requests of the full context of {memory.max_context:,}",

@@ -17,6 +17,9 @@ BAD_USAGE = 2  # exit status of everything the user can mend
 app = App(name="blade", help="An LLM inference server.", version=__version__)
 
 
+Names = Annotated[tuple[str, ...], Parameter(parse=False)]  # of the plugins that were named; `launch` fills it
+
+
 def _group(title: str, order: int) -> Parameter:
     return Parameter(name="*", group=Group(title, sort_key=order))
 
@@ -24,7 +27,7 @@ def _group(title: str, order: int) -> Parameter:
 @app.command
 def serve(
     *,
-    plugin: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    plugins: Names = (),
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     model: Annotated[ModelOptions, _group("Model", 1)] = ModelOptions(),
     engine: Annotated[EngineConfig, _group("Engine", 2)] = EngineConfig(),
@@ -34,14 +37,12 @@ def serve(
 
     Parameters
     ----------
-    plugin
-        Load this plugin; repeat for more. A model family's plugin also brings its default checkpoint.
     dry_run
         Print the resolved configuration, the memory plan and the equivalent command, and stop.
     """
     from blade import serve as server_main
 
-    config = Config(plugins=_plugin_names(plugin), model=model, engine=engine, server=server)
+    config = Config(plugins=plugins, model=model, engine=engine, server=server)
     if dry_run:
         server_main.dry_run(config)
     else:
@@ -49,41 +50,41 @@ def serve(
 
 
 @app.command(name="plugins")
-def list_plugins(*, plugin: Annotated[tuple[str, ...], Parameter(negative="")] = ()) -> None:
-    """List the plugins that are installed: name, version, hooks, origin, loaded or not.
+def list_plugins(*, plugins: Names = ()) -> None:
+    """List the plugins that are installed: name, version, hooks, origin, loaded or not."""
+    from blade.console import print_plugins
+    from blade.plugins import load
+
+    print_plugins(load(plugins).table())
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    plugin: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+) -> None:
+    """Load the plugins, which may bring commands, then run the command.
 
     Parameters
     ----------
     plugin
-        Load this third-party plugin as well, to see its hooks.
+        Load this plugin; repeat for more (and see BLADE_PLUGINS, a comma-separated list of others). A model family's
+        plugin also brings its default checkpoint.
     """
-    from blade.console import print_plugins
     from blade.plugins import load
 
-    print_plugins(load(_plugin_names(plugin)).table())
-
-
-def _plugin_names(named: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of --plugin, then those of BLADE_PLUGINS (comma separated), each once."""
     from_environment = (name.strip() for name in os.environ.get("BLADE_PLUGINS", "").split(","))
-    return tuple(dict.fromkeys((*named, *filter(None, from_environment))))
-
-
-def _named_in(args: list[str]) -> tuple[str, ...]:
-    """The --plugin values of a command line: plugins may bring commands, so they are needed before it is parsed."""
-    pairs = zip(args, [*args[1:], ""], strict=True)
-    spaced = [value for option, value in pairs if option == "--plugin" and value and not value.startswith("-")]
-    return (*spaced, *(arg.removeprefix("--plugin=") for arg in args if arg.startswith("--plugin=")))
+    plugin = tuple(dict.fromkeys((*plugin, *filter(None, from_environment))))
+    load(plugin).register_commands(app)
+    command, bound, ignored = app.parse_args(tokens, exit_on_error=False, print_error=True)
+    command(*bound.args, **bound.kwargs, **({"plugins": plugin} if "plugins" in ignored else {}))
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. Exit status 0, or 2 with one sentence on standard error."""
     args = sys.argv[1:] if args is None else args
     try:
-        from blade.plugins import load
-
-        load(_plugin_names(_named_in(args))).register_commands(app)
-        app(args, exit_on_error=False, print_error=True)
+        app.meta(args, exit_on_error=False, print_error=True)
     except CycloptsError:
         sys.exit(BAD_USAGE)
     except BladeError as error:
@@ -91,3 +92,6 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(BAD_USAGE)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `blade plugins | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

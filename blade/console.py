@@ -1,33 +1,14 @@
-"""What a person sees on the terminal: progress while loading, the banner, tables. Plain lines when it is not one."""
+"""Tables for the terminal; plain tab-separated lines when it is not one."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from blade.plugins import PluginInfo
-
-
-@contextmanager
-def progress(title: str, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """A bar for `total` bytes (or steps) on standard error; yields what to call with each further amount."""
-    if not sys.stderr.isatty():
-        print(f"{title} ...", file=sys.stderr, flush=True)
-        yield lambda amount: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(title, total=total)
-        yield lambda amount: bars.advance(task, amount)
 
 
 def print_plugins(plugins: Iterable[PluginInfo]) -> None:

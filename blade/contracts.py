@@ -103,7 +103,7 @@ class Quantization(Protocol):
 class Ops(Protocol):
     """The op set of one device. Activations are [T, ...] in the model's dtype; every native op has a torch twin."""
 
-    name: str
+    name: str  # what a person reads at start: "cpu, 8 threads"
     device: torch.device
 
     def default_dtype(self) -> torch.dtype: ...
@@ -136,7 +136,8 @@ class Ops(Protocol):
 
 
 class Attention(Protocol):
-    """Paged attention on one device. It alone knows the layout of the KV it allocates."""
+    """Paged attention on one device. It alone knows the layout of the KV it allocates. A block that changed hands keeps
+    its old content, whatever that is, NaN included: what lies beyond a sequence's context must have no effect."""
 
     def block_bytes(self, spec: KVSpec) -> int:
         """Bytes of one block over all layers."""

@@ -22,11 +22,13 @@ from blade.api.routes import ROUTES
 from blade.api.server import Address, reserve, serve_http
 from blade.assembly import build_engine, choose, load_model
 from blade.banner import command_line, describe, ready
-from blade.console import progress
+from blade.checkpoint.progress import console_progress
 from blade.errors import ConfigError
 from blade.plugins import Plugins, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blade.assembly import Assembly
     from blade.config import Config
     from blade.engine.engine import Engine
@@ -73,7 +75,12 @@ def run(config: Config) -> None:
 
 
 async def _serve(
-    config: Config, plugins: Plugins, engine: Engine, context: ServerContext, address: Address, announce: object
+    config: Config,
+    plugins: Plugins,
+    engine: Engine,
+    context: ServerContext,
+    address: Address,
+    announce: Callable[[], None],
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,7 +116,14 @@ def _api_keys(config: Config) -> tuple[str, ...]:
 
 
 def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan]:
-    with progress(f"Loading {assembly.model_name}", assembly.weight_bytes) as advance:
+    total, done = assembly.weight_bytes, 0
+    with console_progress() as show:
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            show(f"Loading {assembly.model_name}", min(done, total), total)
+
         model = load_model(assembly, advance)
     memory = assembly.plan_memory()
     return build_engine(assembly, model, memory), memory

@@ -1,6 +1,6 @@
 """Demo weights: real models that Python packages carry, whole or in parts.
 
-Only the packages' data files are read, none of their code is imported, and a file is used only once its SHA-256 is found
+Only the packages' data files are read, none of their code is imported, and no file is used before its SHA-256 is found
 right. A model in one part is used where it lies; one in several is joined in the cache folder.
 """
 
@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from blade.checkpoint.progress import silent
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,23 +34,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blade"
 
 
-def find_parts(demo: DemoWeights) -> list[Path] | None:
-    """The parts' files in the installed packages; None unless all are there."""
-    parts = []
-    for distribution, file in demo.parts:
-        try:
-            path = Path(str(metadata.distribution(distribution).locate_file(file)))
-        except metadata.PackageNotFoundError:
-            return None
-        if not path.is_file():
-            return None
-        parts.append(path)
-    return parts
+def demo_path(demo: DemoWeights, progress: Progress = silent) -> Path | None:
+    """The verified model file; None unless all its packages are installed.
 
-
-def demo_file(demo: DemoWeights, parts: Seq[Path], progress: Progress) -> Path:
-    """The verified model file. It is hashed the first time only; later its size and the time of its last change tell
-    that it is the same. CheckpointError when the parts are not what they should be, or the cache cannot be written."""
+    It is hashed the first time only; later its size and the time of its last change tell that it is the same. Raises
+    CheckpointError when the parts are not what they should be, or the cache cannot be written.
+    """
+    parts = _find_parts(demo)
+    if parts is None:
+        return None
     try:
         folder = _private_folder(cache_dir() / "demo")
         stem = f"{demo.sha256[:16]}-{demo.filename}"
@@ -64,12 +57,26 @@ def demo_file(demo: DemoWeights, parts: Seq[Path], progress: Progress) -> Path:
         ) from None
 
 
+def _find_parts(demo: DemoWeights) -> list[Path] | None:
+    """The parts' files in the installed packages; None unless all are there."""
+    parts = []
+    for distribution, file in demo.parts:
+        try:
+            path = Path(str(metadata.distribution(distribution).locate_file(file)))
+        except metadata.PackageNotFoundError:
+            return None
+        if not path.is_file():
+            return None
+        parts.append(path)
+    return parts
+
+
 def _in_place(demo: DemoWeights, path: Path, stamp: Path, progress: Progress) -> Path:
     status = path.stat()
-    state = f"{path} {status.st_size} {status.st_mtime_ns}"
-    if not stamp.exists() or stamp.read_text() != state:
+    state = os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}")
+    if not stamp.exists() or stamp.read_bytes() != state:
         _verify(demo, [path], None, progress)
-        stamp.write_text(state)
+        stamp.write_bytes(state)
     return path
 
 
@@ -89,8 +96,7 @@ def _joined(demo: DemoWeights, parts: Seq[Path], target: Path, progress: Progres
 
 def _verify(demo: DemoWeights, parts: Seq[Path], out: BinaryIO | None, progress: Progress) -> None:
     """Hash the parts one after the other, copying them to `out`."""
-    digest, done = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_CHUNK))
+    digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_CHUNK)), 0
     for part in parts:
         with part.open("rb", buffering=0) as source:
             while size := source.readinto(buffer):
@@ -98,7 +104,7 @@ def _verify(demo: DemoWeights, parts: Seq[Path], out: BinaryIO | None, progress:
                 if out is not None:
                     out.write(buffer[:size])
                 done += size
-                progress(demo.name, done, demo.size)
+                progress(f"Preparing {demo.name}", done, demo.size)
     if digest.hexdigest() != demo.sha256:
         names = ", ".join(distribution for distribution, _ in demo.parts)
         raise CheckpointError(

@@ -147,8 +147,8 @@ def _read_metadata(cursor: Cursor, num_pairs: int) -> dict[str, Any]:
 
 
 def _read_tensors(cursor: Cursor, num_tensors: int, alignment: Any) -> dict[str, TensorInfo]:
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        cursor.fail(f"its general.alignment is {alignment!r}, not a power of two")
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        cursor.fail(f"its general.alignment is {alignment!r}, not a power of two of at least 8")
     infos: dict[str, TensorInfo] = {}
     for _ in range(num_tensors):
         name = cursor.string()

@@ -72,8 +72,8 @@ def make_generation_config(metadata: Metadata) -> dict[str, Any]:
 
 
 def _known_ends(metadata: Metadata) -> list[int]:
-    tokens = metadata.values.get("tokenizer.ggml.tokens", [])
-    types = metadata.values.get("tokenizer.ggml.token_type", [])
+    tokens = metadata.array("tokenizer.ggml.tokens", str)
+    types = metadata.array("tokenizer.ggml.token_type", int)
     found = _END_TOKENS.intersection(tokens)
     return [
         i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL and token in found
@@ -87,7 +87,9 @@ def _rope(metadata: Metadata, head_dim: int, factors: list[float] | None) -> dic
         rope["partial_rotary_factor"] = rotary_dim / head_dim
     kind = metadata.text("rope.scaling.type", "none")
     if factors is not None:
-        return rope | _llama3(metadata, factors, rope["rope_theta"])
+        if kind != "none":
+            metadata.refuse("rope.scaling.type", "none beside a tensor rope_freqs.weight")
+        return rope | _llama3(metadata, factors, rope["rope_theta"], head_dim)
     if kind == "none":
         return rope
     if kind not in ("linear", "yarn"):
@@ -102,10 +104,14 @@ def _rope(metadata: Metadata, head_dim: int, factors: list[float] | None) -> dic
     return rope
 
 
-def _llama3(metadata: Metadata, factors: list[float], theta: float) -> dict[str, Any]:
+def _llama3(metadata: Metadata, factors: list[float], theta: float, head_dim: int) -> dict[str, Any]:
     """The parameters of Llama 3.1's rope that give these factors. All released models share all but one: the largest
     factor, that of the slow frequencies."""
     factor = max(factors)
+    if len(factors) != head_dim // 2 or not 1 <= factor < math.inf:
+        raise CheckpointError(
+            f"{metadata.path}: rope_freqs.weight is not one factor for each pair of {head_dim} channels."
+        )
     low, high, context = _LLAMA3.values()
     for i, found in enumerate(factors):
         turns = context * theta ** (-i / len(factors)) / (2 * math.pi)  # of this pair in the original context

@@ -37,8 +37,8 @@ def dequantize(kind: GGMLType, raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A thousand chunks of a dozen short operations each would be as many barriers for torch's threads: two of them gain
-    a third on idle cores, and on shared ones wait for each other up to thirty times as long as the work takes."""
+    """A thousand chunks of a dozen short operations are as many barriers for torch's threads: two of them gain a third
+    on idle cores, and on busy ones wait for each other up to thirty times as long as the work takes."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -50,6 +50,13 @@ class Metadata:
             self.refuse(key, "a string")
         return value
 
+    def array(self, key: str, kind: type) -> list[Any]:
+        """Empty when absent. GGUF's arrays are of one kind, so the first item tells that of all."""
+        value = self.values.get(self._full(key), [])
+        if type(value) is not list or (value and type(value[0]) is not kind):
+            self.refuse(key, f"a list of {kind.__name__}")
+        return value
+
     def refuse(self, key: str, wanted: str) -> NoReturn:
         found = reprlib.repr(self.values.get(self._full(key)))
         raise CheckpointError(f"{self.path}: {self._full(key)} must be {wanted}, not {found}.")

@@ -18,7 +18,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NAME = re.compile(r"(?:blk\.(\d{1,4})\.)?(\w+)\.(weight|bias)", re.ASCII)
+_NAME = re.compile(r"(?:blk\.(0|[1-9]\d{0,3})\.)?(\w+)\.(weight|bias)", re.ASCII)
 
 
 def hf_name(name: str) -> str | None:
@@ -29,4 +29,4 @@ def hf_name(name: str) -> str | None:
     layer, part, kind = match.groups()
     if layer is None:
         return f"{_MODEL[part]}.{kind}" if part in _MODEL else None
-    return f"model.layers.{int(layer)}.{_LAYER[part]}.{kind}" if part in _LAYER else None
+    return f"model.layers.{layer}.{_LAYER[part]}.{kind}" if part in _LAYER else None

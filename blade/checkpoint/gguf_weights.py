@@ -64,7 +64,9 @@ class GGUFWeights:
 
     def rope_factors(self) -> list[float] | None:
         """By what each of the rope's frequencies is divided, head_dim / 2 of them; None without rope_freqs.weight."""
-        factors: list[float] | None = self.get(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in self._tensors else None
+        if _ROPE_FACTORS not in self._tensors:
+            return None
+        factors: list[float] = self.get(_ROPE_FACTORS).flatten().tolist()
         return factors
 
     def raw(self, name: str) -> tuple[GGMLType, Tensor]:

@@ -1,4 +1,4 @@
-"""Downloads from a model hub into the hub's own cache: configuration, tokenizer and safetensors; no code, no pickles."""
+"""Downloads from a hub into the hub's own cache: configuration, tokenizer and safetensors; no code, no pickles."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def from_huggingface(repo_id: str, revision: str | None, progress: Progress) -> 
     """
     from huggingface_hub import errors, snapshot_download
 
+    bars: Any = _bar_class(f"Fetching {repo_id}", progress)
     try:
-        bars: Any = _bar_class(repo_id, progress)
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT, tqdm_class=bars)
         )
@@ -46,26 +46,34 @@ def from_modelscope(repo_id: str, revision: str | None, progress: Progress) -> P
     """As from_huggingface, from ModelScope."""
     try:
         from modelscope import snapshot_download
+        from modelscope.hub.callback import ProgressCallback
     except ImportError:
         raise CheckpointError("--hub modelscope needs a package.", "pip install 'blade-llm[modelscope]'") from None
-    callbacks = [_callback_class(repo_id, progress)]
+
+    class Told(ProgressCallback):  # type: ignore[misc]
+        """One for each file."""
+
+        def __init__(self, filename: str, file_size: int) -> None:
+            super().__init__(filename, file_size)
+            self.done = 0
+
+        def update(self, size: int) -> None:
+            self.done += size
+            progress(f"Fetching {self.filename}", self.done, self.file_size)
+
     try:
         return Path(
             snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=_FILES,
-                ignore_patterns=_NOT,
-                progress_callbacks=callbacks,
+                repo_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT, progress_callbacks=[Told]
             )
         )
-    except Exception as error:  # it has no base class of its errors that all its versions share
+    except Exception as error:  # its versions do not share a base class of errors
         raise CheckpointError(f"{repo_id} was not fetched from ModelScope: {type(error).__name__}.", DEMO) from error
 
 
 def _bar_class(label: str, progress: Progress) -> type:
-    """A tqdm that draws nothing and tells `progress`. Of the bars that count the bytes of the whole download (received,
-    written) the one that is ahead speaks."""
+    """A tqdm that draws nothing and tells `progress`. Of the bars that count bytes of the whole download (received,
+    written) the one ahead speaks."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     most = 0
@@ -77,26 +85,9 @@ def _bar_class(label: str, progress: Progress) -> type:
         def update(self, n: float | None = 1) -> bool | None:
             nonlocal most
             shown: bool | None = super().update(n)
-            if self.unit == "B":
-                most = max(most, int(self.n))
+            if self.unit == "B" and self.n > most:
+                most = int(self.n)
                 progress(label, most, max(most, int(self.total or 0)))
             return shown
 
     return Bar
-
-
-def _callback_class(repo_id: str, progress: Progress) -> type:
-    from modelscope.hub.callback import ProgressCallback
-
-    class Callback(ProgressCallback):  # type: ignore[misc]
-        """One for each file."""
-
-        def __init__(self, filename: str, file_size: int) -> None:
-            super().__init__(filename, file_size)
-            self.done = 0
-
-        def update(self, size: int) -> None:
-            self.done += size
-            progress(f"{repo_id}/{self.filename}", self.done, self.file_size)
-
-    return Callback

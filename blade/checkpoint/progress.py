@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_SECONDS = 2.0  # between two lines about the same thing
 
 
 class Progress(Protocol):
@@ -19,7 +24,7 @@ class Progress(Protocol):
 
 @contextmanager
 def console_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Bars on a terminal, anywhere else a line for each tenth of the way; on stderr by default."""
+    """Bars on a terminal, anywhere else a line at the start, every two seconds and at the end; on stderr by default."""
     stream = stream or sys.stderr
     if stream.isatty():
         with _bars(stream) as progress:
@@ -49,14 +54,18 @@ def _bars(stream: TextIO) -> Iterator[Progress]:
 
 
 def _lines(stream: TextIO) -> Progress:
-    tenths: dict[str, int] = {}
+    shown: dict[str, float] = {}  # when the last line of a label was written; seconds, monotonic clock
     lock = Lock()
 
     def show(label: str, done: int, total: int) -> None:
-        tenth = 10 * done // total if total else 0
         with lock:
-            if tenth > tenths.get(label, -1):
-                tenths[label] = tenth
-                print(f"{label}: {tenth * 10}% of {total / 1e6:.0f} MB", file=stream, flush=True)
+            if done != total and time.monotonic() < shown.get(label, -math.inf) + _SECONDS:
+                return
+            shown[label] = time.monotonic()
+            print(f"{label}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", file=stream, flush=True)
 
     return show
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """Shows nothing."""

@@ -28,7 +28,7 @@ _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 _BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 _BYTES |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1)
-_Size = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+_Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TensorHeader(msgspec.Struct, frozen=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blade.checkpoint.demo import demo_file, find_parts
+from blade.checkpoint.demo import demo_path
 from blade.checkpoint.hub import from_huggingface, from_modelscope
 from blade.errors import CheckpointError
 
@@ -28,16 +29,14 @@ def resolve(options: ModelOptions, default: DefaultCheckpoint | None, progress: 
         return _named(options.model, options, progress)
     if default is None:
         raise CheckpointError("There is no model to serve.", "Name one with --model, or a plugin that has one.")
-    parts = find_parts(default.demo) if default.demo is not None else None
-    if default.demo is not None and parts is not None:
-        return demo_file(default.demo, parts, progress)
-    return _fetch(default.hub_id, options, progress)
+    demo = demo_path(default.demo, progress) if default.demo is not None else None
+    return demo or _fetch(default.hub_id, options, progress)
 
 
 def _named(model: str, options: ModelOptions, progress: Progress) -> Path:
-    path = Path(model).expanduser()
-    if path.exists():
-        return path.absolute()
+    path = os.path.expanduser(model)
+    if model and os.path.exists(path):
+        return Path(os.path.abspath(path))
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         return _fetch(model, options, progress)
     raise CheckpointError(

@@ -50,7 +50,7 @@ def way_of(params: SamplingParams, vocab_size: int) -> Way:
 def draw(
     x: Tensor, ways: Seq[Way], settings: Settings | None, raw: RawLogprobs | None
 ) -> tuple[list[Drawn], list[list[float]]]:
-    """A token for each row of logits x [R, W], and the lines of `raw.columns` for these tokens.
+    """A token for each row of logits x [R, W], temperature applied, and the lines of `raw.columns` for these tokens.
 
     `settings` may be None when all rows are greedy. One copy to the host, and one more for each time that some row's
     truncation turns out to keep more than the candidates looked at.
@@ -85,7 +85,7 @@ def _draw_alike(way: Way, x: Tensor, peaks: Tensor, settings: Settings | None) -
     if settings is None or way == GREEDY:
         ids = tiles.argmax(x, peaks)
     elif way == UNTRUNCATED:
-        ids = tiles.draw(torch.softmax(x.div_(settings.temperature[:, None]), -1), settings.u)
+        ids = tiles.draw(torch.softmax(x, -1), settings.u)
     elif way.size == ALL:
         ids = draw_from_all(x, settings, way.whole)
     else:

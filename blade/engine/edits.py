@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ import torch
 from blade.engine.penalties import TokenCounts, has_penalties, penalize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -47,6 +46,9 @@ class Kept:
     stop_ids: Ids
 
 
+Edited: TypeAlias = tuple[int, Row, Kept]  # the number of the row comes first
+
+
 class LogitEdits:
     """Changes logits in place: penalties, then logit_bias, then processors, and last what min_tokens forbids."""
 
@@ -62,30 +64,21 @@ class LogitEdits:
         edited = [(i, row, self._keep(row.seq)) for i, row in enumerate(rows) if _is_edited(row.seq.params)]
         if not edited:
             return {}
-        flat, width = x.view(-1), x.shape[1]
-        if penalized := [(i, row, k.counts) for i, row, k in edited if k.counts is not None]:
-            counts = []
-            for _, row, token_counts in penalized:
-                token_counts.update(row.seq.output_ids)
-                counts.append(token_counts.after(row.draft_ids))
-            penalize(flat, [i * width for i, _, _ in penalized], counts, [row.seq.params for _, row, _ in penalized])
-        if biased := [(i, k) for i, _, k in edited if len(k.bias_ids)]:
-            values = torch.from_numpy(np.concatenate([k.bias_values for _, k in biased]))
-            flat[_index((i * width + k.bias_ids for i, k in biased), x.device)] += values.to(x.device)
+        _penalize(x, edited)
+        _add_bias(x, edited)
         errors = {}
         for i, row, _ in edited:
             try:
                 self._process(row, x[i, : self._vocab_size])
             except Exception as error:  # a plugin's code: its request alone shall feel it
                 errors[i] = error
-        if banned := [i * width + k.stop_ids for i, row, k in edited if row.num_output < row.seq.params.min_tokens]:
-            flat[_index(banned, x.device)] = float("-inf")
+        _forbid_stopping(x, edited)
         return errors
 
     def _keep(self, seq: Sequence) -> Kept:
         kept = self._kept.get(seq.id)
         if kept is None:
-            kept = self._kept[seq.id] = _make(seq)
+            kept = self._kept[seq.id] = _make(seq, self._vocab_size)
         return kept
 
     def _process(self, row: Row, logits: Tensor) -> None:
@@ -93,14 +86,15 @@ class LogitEdits:
             processor(row.seq.tokens(len(row.seq.prompt_ids), row.position + 1), logits)
 
 
-def _make(seq: Sequence) -> Kept:
+def _make(seq: Sequence, vocab_size: int) -> Kept:
     params = seq.params
     prompt_ids = seq.prompt_ids if params.repetition_penalty != 1 else []  # the other penalties are over output
+    stop_ids = [token_id for token_id in params.stop_token_ids if token_id < vocab_size]  # a model's own may lie beyond
     return Kept(
         counts=TokenCounts(prompt_ids) if has_penalties(params) else None,
         bias_ids=np.fromiter(params.logit_bias.keys(), np.int64),
         bias_values=np.fromiter(params.logit_bias.values(), np.float32),
-        stop_ids=np.array(params.stop_token_ids, np.int64),
+        stop_ids=np.array(stop_ids, np.int64),
     )
 
 
@@ -108,5 +102,30 @@ def _is_edited(params: SamplingParams) -> bool:
     return bool(params.logit_bias or params.processors or params.min_tokens or has_penalties(params))
 
 
-def _index(parts: Iterable[Ids], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([*parts])).to(device, non_blocking=True)
+def _penalize(x: Tensor, edited: Seq[Edited]) -> None:
+    starts, counts, params = [], [], []
+    for i, row, kept in edited:
+        if kept.counts is not None:
+            kept.counts.update(row.seq.output_ids)
+            starts.append(i * x.shape[1])
+            counts.append(kept.counts.after(row.draft_ids))
+            params.append(row.seq.params)
+    if counts:
+        penalize(x.view(-1), starts, counts, params)
+
+
+def _add_bias(x: Tensor, edited: Seq[Edited]) -> None:
+    if biased := [(i, kept) for i, _, kept in edited if len(kept.bias_ids)]:
+        index = _index([i * x.shape[1] + kept.bias_ids for i, kept in biased], x.device)
+        values = torch.from_numpy(np.concatenate([kept.bias_values for _, kept in biased]))
+        x.view(-1)[index] += values.to(x.device, non_blocking=True)
+
+
+def _forbid_stopping(x: Tensor, edited: Seq[Edited]) -> None:
+    early = [(i, kept) for i, row, kept in edited if row.num_output < row.seq.params.min_tokens]
+    if early:
+        x.view(-1)[_index([i * x.shape[1] + kept.stop_ids for i, kept in early], x.device)] = float("-inf")
+
+
+def _index(parts: Seq[Ids], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)

@@ -257,8 +257,8 @@ class Engine:
             if finish_reason is not None:
                 break
         num_taken = len(seq.output_ids) - num_before
-        # Of what was sampled, all but the last token were drafts and have their KV; rejected drafts do not count.
-        seq.computed = seq.num_tokens - 1 if sampled else seq.computed + num_tokens
+        # The last token's KV is never there yet; that of rejected or unverified drafts does not count.
+        seq.computed = seq.num_tokens - 1 if sampled else min(seq.computed + num_tokens, seq.num_tokens - 1)
         self.blocks.commit(seq)
         self._counters["generated_tokens"] += num_taken
         self._counters["draft_tokens"] += num_drafted

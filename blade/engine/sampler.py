@@ -62,7 +62,10 @@ class Sampler:
         raw = RawLogprobs(x, reported, max(num_top or 0 for num_top in asked)) if reported else None
         failed = self._edits.apply(x, rows)
         ways = [way_of(row.seq.params, self.vocab_size) for row in rows]
-        settings = None if all(way == GREEDY for way in ways) else self._settings(rows)
+        settings = None
+        if any(way != GREEDY for way in ways):
+            _apply_temperature(x, rows)
+            settings = self._settings(rows)
         drawn, lines = draw(x, ways, settings, raw)
         line_of = dict(zip(reported, lines, strict=True))
         return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
@@ -76,15 +79,14 @@ class Sampler:
         seeds = (self._secret + seq.id if seq.params.seed is None else seq.params.seed for seq, _ in rows)
         u = uniforms(seeds, (row.position for row in rows)).tolist()
         columns = [
-            [max(p.temperature, COLDEST) for p in params],
             [float(p.top_k or ALL) for p in params],
             [p.top_p if p.top_p < 1 else math.inf for p in params],
             [p.min_p for p in params],
             u,
         ]
         table = torch.tensor(columns, dtype=torch.float64).to(self.device, non_blocking=True)
-        temperature, top_k, top_p, min_p, u = table
-        return Settings(temperature.float(), top_k.long(), top_p, min_p.float(), u)
+        top_k, top_p, min_p, u = table
+        return Settings(top_k.long(), top_p, min_p.float(), u)
 
     def _result(
         self, seq: Sequence, drawn: Drawn, line: list[float] | None, raised: Exception | None
@@ -98,3 +100,10 @@ class Sampler:
         if line is None:
             return Sampled(drawn.token_id)
         return Sampled(drawn.token_id, *read_line(line, seq.params.logprobs or 0))
+
+
+def _apply_temperature(x: Tensor, rows: Seq[Row]) -> None:
+    given = [row.seq.params.temperature for row in rows]
+    if any(temperature not in (0, 1) for temperature in given):  # 0 is greedy: nothing changes which is largest
+        divisors = torch.tensor([max(temperature, COLDEST) if temperature else 1.0 for temperature in given])
+        x.div_(divisors.to(x.device, non_blocking=True)[:, None])

@@ -1,8 +1,8 @@
 """Drawing from the tokens that top_k, top_p and min_p leave over, without sorting the vocabulary.
 
-In the order of transformers: temperature, top_k (Fan et al. 2018), top_p of what top_k left (nucleus, Holtzman et al.
-2020), min_p (Nguyen et al. 2024). Each keeps whatever is as likely as the last token it has to keep: so the kept set
-follows from the logits alone, also where they are equal, and it is drawn from in the order of ids.
+In the order of transformers, after the temperature: top_k (Fan et al. 2018), top_p of what top_k left (nucleus,
+Holtzman et al. 2020), min_p (Nguyen et al. 2024). Each keeps whatever is as likely as the last token it has to keep: so
+the kept set follows from the logits alone, also where they are equal, and it is drawn from in the order of ids.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ SIZES = (64, 1024, ALL)  # how many of the most likely tokens are looked at, one
 class Settings:
     """One entry per row, all on the device."""
 
-    temperature: Tensor  # [R] float32, above 0
     top_k: Tensor  # [R] int64, ALL is off
     top_p: Tensor  # [R] float64, infinity is off
     min_p: Tensor  # [R] float32, 0 is off
@@ -43,13 +42,11 @@ def more_than(size: int) -> int:
 def draw_from_top(x: Tensor, tile_peaks: Tensor, settings: Settings, size: int, whole: bool) -> tuple[Tensor, Tensor]:
     """Ids [R] drawn from logits x [R, W], and [R] bool: whether the `size` most likely tokens were enough, which is
     when the least likely of them is not kept. `whole`: no row has a top_k, so top_p is a share of all tokens."""
-    temperature = settings.temperature[:, None]
     logits, ids = tiles.top(x, tile_peaks, size)  # [R, K], descending
-    logits = logits / temperature
     top, last = logits[:, :1], logits[:, -1]
     kept = logits >= logits.gather(1, settings.top_k[:, None].clamp(max=logits.shape[1]) - 1)
     if whole:
-        shares = (logits - top).exp() * torch.softmax(x / temperature, -1).amax(-1, keepdim=True)
+        shares = (logits - top).exp() * torch.softmax(x, -1).amax(-1, keepdim=True)
     else:
         shares = torch.softmax(logits.masked_fill(~kept, float("-inf")), -1)
     shares = shares.double()
@@ -65,7 +62,7 @@ def draw_from_top(x: Tensor, tile_peaks: Tensor, settings: Settings, size: int, 
 
 def draw_from_all(x: Tensor, settings: Settings, whole: bool) -> Tensor:
     """The same for any number of kept tokens: ids [R]. Ten times the work, the cost of flat distributions."""
-    weights = torch.softmax(x / settings.temperature[:, None], -1)
+    weights = torch.softmax(x, -1)
     if not whole:
         weights = _keep(weights, _threshold(weights, torch.ones_like(weights), settings.top_k.double()))
     limit = tiles.total(weights) * settings.top_p

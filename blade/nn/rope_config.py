@@ -25,9 +25,9 @@ def read_rope(config: Keys, head_dim: int) -> Rope:
     plain = (_theta(config, keys), _rotary_dim(config, keys, head_dim), config.integer("max_position_embeddings"))
     match kind:
         case "linear":
-            return LinearRope(*plain, keys.number("factor"))
+            return LinearRope(*plain, _factor(keys))
         case "dynamic":
-            return DynamicRope(*plain, keys.number("factor"))
+            return DynamicRope(*plain, _factor(keys))
         case "llama3":
             return _llama3(config, keys, plain)
         case "yarn":
@@ -40,6 +40,13 @@ def _theta(config: Keys, keys: Keys) -> float:
     if theta <= 1:
         (keys if keys.has("rope_theta") else config).refuse("rope_theta", "above 1")
     return theta
+
+
+def _factor(keys: Keys, default: float | None = None) -> float:
+    factor = keys.number("factor", default)
+    if factor < 1:
+        keys.refuse("factor", "at least 1")
+    return factor
 
 
 def _rotary_dim(config: Keys, keys: Keys, head_dim: int) -> int:
@@ -60,12 +67,12 @@ def _llama3(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
     low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
     if high <= low:
         keys.refuse("high_freq_factor", f"above low_freq_factor, {low:g}")
-    return Llama3Rope(*plain, keys.number("factor"), low, high, _original_context(config, keys, plain[2]))
+    return Llama3Rope(*plain, _factor(keys), low, high, _original_context(config, keys, plain[2]))
 
 
 def _yarn(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
     original_context = _original_context(config, keys, plain[2])
-    factor = keys.number("factor", plain[2] / original_context)
+    factor = _factor(keys, plain[2] / original_context)
     magnitude = _yarn_magnitude(factor, 1.0)
     if keys.has("mscale") and keys.has("mscale_all_dim"):
         magnitude = _yarn_magnitude(factor, keys.number("mscale"))

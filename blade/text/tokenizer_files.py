@@ -87,6 +87,6 @@ def _eos_token_ids(folder: Path, tokenizer: Tokenizer, eos: str | None) -> tuple
 def _read_ids(path: Path) -> list[int]:
     value = read_json(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
         raise CheckpointError(f"{path}: eos_token_id is neither an id nor a list of ids.")
     return ids

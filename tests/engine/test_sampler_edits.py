@@ -47,7 +47,7 @@ def expected(logits: Tensor, row: Row) -> Tensor:
     for token_id, bias in params.logit_bias.items():
         out[token_id] += bias
     if len(output) < params.min_tokens:
-        out[list(params.stop_token_ids)] = -math.inf
+        out[[token_id for token_id in params.stop_token_ids if token_id < VOCAB]] = -math.inf
     return out
 
 
@@ -58,7 +58,7 @@ CASES: list[dict[str, Any]] = [
     {"frequency_penalty": -0.5},
     {"repetition_penalty": 1.2, "presence_penalty": -2.0, "frequency_penalty": 0.25},
     {"logit_bias": {0: 5.0, 79: -100.0}},
-    {"min_tokens": 7, "stop_token_ids": (3, 4)},
+    {"min_tokens": 7, "stop_token_ids": (3, 4, 10**6)},
     {"repetition_penalty": 1.1, "logit_bias": {1: 1.0}, "min_tokens": 2, "stop_token_ids": (1,)},
     {"temperature": 0.5},
 ]

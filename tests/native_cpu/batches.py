@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from blade import Batch, KVSpec
 from torch import Tensor
+
+from blade import Batch, KVSpec
 
 
 def ragged(query_lens: list[int], kv_lens: list[int], block_size: int) -> Batch:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from blade_native.reference import TorchOps
 from blade_native.simd import build
 from blade_native.simd.library import Library, Unavailable, load, runnable_levels

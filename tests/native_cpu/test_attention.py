@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+
 from blade import Batch, KVSpec
 from blade_native.attention import PagedAttention
 from blade_native.simd.attention import SimdAttention
 from blade_native.simd.library import Library
-from torch import Tensor
 
 from .batches import attended, ragged, rotated, spec
 
@@ -170,7 +171,7 @@ def test_wrong_input_is_refused(library: Library) -> None:
     w = world(library, spec(4, 2, 32, "float32"), [3])
     batch = ragged([3], [3], 16)
     (q,), (k,), (v,) = w.q, w.k, w.v
-    with pytest.raises(TypeError, match="q is torch.bfloat16"):
+    with pytest.raises(TypeError, match="q is "):
         w.attention.attend(q.bfloat16(), k, v, batch, w.layer_kv, 1.0, None)
     with pytest.raises(ValueError, match="k has shape"):
         w.attention.rope_and_store(q, q, v, w.cos_sin, batch, w.layer_kv)

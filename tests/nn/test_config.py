@@ -52,8 +52,8 @@ def test_what_is_absent_has_the_default_of_transformers() -> None:
             Llama3Rope(1e4, 16, 512, 8.0, 1.0, 4.0, 32),
         ),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 0.5, "original_max_position_embeddings": 128}},
-            YarnRope(1e4, 16, 512, 0.5, 128, 32.0, 1.0, True, 1.0),
+            {"rope_scaling": {"type": "yarn", "factor": 1, "original_max_position_embeddings": 128}},
+            YarnRope(1e4, 16, 512, 1.0, 128, 32.0, 1.0, True, 1.0),
         ),
         ({"partial_rotary_factor": 0.5}, Rope(1e4, 8, 512)),
     ],
@@ -99,6 +99,7 @@ def test_windows() -> None:
         ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.type must be one of"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no rope_scaling.factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, not 0.5"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "config.json has no rope_scaling.low_freq_factor"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "rope_scaling.high_freq_factor must be above"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be"),

@@ -117,6 +117,12 @@ def test_literals_are_plain_text_in_place(byte_level: HFTokenizer) -> None:
     assert ids == [control["<|im_start|>"], *plain, control["<|im_end|>"]]
 
 
+def test_literals_that_the_template_left_out_change_nothing(byte_level: HFTokenizer) -> None:
+    text = "<|im_start|>hello<|im_end|>"
+    for stand_in in map(chr, range(0x20000, 0x20003)):
+        assert byte_level.encode_template(text, {stand_in: "x"}) == byte_level.encode_template(text)
+
+
 def test_literals_keep_what_control_tokens_strip() -> None:
     tokenizer = tiny()
     tokenizer.add_special_tokens([AddedToken("<|end|>", lstrip=True, rstrip=True, normalized=False)])
@@ -176,6 +182,7 @@ def test_unusable_folders_are_named(tmp_path: Path, files: dict[str, str], names
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
         ("generation_config.json", "{", "generation_config.json is not a JSON object"),
         ("generation_config.json", '{"eos_token_id": ["7"]}', "generation_config.json: eos_token_id"),
+        ("generation_config.json", '{"eos_token_id": 1099511627776}', "generation_config.json: eos_token_id"),
         ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<none>"}', "'<none>'"),
     ],
 )

@@ -16,5 +16,5 @@ EXPORT int blade_machine_level(void) {
 #endif
 }
 
-// What the sources hashed to when this library was built.
-EXPORT const char* blade_source_hash(void) { return BLADE_SOURCE_HASH; }
+// What the sources hashed to when this library was built: found in the file before it is loaded.
+EXPORT const char blade_source_hash[] = BLADE_SOURCE_HASH;

@@ -55,8 +55,21 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def is_current(level: str) -> bool:
+    """Whether the level's library is there and was built from the sources as they are."""
+    path = library_path(level)
+    return path.exists() and source_hash().encode() in path.read_bytes()
+
+
 def build(cxx: str) -> list[Path]:
-    """Compile all levels, as many files at a time as there are CPUs, and put the libraries in place atomically."""
+    """Compile all levels, as many files at a time as there are CPUs, and put the libraries in place atomically. Does
+    nothing when they are current. Raises CompileError."""
+    if not all(is_current(level) for level in levels()):
+        compile_all(cxx)
+    return [library_path(level) for level in levels()]
+
+
+def compile_all(cxx: str) -> None:
     define = f'-DBLADE_SOURCE_HASH="{source_hash()}"'
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     LIBRARIES.mkdir(exist_ok=True)
@@ -72,7 +85,6 @@ def build(cxx: str) -> list[Path]:
             linked = Path(scratch, level)
             run([cxx, "-shared", "-pthread", *map(str, parts), "-o", str(linked)])
             os.replace(linked, library_path(level))
-    return [library_path(level) for level in levels()]
 
 
 def run(command: list[str]) -> None:
@@ -85,8 +97,7 @@ def main() -> None:
     cxx = compiler()
     if cxx is None:
         sys.exit("no C++ compiler: install g++ or name one in $CXX")
-    for path in build(cxx):
-        print(path)
+    print(*build(cxx), sep="\n")
 
 
 if __name__ == "__main__":

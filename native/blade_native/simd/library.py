@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Mapping
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
-
-import torch  # noqa: F401 - first, so that our libraries share the OpenMP pool of torch's libgomp
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 
 from blade import ConfigError
 from blade_native.simd import build
@@ -99,11 +97,9 @@ def open_library(level: str) -> ctypes.CDLL:
     remedy = "Build them with: python -m blade_native.simd.build"
     if not path.exists():
         raise Unavailable("The CPU kernels have not been compiled, the slower torch ops serve instead.", remedy)
-    dll = ctypes.CDLL(str(path))
-    dll.blade_source_hash.restype = c_char_p
-    if dll.blade_source_hash().decode() != build.source_hash():
+    if not build.is_current(level):
         raise Unavailable("The compiled CPU kernels are older than their sources, torch ops serve instead.", remedy)
-    return dll
+    return ctypes.CDLL(str(path))
 
 
 def runnable_levels() -> list[str]:

@@ -23,7 +23,7 @@ class PackedLinear:
 
     A row of the result is bit-identical whatever rows are computed with it. `dtype` is that of x for dense weights,
     None for grouped ones, which take f32 and bf16 and quantise each group of a row to int8 (the scheme of LLM.int8()'s
-    vector-wise quantisation, Dettmers et al. 2022, in groups).
+    vector-wise quantisation, Dettmers et al. 2022, in groups). `weights` are packed from [n, k], b is float32.
     """
 
     def __init__(
@@ -34,8 +34,9 @@ class PackedLinear:
         self.weights = weights
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.n % PANEL))
         self._library, self._threads = library, threads
+        self._padded_k = padded(self.k, self.dtype)
         bias_at = None if self.bias is None else self.bias.data_ptr()
-        self._struct = CLinear(kind, self.n, self.k, weights.data_ptr(), bias_at)
+        self._struct = CLinear(kind, self.n, self._padded_k, weights.data_ptr(), bias_at)
         self._by_reference = ctypes.byref(self._struct)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -44,38 +45,41 @@ class PackedLinear:
         if dtype is not self.dtype and (self.dtype is not None or dtype not in DTYPES):
             raise TypeError(f"x is {dtype}, the weights want {self.dtype or 'float32 or bfloat16'}")
         if x.shape[-1] != self.k:
-            x = self._pad(x)
+            raise ValueError(f"x has {x.shape[-1]} features, the weights want {self.k}")
         if not x.is_contiguous():
             raise ValueError("x is not contiguous")
         y = x.new_empty((*x.shape[:-1], self.n), dtype=out_dtype)
-        m = x.numel() // self.k
-        if m:
-            self._library.linear(
-                self._by_reference, x.data_ptr(), DTYPES[dtype], m, y.data_ptr(), DTYPES[y.dtype], self._threads
-            )
+        if self._padded_k != self.k:
+            x = F.pad(x, (0, self._padded_k - self.k))
+        num_rows = x.numel() // self._padded_k
+        if num_rows:
+            out = y.data_ptr(), DTYPES[y.dtype]
+            self._library.linear(self._by_reference, x.data_ptr(), DTYPES[dtype], num_rows, *out, self._threads)
         return y
-
-    def _pad(self, x: Tensor) -> Tensor:
-        """Odd K in bf16 was padded to whole words when packing."""
-        if self.dtype is not torch.bfloat16 or x.shape[-1] + 1 != self.k or self.k % 2:
-            raise ValueError(f"x has {x.shape[-1]} features, the weights want {self.k}")
-        return F.pad(x, (0, 1))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a dense W, read back: ids [T] int64 -> [T, K]. Ids are trusted to be in range."""
         if self.dtype is None:
             raise TypeError("rows of quantised weights cannot be read back")
         check("ids", ids, torch.int64, (ids.numel(),))
-        out = torch.empty(ids.numel(), self.k, dtype=self.dtype)
+        out = torch.empty(ids.numel(), self._padded_k, dtype=self.dtype)
         self._library.unpack_rows(self._by_reference, ids.data_ptr(), ids.numel(), out.data_ptr(), self._threads)
-        return out
+        return out[:, : self.k]
+
+
+def padded(k: int, dtype: torch.dtype | None) -> int:
+    """K in whole 32-bit words: an odd K in bf16 gets a column of zeros."""
+    return k + k % 2 if dtype is torch.bfloat16 else k
 
 
 def pack_dense(library: Library, weight: Tensor, bias: Tensor | None, threads: int) -> PackedLinear:
     """weight [N, K] bf16 or f32; any N and K."""
-    if weight.dtype is torch.bfloat16 and weight.shape[1] % 2:
+    if weight.dtype not in DENSE:
+        raise TypeError(f"weight is {weight.dtype}, not float32 or bfloat16")
+    kind, (n, k) = DENSE[weight.dtype], weight.shape
+    if padded(k, weight.dtype) != k:
         weight = F.pad(weight, (0, 1))
-    return _pack(library, DENSE[weight.dtype], weight, bias, threads)
+    return PackedLinear(library, kind, (n, k), _pack(library, kind, weight, threads), bias, threads)
 
 
 def quantize(library: Library, weight: Tensor, bias: Tensor | None, bits: int, threads: int) -> PackedLinear:
@@ -84,19 +88,21 @@ def quantize(library: Library, weight: Tensor, bias: Tensor | None, bits: int, t
     8 bits are symmetric, 4 bits have a minimum per group; scales and minima are halves. Raises ValueError where K is
     not a multiple of the group.
     """
-    if weight.shape[1] % GROUP[bits]:
-        raise ValueError(f"{bits}-bit groups of {GROUP[bits]} do not divide K = {weight.shape[1]}")
-    return _pack(library, GROUPED[bits], weight, bias, threads)
-
-
-def _pack(library: Library, kind: int, weight: Tensor, bias: Tensor | None, threads: int) -> PackedLinear:
+    n, k = weight.shape
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight is {weight.dtype}, not float32 or bfloat16")
+    if k % GROUP[bits]:
+        raise ValueError(f"{bits}-bit groups of {GROUP[bits]} do not divide K = {k}")
+    packed = _pack(library, GROUPED[bits], weight, threads)
+    return PackedLinear(library, GROUPED[bits], (n, k), packed, bias, threads)
+
+
+def _pack(library: Library, kind: int, weight: Tensor, threads: int) -> Tensor:
     n, k = weight.shape
     weight = weight.contiguous()
     packed = allocate(library.packed_bytes(kind, n, k))
     library.pack(kind, weight.data_ptr(), DTYPES[weight.dtype], n, k, packed.data_ptr(), threads)
-    return PackedLinear(library, kind, (n, k), packed, bias, threads)
+    return packed
 
 
 def pack_quants(

@@ -1,0 +1,248 @@
+"""`blade_llm_server`: BladeLLM's command line, translated into that of `blade serve`.
+
+One table says of every option whether it is mapped, accepted (what it asks for is what blade does) or refused by name:
+none is ignored in silence. docs/bladellm.md is made from the same table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from blade.errors import BladeError, ConfigError
+
+BAD_USAGE = 2
+DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
+LOG_LEVELS = {level: level.lower() for level in ("DEBUG", "INFO", "WARNING", "ERROR")}
+MIN_BATCH_TOKENS = 256  # of blade's default --max-num-seqs: a step carries at least one token of each sequence
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def one_of(values: dict[str, str]) -> Callable[[str], str]:
+    """BladeLLM's word for something -> blade's."""
+
+    def convert(text: str) -> str:
+        if text not in values:
+            raise ArgumentTypeError(f"must be one of {', '.join(values)}, not {text!r}")
+        return values[text]
+
+    return convert
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of BladeLLM and what becomes of it."""
+
+    name: str  # in BladeLLM's spelling, without the dashes
+    type: Callable[[str], Any] = str
+    to: Callable[[Any], list[str]] | None = None  # mapped: value -> arguments of `blade serve`
+    only: tuple[Any, ...] | None = ()  # not mapped: values that are accepted; None is any
+    why: str = ""  # a sentence: what blade does instead, or already does
+    default: Any = None  # passed on when the option is not given; None leaves it to blade
+    many: bool = False  # takes any number of values
+
+    @property
+    def verdict(self) -> str:
+        return "mapped" if self.to else "refused" if self.only == () else "accepted"
+
+
+def mapped(name: str, to: str, type: Callable[[str], Any] = str, default: Any = None, why: str = "") -> Option:  # noqa: A002
+    return Option(name, type, lambda value: [f"--{to}", str(value)], why=why or f"--{to}", default=default)
+
+
+def accepted(name: str, why: str, *only: Any, type: Callable[[str], Any] = str, many: bool = False) -> Option:  # noqa: A002
+    return Option(name, type, only=only or None, why=why, many=many)
+
+
+def refused(name: str, why: str, many: bool = False) -> Option:
+    return Option(name, why=why, many=many)
+
+
+def _max_batch_tokens(value: int) -> list[str]:
+    """Where a step is small, so is the number of sequences in it."""
+    fewer = ["--max-num-seqs", str(value)] if value < MIN_BATCH_TOKENS else []
+    return ["--max-batch-tokens", str(value), *fewer]
+
+
+MAX_BATCH_TOKENS = f"--max-batch-tokens, and --max-num-seqs where it is below {MIN_BATCH_TOKENS}"
+ONE_DEVICE = "blade runs a model on one device"
+ONE_NODE = "blade runs on one machine"
+NO_DRAFT_MODEL = "blade has no draft model yet"
+NO_LOOKAHEAD = "blade has no lookahead decoding"
+NO_LORA = "blade has no LoRA adapters yet"
+NO_DISAGGREGATION = "blade prefills and decodes in one engine"
+NO_REMOTE = "blade has no remote workers; `blade serve --device` chooses the device"
+EAGER = "blade captures no CUDA graphs"
+NO_LLUMNIX = "blade has no Llumnix layer"
+MODEL_OPTIONS = (
+    "model tokenizer_dir chat_template dtype kv_cache_quant kv_cache_quant_sub_heads attn_cls tokenizer_special_tokens "
+    "enable_triton_mla disable_cuda_graph cuda_graph_max_batch_size cuda_graph_batch_sizes with_visual"
+)
+DISAGG_OPTIONS = "inst_id inst_role disagg_transfer_type token_port"
+SEMI_PD_OPTIONS = "inst_id transfer_type prefill_server_port"
+
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "Parallelism": (
+        accepted("tensor_parallel_size", ONE_DEVICE, 1, type=int),
+        accepted("pipeline_parallel_size", ONE_DEVICE, 1, type=int),
+        accepted("pipeline_micro_batch", "there is one stage, so one batch is in flight", 1, type=int),
+        accepted("attention_dp_size", ONE_DEVICE, 1, type=int),
+        refused("dist_init_addr", ONE_NODE),
+        accepted("nnodes", ONE_NODE, 1, type=int),
+        accepted("node_rank", ONE_NODE, 0, type=int),
+        accepted("enable_custom_allreduce", "one device has nothing to reduce", type=boolean),
+        refused("enable_remote_worker", NO_REMOTE, many=True),
+        refused("server_ip", NO_REMOTE),
+        refused("rank", NO_REMOTE),
+        refused("device", NO_REMOTE),
+    ),
+    "Service": (
+        mapped("host", "host", why="--host; 127.0.0.1 by default, a public address needs BLADE_API_KEY or --insecure"),
+        mapped("port", "port", int, default=8081),
+        accepted("worker_socket_path", "there are no workers, so no socket is made"),
+        mapped("log_level", "log-level", one_of(LOG_LEVELS)),
+        accepted("metric_exporters", "metrics are always at /metrics, whoever collects them", many=True),
+        accepted("metric_export_interval_sec", "/metrics is always current", type=float),
+        refused("serving_observability_options", "blade exports no OpenTelemetry traces yet"),
+        mapped("max_queue_time", "max-queue-time", int),
+        accepted("decoding_parallelism", "text is decoded in one thread", 1, type=int),
+        accepted("disable_frontend_multiprocessing", "blade is one process", True, type=boolean),
+        accepted("disable_signal_handler", "blade ends its requests on SIGTERM", False, type=boolean),
+        accepted("enable_json_warmup", "blade has no guided decoding yet", False, type=boolean),
+        refused("generation_configs", "blade takes generation defaults from requests alone"),
+        accepted("enable_llumnix", NO_LLUMNIX, False, type=boolean),
+        refused("llumnix_config", NO_LLUMNIX),
+    ),
+    "Scheduler, memory, cache": (
+        mapped("max_gpu_memory_utilization", "max-gpu-memory-utilization", float, default=0.85),
+        Option("ragged_flash_max_batch_tokens", int, _max_batch_tokens, why=MAX_BATCH_TOKENS, default=2048),
+        accepted("preempt_strategy", "blade preempts by recomputing", "AUTO", "RECOMPUTE"),
+        Option(
+            "disable_prompt_cache", boolean, lambda off: ["--no-prefix-cache"] if off else [], why="--no-prefix-cache"
+        ),
+        accepted("prompt_cache_enable_swap", "blade's prompt cache stays on the device", False, type=boolean),
+        accepted("attn_cls", "blade's attention is paged, with prompts cut into chunks", "ragged_flash", "paged"),
+        accepted("kv_cache_quant", "blade keeps the KV cache in the model's dtype", "no_quant"),
+        accepted("kv_cache_quant_sub_heads", "blade does not quantise the KV cache", 1, type=int),
+    ),
+    "Model": (
+        mapped("model", "model"),
+        mapped("tokenizer_dir", "tokenizer-dir"),
+        mapped("chat_template", "chat-template", why="--chat-template; the path of a Jinja file"),
+        mapped("dtype", "dtype", one_of(DTYPES)),
+        refused("tokenizer_special_tokens", "blade takes special tokens from the tokenizer's files alone", many=True),
+        accepted("enable_triton_mla", "blade serves no MLA models yet", False, type=boolean),
+        accepted("disable_cuda_graph", EAGER, True, type=boolean),
+        refused("cuda_graph_max_batch_size", EAGER),
+        refused("cuda_graph_batch_sizes", EAGER, many=True),
+        accepted("with_visual", "blade serves text alone", False, type=boolean),
+    ),
+    "Speculation": (
+        accepted("decode_algo", f"{NO_DRAFT_MODEL}, nor lookahead decoding", "normal"),
+        mapped("gamma", "num-draft-tokens", int, why="--num-draft-tokens; it matters once there is a --drafter"),
+        accepted("use_sps", NO_DRAFT_MODEL, False, type=boolean),
+        accepted("use_lookahead", NO_LOOKAHEAD, False, type=boolean),
+        *(refused(name, NO_LOOKAHEAD) for name in ("look_ahead_window_size", "look_ahead_gram_size", "guess_set_size")),
+        *(refused(f"draft.{name}", NO_DRAFT_MODEL, many=True) for name in MODEL_OPTIONS.split()),
+    ),
+    "LoRA": (
+        accepted("enable_lora", NO_LORA, False, type=boolean),
+        refused("lora_modules", NO_LORA, many=True),
+    ),
+    "Disaggregation": (
+        accepted("enable_disagg", NO_DISAGGREGATION, False, type=boolean),
+        *(refused(f"disagg_pd.{name}", NO_DISAGGREGATION) for name in DISAGG_OPTIONS.split()),
+        refused("naming_url", NO_DISAGGREGATION),
+        refused("select_decode_policy", NO_DISAGGREGATION),
+        accepted("enable_semi_pd_mode", NO_DISAGGREGATION, False, type=boolean),
+        *(refused(f"semi_pd.{name}", NO_DISAGGREGATION) for name in SEMI_PD_OPTIONS.split()),
+        refused("elastic_attn_cluster", NO_DISAGGREGATION),
+    ),
+}
+BY_NAME = {option.name: option for options in OPTIONS.values() for option in options}
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.")
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser(
+        "blade_llm_server",
+        description="BladeLLM's command line for blade. What follows a lone -- goes to `blade serve` as it is.",
+        allow_abbrev=False,
+        argument_default=SUPPRESS,
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            spellings = [f"--{option.name}", *(["-tp"] if option.name == "tensor_parallel_size" else [])]
+            help_text = f"{option.verdict}: {option.why}".replace("%", "%%")
+            settings: dict[str, Any] = {"type": option.type, "dest": option.name, "help": help_text}
+            if option.type is boolean:
+                settings |= {"nargs": "?", "const": True}
+            elif option.many:
+                settings |= {"nargs": "*"}
+            group.add_argument(*spellings, metavar=option.name.rpartition(".")[2].upper(), **settings)
+    return parser
+
+
+def translate(argv: list[str]) -> list[str]:
+    """BladeLLM's arguments -> those of the `blade` command. Raises ConfigError naming the option that is unknown, has a
+    bad value, or asks for what blade cannot do."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    namespace, unknown = _parser().parse_known_args(argv[:end])
+    if unknown:
+        raise _unknown(unknown[0])
+    given = vars(namespace)
+    if "model" not in given:
+        raise ConfigError("--model is missing.", "Name a model folder, a .gguf file or a hub id.")
+    values = {name: option.default for name, option in BY_NAME.items() if option.default is not None} | given
+    args = ["serve"]
+    for name, value in values.items():
+        args += _arguments(BY_NAME[name], value)
+    return args + argv[end + 1 :]
+
+
+def _arguments(option: Option, value: Any) -> list[str]:
+    if option.to is not None:
+        return option.to(value)
+    if option.only is not None and value not in option.only:
+        asked = f"--{option.name} {shown(value)}" if option.only else f"--{option.name}"
+        remedy = f"Accepted is {' or '.join(map(shown, option.only))}." if option.only else "Leave it out."
+        raise ConfigError(f"{asked} is not supported: {option.why}.", remedy)
+    return []
+
+
+def shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _unknown(argument: str) -> ConfigError:
+    if not argument.startswith("-"):
+        return ConfigError(f"{argument!r} belongs to no option.")
+    option = argument.partition("=")[0]
+    close = difflib.get_close_matches(option.lstrip("-").replace("-", "_"), BY_NAME, 1)
+    return ConfigError(f"BladeLLM has no option {option}.", f"Did you mean --{close[0]}?" if close else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit status as of `blade`: 2 with one sentence for what the user can mend."""
+    try:
+        args = translate(sys.argv[1:] if argv is None else argv)
+    except BladeError as error:
+        print(f"blade_llm_server: {error}", file=sys.stderr)
+        sys.exit(BAD_USAGE)
+    from blade.cli import main as blade_main
+
+    blade_main(args)

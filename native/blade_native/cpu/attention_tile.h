@@ -1,0 +1,183 @@
+// One tile of attention: R query rows that share a KV head against a stretch of the paged context. Memory beyond a
+// sequence's context is never used: masked lanes are dropped, not multiplied by zero.
+#pragma once
+#include <algorithm>
+
+#include "api.h"
+#include "dot.h"
+
+namespace attention {
+constexpr int KEYS = 2 * vec::LANES;  // keys per step
+constexpr int MAX_HEAD_DIM = 256;
+constexpr float NEVER = -1e30f;  // score of a masked key: finite, so that differences of two are not NaN
+
+struct Job {
+    const PagedKV& kv;
+    const void* q;  // [T, H, D], q_stride elements between tokens
+    int64_t q_stride, num_seqs;
+    const int32_t *cu_seqlens, *context_lens, *block_tables;
+    int64_t max_blocks;
+    float scale;
+    int64_t window;  // 0: none
+    void* out;       // [T, H, D]
+};
+
+// Rows [row, row + num_rows) of (token, head of the group) of one sequence and KV head, and their keys [from, to).
+struct Item {
+    int32_t seq, head, row, num_rows, from, to;
+};
+
+// The state of an online softmax for R rows: the largest score, the sum of weights and the weighted sum of values.
+template <int R>
+struct Sums {
+    float most[R], total[R], values[R * MAX_HEAD_DIM];
+
+    void clear(int d) {
+        for (int r = 0; r < R; r++) most[r] = NEVER, total[r] = 0;
+        std::fill_n(values, R * d, 0.0f);
+    }
+    void rescale(int r, int d, float factor) {
+        total[r] *= factor;
+        for (int i = 0; i < d; i += vec::LANES)
+            vec::store(values + r * d + i, vec::mul(vec::load(values + r * d + i), vec::set(factor)));
+    }
+};
+
+float exp_of_difference(float a, float b) {
+    float lanes[vec::LANES];
+    vec::store(lanes, vec::exp(vec::set(a - b)));
+    return lanes[0];
+}
+
+template <class E, int R>
+struct Tile {
+    static constexpr int P = Word<E>::ELEMENTS;
+    const Job& job;
+    const Item& item;
+    int group, base;  // query heads per KV head; position of the sequence's first query token
+    uint32_t queries[R * MAX_HEAD_DIM / P];  // [D / P][R] words
+    int first_key[R], end_key[R];
+
+    Tile(const Job& job, const Item& item) : job(job), item(item) {
+        int num_tokens = job.cu_seqlens[item.seq + 1] - job.cu_seqlens[item.seq];
+        group = job.kv.num_heads / job.kv.num_kv_heads;
+        base = job.context_lens[item.seq] - num_tokens;
+        for (int r = 0; r < R; r++) {
+            end_key[r] = base + (item.row + r) / group + 1;
+            first_key[r] = job.window ? std::max<int64_t>(0, end_key[r] - job.window) : 0;
+            const E* q = (const E*)job.q + token(r) * job.q_stride + query_head(r) * job.kv.head_dim;
+            for (int i = 0; i < job.kv.head_dim / P; i++) memcpy(queries + i * R + r, q + i * P, 4);
+        }
+    }
+    long token(int r) const { return job.cu_seqlens[item.seq] + (item.row + r) / group; }
+    long query_head(int r) const { return item.head * group + (item.row + r) % group; }
+
+    // Offset in elements of the sixteen keys (or values) from `key` on.
+    long address(int key) const {
+        const int32_t* blocks = job.block_tables + item.seq * job.max_blocks;
+        long size = job.kv.block_size, block = blocks[key / size];
+        return ((block * job.kv.num_kv_heads + item.head) * size + key % size) * job.kv.head_dim;
+    }
+
+    // Scores of keys [key, key + KEYS), masked ones NEVER.
+    INLINE void score(const Tile& t, int key, int to, vec::F (&s)[R][2]) {
+        const E* keys = (const E*)t.job.kv.k;
+        long first = t.address(key), second = key + vec::LANES < to ? t.address(key + vec::LANES) : first;
+        const uint32_t* words[2] = {(const uint32_t*)(keys + first), (const uint32_t*)(keys + second)};
+        Prefetch none{(const char*)words[0], 0};
+        for (int r = 0; r < R; r++) s[r][0] = s[r][1] = vec::zero();
+        dot_tile<E, R, 2>(t.queries, 1, R, words, vec::LANES, t.job.kv.head_dim / P, s, none);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < 2; v++) {
+                int start = key + v * vec::LANES;
+                s[r][v] = vec::keep(vec::mul(s[r][v], vec::set(t.job.scale)), t.first_key[r] - start,
+                                    t.end_key[r] - start, NEVER);
+            }
+    }
+
+    // Scores become weights [R][KEYS] relative to the new largest score; what was summed before is rescaled to it.
+    INLINE void soften(const Tile& t, int key, vec::F (&s)[R][2], Sums<R>& sums, E* weights) {
+        for (int r = 0; r < R; r++) {
+            float most = std::max(sums.most[r], vec::max_lane(vec::max(s[r][0], s[r][1])));
+            if (most > sums.most[r]) {
+                sums.rescale(r, t.job.kv.head_dim, exp_of_difference(sums.most[r], most));
+                sums.most[r] = most;
+            }
+            vec::F w[2];
+            for (int v = 0; v < 2; v++) {
+                int start = key + v * vec::LANES;
+                w[v] = vec::exp(vec::sub(s[r][v], vec::set(most)));
+                w[v] = vec::keep(w[v], t.first_key[r] - start, t.end_key[r] - start, 0.0f);
+                vec::store(weights + r * KEYS + v * vec::LANES, w[v]);
+            }
+            sums.total[r] += vec::sum(vec::add(w[0], w[1]));
+        }
+    }
+
+    // sums.values[:, i : i + 16 NV] += weights . values of keys [key, to), to - key <= KEYS.
+    template <int NV>
+    INLINE void add_values(const Tile& t, int i, int key, int to, const E* weights, Sums<R>& sums) {
+        const int d = t.job.kv.head_dim;
+        vec::F c[R][NV];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) c[r][v] = vec::load(sums.values + r * d + i + v * vec::LANES);
+        for (int start = key; start < to; start += vec::LANES) {
+            int num_keys = std::min(to - start, vec::LANES);
+            const uint32_t* a = (const uint32_t*)(weights + start - key);
+            const uint32_t* words[NV];
+            for (int v = 0; v < NV; v++)
+                words[v] = (const uint32_t*)((const E*)t.job.kv.v + t.address(start)) + i + v * vec::LANES;
+            Prefetch none{(const char*)words[0], 0};
+            dot_tile<E, R, NV>(a, KEYS / P, 1, words, d, num_keys / P, c, none);
+            if (num_keys % P) {  // the other half of the last word holds no key of this sequence
+                for (int v = 0; v < NV; v++) {
+                    vec::W half = vec::low_halves(vec::word(words[v] + num_keys / P * d));
+                    for (int r = 0; r < R; r++)
+                        c[r][v] = Word<E>::dot(c[r][v], half, vec::splat(a + r * KEYS / P + num_keys / P));
+                }
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) vec::store(sums.values + r * d + i + v * vec::LANES, c[r][v]);
+    }
+
+    // Sums over keys [from, to), within one span.
+    void sum_span(int from, int to, Sums<R>& sums) const {
+        const int d = job.kv.head_dim;
+        sums.clear(d);
+        for (int key = from; key < to; key += KEYS) {
+            vec::F s[R][2];
+            E weights[R * KEYS];
+            score(*this, key, to, s);
+            soften(*this, key, s, sums, weights);
+            int end = std::min(key + KEYS, to), i = 0;
+            for (; i + 2 * vec::LANES <= d; i += 2 * vec::LANES) add_values<2>(*this, i, key, end, weights, sums);
+            if (i < d) add_values<1>(*this, i, key, end, weights, sums);
+        }
+    }
+
+    void merge(const Sums<R>& span, Sums<R>& sums) const {
+        const int d = job.kv.head_dim;
+        for (int r = 0; r < R; r++) {
+            float most = std::max(sums.most[r], span.most[r]);
+            float factor = exp_of_difference(span.most[r], most);
+            sums.rescale(r, d, exp_of_difference(sums.most[r], most));
+            sums.most[r] = most;
+            sums.total[r] += factor * span.total[r];
+            for (int i = r * d; i < (r + 1) * d; i += vec::LANES)
+                vec::store(sums.values + i,
+                           vec::fma(vec::load(span.values + i), vec::set(factor), vec::load(sums.values + i)));
+        }
+    }
+
+    void write(const Sums<R>& sums) const {
+        const int d = job.kv.head_dim;
+        for (int r = 0; r < R; r++) {
+            E* out = (E*)job.out + (token(r) * job.kv.num_heads + query_head(r)) * d;
+            vec::F inverse = vec::set(1.0f / sums.total[r]);
+            for (int i = 0; i < d; i += vec::LANES)
+                vec::store(out + i, vec::mul(vec::load(sums.values + r * d + i), inverse));
+        }
+    }
+};
+}  // namespace attention

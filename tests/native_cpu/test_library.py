@@ -1,0 +1,75 @@
+"""Which library is loaded, what is said when there is none, and the pool that the kernels run on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from blade import ConfigError
+from blade_native.simd import build
+from blade_native.simd.library import Library, Unavailable, load, runnable_levels
+from blade_native.simd.linear import pack_dense
+from blade_native.simd.memory import HUGE_PAGE, allocate
+from blade_native.simd.ops import SimdOps
+
+
+def test_the_best_level_is_loaded_unless_one_is_named(library: Library) -> None:
+    assert load({}).level == runnable_levels()[0]
+    assert load({"BLADE_CPU_ISA": "portable"}).level == "portable"
+
+
+def test_a_level_that_cannot_run_is_refused_before_it_is_loaded(library: Library) -> None:
+    with pytest.raises(ConfigError, match=r"BLADE_CPU_ISA=sse9 cannot run here\. This machine runs: .*portable"):
+        load({"BLADE_CPU_ISA": "sse9"})
+
+
+def test_missing_and_stale_libraries_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LIBRARIES", tmp_path)
+    with pytest.raises(Unavailable, match=r"not been compiled.*python -m blade_native\.simd\.build"):
+        load({})
+    build.library_path("portable").write_bytes(b"built from other sources")
+    with pytest.raises(Unavailable, match="older than their sources"):
+        load({})
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LIBRARIES", tmp_path)
+    with pytest.raises(build.CompileError, match=r"false .*\.cpp"):
+        build.build("false")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_buffers_are_aligned_zeroed_and_outlive_their_mapping() -> None:
+    buffer = allocate(3 * HUGE_PAGE + 5)
+    assert buffer.data_ptr() % HUGE_PAGE == 0
+    assert buffer.numel() == 3 * HUGE_PAGE + 5
+    assert not buffer.any()
+    tail = buffer[-5:].fill_(7)
+    del buffer
+    assert tail.tolist() == [7] * 5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_do_not_depend_on_the_number_of_threads(library: Library, threads: int) -> None:
+    weight, x = torch.randn(200, 4096), torch.randn(40, 4096)
+    want = pack_dense(library, weight, None, 1)(x)
+    torch.testing.assert_close(pack_dense(library, weight, None, threads)(x), want, rtol=0, atol=0)
+
+
+def test_callers_on_several_threads_do_not_disturb_each_other(ops: SimdOps) -> None:
+    weight, x = torch.randn(96, 512), torch.randn(30, 512)
+    linear = ops.linear(weight, None)
+    want, wrong = linear(x), []
+
+    def call() -> None:
+        wrong.extend(i for i in range(200) if not torch.equal(linear(x), want))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
