@@ -27,6 +27,7 @@ format:
 # Regenerate the pages of docs/ that are made from the code
 docs:
     python docs/generate_hooks.py
+    python docs/generate_bladellm.py
 
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:

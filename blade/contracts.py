@@ -35,7 +35,8 @@ class Model(Protocol):
     config: ModelConfig
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
-        """Store the KV of the batch's T tokens and return logits, [R, vocab_size] float32, of batch.logits_rows."""
+        """Store the KV of the batch's T tokens and return logits, [R, vocab_size] float32, of batch.logits_rows; the
+        caller may overwrite them."""
         ...
 
 
