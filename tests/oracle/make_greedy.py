@@ -2,8 +2,8 @@
 
     python tests/oracle/make_greedy.py MODEL.gguf OUT.json
 
-The ids are committed beside this script; making them takes minutes, because transformers dequantises in Python (it needs
-the `accelerate` package for that, which blade itself does not).
+The ids are committed beside this script; making them takes minutes, because transformers dequantises in Python (it
+needs the `accelerate` package for that, which blade itself does not).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // Causal attention of a ragged batch over the paged cache: decodes, prefill chunks and verifications in one call, with
-// the online softmax of FlashAttention (Dao et al. 2022) and the split over context of Flash-Decoding (Dao et al. 2023).
+// the partial softmaxes of FlashAttention (Dao et al. 2022) and the split over context of Flash-Decoding (Dao et al. 2023).
 //
 // The query rows of one sequence that share a KV head, (token, head of the group), are cut into tiles of at most
 // MAX_ROWS. The context is cut into SPANs at fixed places, each yielding an unnormalised sum per row; spans are merged
@@ -12,8 +12,6 @@
 
 namespace {
 using namespace attention;
-
-constexpr int SPAN = 256;  // keys per partial result
 
 template <class E, int R>
 __attribute__((noinline)) void attend_item(const Job& job, const Item& item) {

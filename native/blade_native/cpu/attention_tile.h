@@ -8,6 +8,7 @@
 
 namespace attention {
 constexpr int KEYS = 2 * vec::LANES;  // keys per step
+constexpr int SPAN = 256;             // keys per partial result, a multiple of KEYS
 constexpr int MAX_HEAD_DIM = 256;
 constexpr float NEVER = -1e30f;  // score of a masked key: finite, so that differences of two are not NaN
 
@@ -27,7 +28,7 @@ struct Item {
     int32_t seq, head, row, num_rows, from, to;
 };
 
-// The state of an online softmax for R rows: the largest score, the sum of weights and the weighted sum of values.
+// An unfinished softmax of R rows: the largest score, and relative to it the sum of weights and the weighted values.
 template <int R>
 struct Sums {
     float most[R], total[R], values[R * MAX_HEAD_DIM];
@@ -79,61 +80,62 @@ struct Tile {
         return ((block * job.kv.num_kv_heads + item.head) * size + key % size) * job.kv.head_dim;
     }
 
-    // Scores of keys [key, key + KEYS), masked ones NEVER.
-    INLINE void score(const Tile& t, int key, int to, vec::F (&s)[R][2]) {
+    // Scores of keys [key, key + KEYS), in rows SPAN apart.
+    INLINE void score(const Tile& t, int key, int to, float* scores) {
         const E* keys = (const E*)t.job.kv.k;
         long first = t.address(key), second = key + vec::LANES < to ? t.address(key + vec::LANES) : first;
         const uint32_t* words[2] = {(const uint32_t*)(keys + first), (const uint32_t*)(keys + second)};
         Prefetch none{(const char*)words[0], 0};
+        vec::F s[R][2];
         for (int r = 0; r < R; r++) s[r][0] = s[r][1] = vec::zero();
         dot_tile<E, R, 2>(t.queries, 1, R, words, vec::LANES, t.job.kv.head_dim / P, s, none);
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++) {
-                int start = key + v * vec::LANES;
-                s[r][v] = vec::keep(vec::mul(s[r][v], vec::set(t.job.scale)), t.first_key[r] - start,
-                                    t.end_key[r] - start, NEVER);
-            }
+            for (int v = 0; v < 2; v++)
+                vec::store(scores + r * SPAN + v * vec::LANES, vec::mul(s[r][v], vec::set(t.job.scale)));
     }
 
-    // Scores become weights [R][KEYS] relative to the new largest score; what was summed before is rescaled to it.
-    INLINE void soften(const Tile& t, int key, vec::F (&s)[R][2], Sums<R>& sums, E* weights) {
-        for (int r = 0; r < R; r++) {
-            float most = std::max(sums.most[r], vec::max_lane(vec::max(s[r][0], s[r][1])));
-            if (most > sums.most[r]) {
-                sums.rescale(r, t.job.kv.head_dim, exp_of_difference(sums.most[r], most));
-                sums.most[r] = most;
-            }
-            vec::F w[2];
-            for (int v = 0; v < 2; v++) {
-                int start = key + v * vec::LANES;
-                w[v] = vec::exp(vec::sub(s[r][v], vec::set(most)));
-                w[v] = vec::keep(w[v], t.first_key[r] - start, t.end_key[r] - start, 0.0f);
-                vec::store(weights + r * KEYS + v * vec::LANES, w[v]);
-            }
-            sums.total[r] += vec::sum(vec::add(w[0], w[1]));
-        }
+    // Calls body(offset, lanes [low, high) of sixteen keys that row r may see) over keys [from, to).
+    template <class Body>
+    INLINE void for_keys(const Tile& t, int r, int from, int to, Body body) {
+        for (int i = 0; i < to - from; i += vec::LANES) body(i, t.first_key[r] - from - i, t.end_key[r] - from - i);
     }
 
-    // sums.values[:, i : i + 16 NV] += weights . values of keys [key, to), to - key <= KEYS.
+    // A row's scores of keys [from, to) become weights relative to the largest of them; masked keys weigh nothing.
+    INLINE void soften(const Tile& t, int r, int from, int to, const float* scores, E* weights, Sums<R>& sums) {
+        vec::F most = vec::set(NEVER), total = vec::zero();
+        for_keys(t, r, from, to, [&](int i, int low, int high) {
+            most = vec::max(most, vec::keep(vec::load(scores + i), low, high, NEVER));
+        });
+        sums.most[r] = vec::max_lane(most);
+        for_keys(t, r, from, to, [&](int i, int low, int high) {
+            vec::F w = vec::exp(vec::sub(vec::load(scores + i), vec::set(sums.most[r])));
+            w = vec::keep(w, low, high, 0.0f);
+            total = vec::add(total, w);
+            vec::store(weights + i, w);
+        });
+        sums.total[r] = vec::sum(total);
+    }
+
+    // sums.values[:, i : i + 16 NV] = weights . values of keys [from, to).
     template <int NV>
-    INLINE void add_values(const Tile& t, int i, int key, int to, const E* weights, Sums<R>& sums) {
+    INLINE void weigh_values(const Tile& t, int i, int from, int to, const E* weights, Sums<R>& sums) {
         const int d = t.job.kv.head_dim;
         vec::F c[R][NV];
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) c[r][v] = vec::load(sums.values + r * d + i + v * vec::LANES);
-        for (int start = key; start < to; start += vec::LANES) {
-            int num_keys = std::min(to - start, vec::LANES);
-            const uint32_t* a = (const uint32_t*)(weights + start - key);
+            for (int v = 0; v < NV; v++) c[r][v] = vec::zero();
+        for (int key = from; key < to; key += vec::LANES) {
+            int num_keys = std::min(to - key, vec::LANES);
+            const uint32_t* a = (const uint32_t*)(weights + key - from);
             const uint32_t* words[NV];
             for (int v = 0; v < NV; v++)
-                words[v] = (const uint32_t*)((const E*)t.job.kv.v + t.address(start)) + i + v * vec::LANES;
+                words[v] = (const uint32_t*)((const E*)t.job.kv.v + t.address(key)) + i + v * vec::LANES;
             Prefetch none{(const char*)words[0], 0};
-            dot_tile<E, R, NV>(a, KEYS / P, 1, words, d, num_keys / P, c, none);
+            dot_tile<E, R, NV>(a, SPAN / P, 1, words, d, num_keys / P, c, none);
             if (num_keys % P) {  // the other half of the last word holds no key of this sequence
                 for (int v = 0; v < NV; v++) {
                     vec::W half = vec::low_halves(vec::word(words[v] + num_keys / P * d));
                     for (int r = 0; r < R; r++)
-                        c[r][v] = Word<E>::dot(c[r][v], half, vec::splat(a + r * KEYS / P + num_keys / P));
+                        c[r][v] = Word<E>::dot(c[r][v], half, vec::splat(a + r * SPAN / P + num_keys / P));
                 }
             }
         }
@@ -141,19 +143,15 @@ struct Tile {
             for (int v = 0; v < NV; v++) vec::store(sums.values + r * d + i + v * vec::LANES, c[r][v]);
     }
 
-    // Sums over keys [from, to), within one span.
+    // Sums over keys [from, to), at most SPAN of them.
     void sum_span(int from, int to, Sums<R>& sums) const {
-        const int d = job.kv.head_dim;
-        sums.clear(d);
-        for (int key = from; key < to; key += KEYS) {
-            vec::F s[R][2];
-            E weights[R * KEYS];
-            score(*this, key, to, s);
-            soften(*this, key, s, sums, weights);
-            int end = std::min(key + KEYS, to), i = 0;
-            for (; i + 2 * vec::LANES <= d; i += 2 * vec::LANES) add_values<2>(*this, i, key, end, weights, sums);
-            if (i < d) add_values<1>(*this, i, key, end, weights, sums);
-        }
+        float scores[R * SPAN];
+        E weights[R * SPAN];
+        for (int key = from; key < to; key += KEYS) score(*this, key, to, scores + key - from);
+        for (int r = 0; r < R; r++) soften(*this, r, from, to, scores + r * SPAN, weights + r * SPAN, sums);
+        int i = 0;
+        for (; i + 2 * vec::LANES <= job.kv.head_dim; i += 2 * vec::LANES) weigh_values<2>(*this, i, from, to, weights, sums);
+        if (i < job.kv.head_dim) weigh_values<1>(*this, i, from, to, weights, sums);
     }
 
     void merge(const Sums<R>& span, Sums<R>& sums) const {
