@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blade.errors import CheckpointError, ConfigError
@@ -102,7 +102,7 @@ def load_model(assembly: Assembly, advance: Callable[[int], None] | None = None)
     loader = Loader(
         assembly.checkpoint.weights, assembly.ops, assembly.attention, assembly.dtype, assembly.quantization, advance
     )
-    return assembly.architecture.build(assembly.model_config, loader)
+    return assembly.architecture.build(replace(assembly.model_config, max_context=assembly.max_context), loader)
 
 
 def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine:

@@ -47,8 +47,8 @@ class Architecture(Protocol):
         """Read config.json's content; raise CheckpointError naming the key that cannot be served."""
         ...
 
-    def build(self, config: ModelConfig, loader: Loader) -> Model:
-        """Load the weights through `loader` and return the model, ready to run."""
+    def build(self, config: Any, loader: Loader) -> Model:
+        """`config` is what `configure` returned. Load the weights through `loader` and return the model, ready to run."""
         ...
 
 

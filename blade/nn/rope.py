@@ -113,7 +113,7 @@ class YarnRope(Rope):
         return torch.lerp(fast, fast / self.factor, ramp.clamp(0, 1))
 
     def table(self, num_positions: int) -> Tensor:
-        return Rope.table(self, num_positions)
+        return Rope.table(self, num_positions).mul_(self.magnitude)
 
     def _place(self, turns: float) -> float:
         """Of the pair, if there were one, that turns so often in the original context."""

@@ -1,5 +1,6 @@
 // Causal attention of a ragged batch over the paged cache: decodes, prefill chunks and verifications in one call, with
-// the partial softmaxes of FlashAttention (Dao et al. 2022) and the split over context of Flash-Decoding (Dao et al. 2023).
+// the partial softmaxes of FlashAttention (Dao et al. 2022), split over the context as in Flash-Decoding (Dao et al.
+// 2023).
 //
 // The query rows of one sequence that share a KV head, (token, head of the group), are cut into tiles of at most
 // MAX_ROWS. The context is cut into SPANs at fixed places, each yielding an unnormalised sum per row; spans are merged

@@ -150,7 +150,8 @@ struct Tile {
         for (int key = from; key < to; key += KEYS) score(*this, key, to, scores + key - from);
         for (int r = 0; r < R; r++) soften(*this, r, from, to, scores + r * SPAN, weights + r * SPAN, sums);
         int i = 0;
-        for (; i + 2 * vec::LANES <= job.kv.head_dim; i += 2 * vec::LANES) weigh_values<2>(*this, i, from, to, weights, sums);
+        for (; i + 2 * vec::LANES <= job.kv.head_dim; i += 2 * vec::LANES)
+            weigh_values<2>(*this, i, from, to, weights, sums);
         if (i < job.kv.head_dim) weigh_values<1>(*this, i, from, to, weights, sums);
     }
 

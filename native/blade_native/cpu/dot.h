@@ -39,8 +39,8 @@ struct Prefetch {
 // c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
 // steps; w advances w_step words per step.
 template <class E, int R, int NV>
-INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step, long steps,
-                     typename Word<E>::Acc (&c)[R][NV], Prefetch& prefetch) {
+INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
+                     long steps, typename Word<E>::Acc (&c)[R][NV], Prefetch& prefetch) {
     for (long s = 0; s < steps; s++) {
         Prefetch::step(prefetch);
         vec::W weights[NV];

@@ -27,7 +27,7 @@ struct Job {
     long units = 0;
     long slice = 0, block = 0, chunk = 0;  // units of K per slice, tiles per block, panels handed to a thread at once
     char* tiles = nullptr;                 // packed activations
-    float* partials = nullptr;             // per thread, waiting between slices: [panels of a chunk][rows of a block][32]
+    float* partials = nullptr;             // per thread, between slices: [panels of a chunk][rows of a block][PANEL]
     long partials_per_thread = 0;
 };
 
@@ -139,7 +139,8 @@ int plan_and_run(Job& job) {
 }  // namespace
 
 // x [m, k] contiguous, in the kind's dtype (the grouped kinds take both); y [m, n] in either dtype.
-EXPORT int blade_linear(const Linear* linear, const void* x, int x_dtype, int64_t m, void* y, int y_dtype, int threads) {
+EXPORT int blade_linear(const Linear* linear, const void* x, int x_dtype, int64_t m, void* y, int y_dtype,
+                        int threads) {
     Job job{*linear, x, y, x_dtype, y_dtype, threads, {m, (m + vec::MAX_ROWS - 1) / vec::MAX_ROWS},
             (linear->n + PANEL - 1) / PANEL};
     switch (linear->kind) {
