@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from blade import hookimpl
@@ -9,11 +10,21 @@ from blade import hookimpl
 if TYPE_CHECKING:
     from blade.contracts import Attention, Ops
 
+log = logging.getLogger("blade.native")
+
 
 def cpu_ops(threads: int | None) -> Ops:
+    """The compiled kernels; where they are missing, oneDNN's linears and torch, with a word on what that costs."""
     from blade_native.cpu import CpuOps
+    from blade_native.simd.library import Unavailable, load
+    from blade_native.simd.ops import SimdOps
 
-    return CpuOps(threads)
+    base = CpuOps(threads)
+    try:
+        return SimdOps(base, load(), base.threads)
+    except Unavailable as error:
+        log.warning("%s", error)
+        return base
 
 
 def cuda_ops(threads: int | None) -> Ops:
@@ -24,8 +35,11 @@ def cuda_ops(threads: int | None) -> Ops:
 
 def paged_attention(ops: Ops) -> Attention:
     from blade_native.attention import PagedAttention
+    from blade_native.simd.attention import SimdAttention
+    from blade_native.simd.ops import SimdOps
 
-    return PagedAttention(ops.device)
+    base = PagedAttention(ops.device)
+    return SimdAttention(base, ops.library, ops.threads) if isinstance(ops, SimdOps) else base
 
 
 @hookimpl

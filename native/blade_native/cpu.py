@@ -37,13 +37,13 @@ class PackedLinear:
 class CpuOps(TorchOps):
     """contracts.Ops on this machine's CPU. `threads`: None for all cores this process may use."""
 
-    name = "cpu"
-
     def __init__(self, threads: int | None = None) -> None:
         super().__init__("cpu")
         if threads is not None and threads < 1:
             raise ConfigError(f"The number of threads must be at least 1, not {threads}.")
-        torch.set_num_threads(threads or min(available_cores(), torch.get_num_threads()))
+        self.threads = threads or min(available_cores(), torch.get_num_threads())
+        torch.set_num_threads(self.threads)
+        self.name = f"cpu, {self.threads} threads, oneDNN"
 
     def default_dtype(self) -> torch.dtype:
         """bfloat16 where oneDNN has kernels for it (AVX-512 and up); elsewhere it would be emulated, slowly."""

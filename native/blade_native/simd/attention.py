@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blade import Batch, KVCache, KVSpec
 from blade.contracts import Attention
-from blade.types import Batch, KVCache, KVSpec
 from blade_native.simd.check import DTYPES, check, check_heads
 from blade_native.simd.library import CPagedKV, Library
 from blade_native.simd.memory import allocate

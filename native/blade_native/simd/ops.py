@@ -16,13 +16,12 @@ from blade_native.simd.linear import PackedLinear, pack_dense, quantize
 class SimdOps:
     """bf16 and f32 on a CPU. `base` answers for the memory, for embeddings that nothing shares and for float16."""
 
-    name = "simd"
-
     def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
         self.base = base
         self.library = library
         self.threads = threads or torch.get_num_threads()
         self.device = base.device
+        self.name = f"cpu, {self.threads} threads, {library.level} kernels"
 
     def default_dtype(self) -> torch.dtype:
         return torch.bfloat16
