@@ -48,7 +48,8 @@ class Architecture(Protocol):
         ...
 
     def build(self, config: Any, loader: Loader) -> Model:
-        """`config` is what `configure` returned. Load the weights through `loader` and return the model, ready to run."""
+        """Load the weights through `loader` and return the model, ready to run. `config` is what `configure` returned,
+        with max_context as it was asked for."""
         ...
 
 
@@ -121,6 +122,11 @@ class Ops(Protocol):
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """ids [T] int64 -> [T, D]."""
+        ...
+
+    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        """The embedding tied to a linear that this op set made, from the same memory; None where its layout cannot be
+        read back, and the embedding has to be loaded by itself."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

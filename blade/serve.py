@@ -54,6 +54,8 @@ def run(config: Config) -> None:
     logs.set_up(config.server.log_level, config.server.log_format)
     keys = _api_keys(config)
     address = reserve(config.server, has_key=bool(keys))
+    # The threads of torch's own pool spin for milliseconds after each op, on cores that others wait for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # Half of a cold start is importing torch: begin while everything else is being looked up.
     threading.Thread(target=__import__, args=("torch",), daemon=True).start()
     plugins = load(config.plugins)

@@ -9,6 +9,7 @@ last bit; other types are these, rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -30,19 +31,26 @@ def dequantize(kind: GGMLType, raw: Tensor, dtype: torch.dtype) -> Tensor:
         return raw.view(PLAIN_DTYPES[kind]).to(dtype)
     blocks = raw.reshape(-1, kind.block_bytes)
     out = torch.empty(len(blocks), kind.block_size, dtype=dtype)
-    with _one_thread():
-        _decode(_DECODERS[kind], blocks, out, _CHUNK // kind.block_size)
+    decode, step = _DECODERS[kind], _CHUNK // kind.block_size
+    with _one_thread() as num_threads:
+        if len(blocks) < 2 * step or num_threads == 1:
+            _decode(decode, blocks, out, step)
+        else:
+            share = -(-len(blocks) // num_threads)
+            with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(lambda b, o: _decode(decode, b, o, step), blocks.split(share), out.split(share)))
     return out.view(len(raw), -1)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """A thousand chunks of a dozen short operations are as many barriers for torch's threads: two of them gain a third
-    on idle cores, and on busy ones wait for each other up to thirty times as long as the work takes."""
+def _one_thread() -> Iterator[int]:
+    """Have torch work on one thread for a while; gives how many it had. A thousand chunks of a dozen short operations
+    are as many barriers for torch's own threads, which on busy cores wait for each other thirty times as long as the
+    work takes. So the rows are shared out once, to threads of which each works alone."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield num_threads
     finally:
         torch.set_num_threads(num_threads)
 

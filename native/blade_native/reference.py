@@ -52,6 +52,9 @@ class TorchOps:
         table = self.to_device(weight)
         return lambda ids: F.embedding(ids, table)
 
+    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        return self.embedding(linear.weight) if isinstance(linear, TorchLinear) else None
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Zhang & Sennrich 2019; torch computes it in float32 inside."""
         return F.rms_norm(x, weight.shape, weight, eps)

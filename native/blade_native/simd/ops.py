@@ -44,11 +44,10 @@ class SimdOps:
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return self.base.embedding(weight)
 
-    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor]:
-        """The embedding tied to a linear that this op set packed: ids [T] int64 -> [T, K], from the same memory."""
-        if not isinstance(linear, PackedLinear) or linear.dtype is None:
-            raise TypeError("only a dense linear of this op set can be read back")
-        return linear.rows
+    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        if isinstance(linear, PackedLinear):
+            return None if linear.dtype is None else linear.rows  # quantised rows cannot be read back
+        return self.base.embedding_of(linear)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., D]; of three or more axes the first may be strided, as in a slice of a fused projection."""
