@@ -78,7 +78,7 @@ def test_logits_processor() -> None:
 
 
 def test_route() -> None:
-    _, plugins = example("load")
+    _, plugins = example("occupancy")
     server = SimpleNamespace(engine=SimpleNamespace(stats=lambda: SimpleNamespace(num_running=2, num_waiting=1)))
     response = asyncio.run(plugins.registry("register_routes")["GET /load"](server, None))
     assert (response.status, response.body) == (200, b'{"running":2,"waiting":1}')

@@ -38,7 +38,11 @@ def dequantize(kind: GGMLType, raw: Tensor, dtype: torch.dtype) -> Tensor:
         else:
             share = -(-len(blocks) // num_threads)
             with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(lambda b, o: _decode(decode, b, o, step), blocks.split(share), out.split(share)))
+                list(
+                    pool.map(
+                        lambda b, o: _decode(decode, b, o, step), torch.split(blocks, share), torch.split(out, share)
+                    )
+                )
     return out.view(len(raw), -1)
 
 

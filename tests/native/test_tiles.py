@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blade import KVSpec
 from blade.testing.attention import make_batch
-from blade_native import cpu_ops, paged_attention
 from blade_native.attention import PagedAttention
+from blade_native.cpu import CpuOps
 from blade_native.tiles import Piece, cut, group
 
-OPS = cpu_ops(None)
+OPS = CpuOps()
 SPEC = KVSpec(1, 4, 2, 16, "float32", 16)
 COS_SIN = torch.rand(512, 16)
 
@@ -53,7 +53,7 @@ def test_poison_left_in_a_block_does_not_reach_its_next_owner(window: int | None
     clean, poisoned = draw(40), draw(40)
     outs = []
     for poison in (0.0, float("nan")):
-        attention = paged_attention(OPS)
+        attention = PagedAttention(OPS.device)
         kv = attention.allocate(SPEC, 4)
         attend(attention, kv, [[0, 1, 2]], [(0, 40)], [x * 0 + poison for x in poisoned])
         attend(attention, kv, [[3]], [(0, 7)], [x * 0 + poison for x in draw(7)])  # block 0 pads short tables, too
@@ -63,7 +63,7 @@ def test_poison_left_in_a_block_does_not_reach_its_next_owner(window: int | None
 
 
 def test_a_live_neighbour_with_infinite_values_hurts_only_itself() -> None:
-    attention = paged_attention(OPS)
+    attention = PagedAttention(OPS.device)
     kv = attention.allocate(SPEC, 8)
     q, k, v = draw(102)
     v[2:] = float("inf")
@@ -78,7 +78,7 @@ def test_a_live_neighbour_with_infinite_values_hurts_only_itself() -> None:
 def test_a_sequence_gets_the_same_in_any_company() -> None:
     lens = [5, 100, 33, 64, 300, 17, 280, 96, 2, 150]
     tables = [[i * 20 + j for j in range(20)] for i in range(len(lens))]
-    together, apart = paged_attention(OPS), paged_attention(OPS)
+    together, apart = PagedAttention(OPS.device), PagedAttention(OPS.device)
     kv_together, kv_apart = together.allocate(SPEC, 200), apart.allocate(SPEC, 200)
     for step in range(3):
         spans = [(0, n) if step == 0 else (n + step - 1, n + step) for n in lens]
@@ -106,7 +106,7 @@ class LargestResult(TorchDispatchMode):
 
 
 def test_no_step_copies_the_cache() -> None:
-    attention = paged_attention(OPS)
+    attention = PagedAttention(OPS.device)
     kv = attention.allocate(SPEC, 4096)
     with LargestResult() as largest:
         attend(attention, kv, [[5, 7], [9]], [(0, 20), (3, 4)], draw(21))
@@ -118,7 +118,7 @@ def test_memory_of_a_long_prompt_grows_with_its_length_not_its_square() -> None:
     cos_sin = torch.rand(8192, 16)
     peaks = []
     for length in (2048, 4096):
-        attention = paged_attention(OPS)
+        attention = PagedAttention(OPS.device)
         kv = attention.allocate(spec, length // 16)
         batch = make_batch([list(range(length // 16))], [(0, length)], 16, OPS)
         q, k, v = (torch.randn(length, heads, 16) for heads in (16, 1, 1))

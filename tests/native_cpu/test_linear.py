@@ -98,5 +98,6 @@ def test_wrong_input_is_refused(ops: SimdOps) -> None:
         linear(torch.zeros(8, 2).T)
     with pytest.raises(ValueError, match="groups of 64"):
         ops.quantized_linear(torch.randn(40, 96), None, 8)
+    assert ops.embedding_of(ops.quantized_linear(torch.randn(40, 64), None, 8)) is None
     with pytest.raises(TypeError, match="read back"):
-        ops.embedding_of(ops.quantized_linear(torch.randn(40, 64), None, 8))
+        ops.quantized_linear(torch.randn(40, 64), None, 8).rows(torch.tensor([0]))

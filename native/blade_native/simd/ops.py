@@ -63,19 +63,19 @@ class SimdOps:
         return y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x and residual [T, D], weight [D]; works in place on residual."""
+        """x and residual [..., D], weight [D]; works in place on residual."""
         if x.dtype not in DTYPES:
             return self.base.add_rms_norm(x, residual, weight, eps)
-        rows, d = x.shape
-        check("x", x, x.dtype, (rows, d))
-        check("residual", residual, x.dtype, (rows, d))
+        d = x.shape[-1]
+        check("x", x, x.dtype, x.shape)
+        check("residual", residual, x.dtype, x.shape)
         check("weight", weight, x.dtype, (d,))
         y = torch.empty_like(x)
         self.library.add_rms_norm(
             DTYPES[x.dtype],
             x.data_ptr(),
             residual.data_ptr(),
-            rows,
+            x.numel() // d,
             d,
             weight.data_ptr(),
             eps,
