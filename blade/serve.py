@@ -51,6 +51,7 @@ def dry_run(config: Config) -> None:
 def run(config: Config) -> None:
     """Load the model and serve until SIGTERM or Ctrl-C."""
     started = time.monotonic()
+    sys.setswitchinterval(SWITCH_SECONDS)
     logs.set_up(config.server.log_level, config.server.log_format)
     keys = _api_keys(config)
     address = reserve(config.server, has_key=bool(keys))
@@ -67,7 +68,7 @@ def run(config: Config) -> None:
     context = _context(config, assembly, engine, tokenizer, template, keys, address.url)
     gc.collect()
     gc.freeze()  # what is loaded stays; the collector need not look at it again and again
-    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.enable()
 
     def announce() -> None:
         for line in [*describe(assembly, memory), *ready(context, time.monotonic() - started)]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade import ConfigError
-from blade_native.host import available_cores
+from blade_native.host import available_cores, keep_freed_memory
 from blade_native.reference import TorchOps
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class CpuOps(TorchOps):
         super().__init__("cpu")
         if threads is not None and threads < 1:
             raise ConfigError(f"The number of threads must be at least 1, not {threads}.")
+        keep_freed_memory()
         self.threads = threads or min(available_cores(), torch.get_num_threads())
         torch.set_num_threads(self.threads)
         self.name = f"cpu, {self.threads} threads, oneDNN"
