@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --serve "--plugin llama --max-model-len 2048"
 
-Ends in one JSON line: streams that finished, the latency of /health meanwhile, blocks and requests left afterwards, and the
-server's memory before and after the mixed requests. The exit status is 1 when something leaked or failed.
+Ends in one JSON line: streams that finished, the latency of /health meanwhile, blocks and requests left afterwards, and
+the server's memory before and after the mixed requests. The exit status is 1 when something leaked or failed.
 """
 
 from __future__ import annotations
