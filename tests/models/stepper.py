@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from checkpoints import Reference
     from torch import Tensor
 
+    from blade.contracts import Ops
+
 Span = tuple[int, int]  # tokens [start, stop) of a prompt
 ARCHITECTURES = Plugins({"llama": blade_llama, "qwen": blade_qwen}).registry("register_models")
 
@@ -27,8 +29,11 @@ ARCHITECTURES = Plugins({"llama": blade_llama, "qwen": blade_qwen}).registry("re
 class Stepper:
     """One model and the KV of all of the reference's prompts."""
 
-    def __init__(self, reference: Reference, dtype: torch.dtype = torch.float32, block_size: int = 16) -> None:
-        self.ops = cpu_ops(None)
+    def __init__(
+        self, reference: Reference, dtype: torch.dtype = torch.float32, block_size: int = 16, ops: Ops | None = None
+    ) -> None:
+        """`ops`: those of this machine's CPU, unless others are given."""
+        self.ops = ops or cpu_ops(None)
         attention = paged_attention(self.ops)
         architecture = ARCHITECTURES.create(reference.config["architectures"][0])
         config = architecture.configure(reference.config)

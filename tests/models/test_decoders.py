@@ -8,9 +8,17 @@ import pytest
 import torch
 from stepper import Stepper, all_together, one_by_one
 
+from blade_native import cpu_ops
+from blade_native.cpu import CpuOps
+from blade_native.reference import TorchOps
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from checkpoints import Reference
     from torch import Tensor
+
+    from blade.contracts import Ops
 
 
 def lengths(reference: Reference) -> list[int]:
@@ -21,7 +29,8 @@ def error(found: list[Tensor], reference: Reference) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, reference.logits, strict=True))
 
 
-def test_logits_equal_those_of_transformers(reference: Reference) -> None:
+@pytest.mark.parametrize("make_ops", [lambda: cpu_ops(None), CpuOps, TorchOps], ids=["cpu", "onednn", "torch"])
+def test_logits_equal_those_of_transformers(reference: Reference, make_ops: Callable[[], Ops]) -> None:
     assert 0.5 < float(reference.logits[0].std()) < 50  # they say something
     for steps in (
         one_by_one(lengths(reference), chunk=1000),
@@ -29,7 +38,7 @@ def test_logits_equal_those_of_transformers(reference: Reference) -> None:
         all_together(lengths(reference), seed=0),
         all_together(lengths(reference), seed=1),
     ):
-        assert error(Stepper(reference).run(steps), reference) < 1e-4
+        assert error(Stepper(reference, ops=make_ops()).run(steps), reference) < 1e-4
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 32])
