@@ -8,7 +8,9 @@ it sleeps on the inbox.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
+import sys
 import threading
 import time
 from collections import Counter
@@ -69,6 +71,7 @@ class Engine:
         # The loop thread's own:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[int, OutputStream] = {}
+        self._stall_reported: float | None = None  # start of the step whose stall is in the log
         self._num_submitted = 0  # not yet seen by the engine thread; counts towards the queue's bound
         # The engine thread's own; the loop thread reads the two below it, each replaced as a whole:
         self._seqs: dict[int, Sequence] = {}
@@ -110,6 +113,10 @@ class Engine:
     def healthy(self) -> bool:
         busy_since = self._busy_since
         stalled = busy_since is not None and time.monotonic() - busy_since > self.config.stall_seconds
+        if stalled and self._stall_reported != busy_since:
+            self._stall_reported = busy_since
+            log.error("a step has taken longer than %g s; where every thread is:", self.config.stall_seconds)
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         return self._thread.is_alive() and not stalled
 
     def stop(self) -> None:

@@ -240,6 +240,21 @@ def test_stopping_ends_everybody_with_abort() -> None:
     serve(make_engine(FakeExecutor(0.002)), scenario)
 
 
+def test_a_stalled_step_makes_it_unhealthy_and_shows_where_it_hangs(capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario(engine: Engine) -> None:
+        task = asyncio.create_task(collect(engine, [make_seq([1], max_tokens=1)]))
+        await asyncio.sleep(0.2)
+        assert engine.healthy()
+        await asyncio.sleep(1.0)
+        assert not engine.healthy()
+        assert not engine.healthy()
+        await task
+        assert engine.healthy()
+
+    serve(make_engine(FakeExecutor(1.5), stall_seconds=1), scenario)
+    assert capfd.readouterr().err.count("test_engine.py") >= 1
+
+
 class Oracle:
     """Drafts the right tokens for even prompts, wrong ones in between."""
 
