@@ -66,9 +66,11 @@ class Weights(Protocol):
 
 
 class Linear(Protocol):
-    """y = x W^T + b, however W is kept: [..., K] -> [..., N], in x's dtype."""
+    """y = x W^T + b, however W is kept: [..., K] -> [..., N]."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """In x's dtype, or in `out_dtype`: logits are wanted in float32, where sums are kept anyway."""
+        ...
 
 
 class Loader(Protocol):

@@ -66,7 +66,6 @@ def run(config: Config) -> None:
         engine, memory = _load_engine(assembly)
         tokenizer, template = text.result()
     context = _context(config, assembly, engine, tokenizer, template, keys, address.url)
-    gc.collect()
     gc.freeze()  # what is loaded stays; the collector need not look at it again and again
     gc.enable()
 

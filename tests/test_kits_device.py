@@ -20,7 +20,7 @@ class NoBias(TorchOps):
 class HalfLinear(TorchOps):
     def linear(self, weight: Any, bias: Any) -> Any:
         inner = super().linear(weight.bfloat16(), None if bias is None else bias.bfloat16())
-        return lambda x: inner(x.bfloat16()).to(x.dtype)
+        return lambda x, out_dtype=None: inner(x.bfloat16()).to(out_dtype or x.dtype)
 
 
 class WrongEps(TorchOps):

@@ -117,4 +117,4 @@ class Decoder:
             x, residual = layer.post_norm.add(x, residual)
             x = layer.feed_forward(x)
         x, _ = self.norm.add(x, residual)
-        return self.lm_head(x).float()
+        return self.lm_head(x, torch.float32)

@@ -65,6 +65,9 @@ def _check_linear(ops: Ops, x: Tensor, generator: torch.Generator) -> None:
         expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
         linear = ops.linear(weight.clone(), bias if bias is None else bias.clone())
         require_close("linear", linear(ops.to_device(x)), expected, x.dtype)
+        logits = linear(ops.to_device(x), torch.float32)
+        require(logits.dtype == torch.float32, f"linear with out_dtype float32 gives {logits.dtype}")
+        require_close("linear", logits.to(x.dtype), expected, x.dtype)
 
 
 def _check_embedding(ops: Ops, weight: Tensor) -> None:

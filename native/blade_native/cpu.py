@@ -29,9 +29,9 @@ class PackedLinear:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), NUM_ROWS_HINT)
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        return y.to(out_dtype or x.dtype)
 
 
 class CpuOps(TorchOps):

@@ -24,8 +24,8 @@ class TorchLinear:
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias).to(out_dtype or x.dtype)
 
 
 class TorchOps:
