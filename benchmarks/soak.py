@@ -1,6 +1,6 @@
 """Rough treatment over HTTP: many streams of which half are cut, then many mixed requests; what is left behind?
 
-    python benchmarks/soak.py --serve "--plugin llama --max-model-len 2048"
+    python benchmarks/soak.py --serve "--plugin llama --max-model-len 2048 --kv-cache-memory 268435456"
 
 Ends in one JSON line: streams that finished, the latency of /health meanwhile, blocks and requests left afterwards, and
 the server's memory before and after the mixed requests. The exit status is 1 when something leaked or failed.
