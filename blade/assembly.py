@@ -72,6 +72,7 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
     from blade.checkpoint.progress import console_progress
     from blade.checkpoint.source import resolve
 
+    _check_names(config, plugins)
     default = _default_checkpoint(config, plugins)
     with console_progress() as progress:
         path = resolve(config.model, default, progress)
@@ -123,6 +124,19 @@ def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine
         drafter = plugins.registry("register_drafters").create(config.drafter, config)
     limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
     return Engine(executor, scheduler, blocks, config, limits, drafter)
+
+
+def _check_names(config: Config, plugins: Plugins) -> None:
+    """Refuse unknown names of what is made only after the weights are loaded, which may take minutes."""
+    for hook, name in (
+        ("register_schedulers", config.engine.scheduler),
+        ("register_executors", config.engine.executor),
+        ("register_drafters", config.engine.drafter),
+        ("register_tool_parsers", config.server.tool_parser),
+        ("register_reasoning_parsers", config.server.reasoning_parser),
+    ):
+        if name is not None:
+            plugins.registry(hook).entry(name)
 
 
 def _default_checkpoint(config: Config, plugins: Plugins) -> DefaultCheckpoint | None:

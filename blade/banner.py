@@ -33,7 +33,7 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
 
 def ready(context: ServerContext, seconds: float) -> list[str]:
     """Where it can be reached, and a first request."""
-    key = ' -H "Authorization: Bearer $BLADE_API_KEY"' if context.api_keys else ""
+    key = ' -H "Authorization: Bearer YOUR_KEY"' if context.api_keys else ""
     return [
         f"ready   in {seconds:.1f} s at {context.url}",
         "",

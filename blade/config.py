@@ -48,6 +48,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         _within(self, "max_model_len", 2)
+        if self.served_model_name == "":
+            raise ConfigError("--served-model-name must not be empty.")
 
 
 @dataclass(frozen=True, kw_only=True)

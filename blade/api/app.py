@@ -13,7 +13,7 @@ from blade.api.auth import ApiKeys
 from blade.api.dialects import DIALECTS
 from blade.api.errors import failure_of
 from blade.api.generation import CLIENT_GONE
-from blade.api.http import ClientGone, EventStream, HTTPRequest, JSONResponse, Response
+from blade.api.http import ClientGone, EventStream, HTTPError, HTTPRequest, JSONResponse, Response
 from blade.api.router import Router
 from blade.api.routes import ROUTES
 from blade.errors import BladeError, ConfigError
@@ -62,6 +62,8 @@ class App:
     async def _respond(self, http: HTTPRequest) -> Response | EventStream:
         try:
             http.tenant = self._keys.authorize(http.path, http.headers.get("authorization"))
+            if "origin" in http.headers and not self.server.api_keys:
+                raise HTTPError(403, "Without an API key, requests of web pages are refused: any page could send them.")
             _, handler = self._router.match(http.method, http.path)
             response = await handler(self.server, http)
             if not isinstance(response, Response | EventStream):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from blade.text.detokenizer import Detokenizer
-from blade.text.stop import StopStrings
+from blade.text.stop import StopStrings, StopTable
 
 if TYPE_CHECKING:
     from blade.contracts import ReasoningParser, Tokenizer, ToolParser
@@ -85,7 +85,7 @@ class Choice:
         self,
         seq: Sequence,
         tokenizer: Tokenizer,
-        stops: list[str],
+        stops: StopTable | None,
         continues: bool = True,
         echo: str = "",
         reasoning_parser: ReasoningParser | None = None,

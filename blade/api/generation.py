@@ -13,6 +13,7 @@ from blade.api.choice import Choice
 from blade.api.errors import failure_of
 from blade.api.http import ClientGone
 from blade.errors import Overloaded
+from blade.text.stop import StopTable
 from blade.types import RequestSummary
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Generation:
         self.status = 200  # of the response
         self._server = server
         self._stream: Stream | None = None
+        self._stops = StopTable(job.stop) if job.stop else None
         self._choices = [self._choice(i) for i in range(len(job.seqs))]
         self._last_output: list[float | None] = [None] * len(job.seqs)  # seconds, monotonic clock
         self._first_token: float | None = None
@@ -60,7 +62,7 @@ class Generation:
         return Choice(
             job.seqs[index],
             server.tokenizer,
-            job.stop,
+            self._stops,
             continues=job.continues,
             echo=job.echo[index // job.n] if job.echo else "",
             reasoning_parser=server.reasoning_parser(server.tokenizer)
@@ -103,6 +105,8 @@ class Generation:
         now = time.monotonic()
         for output in outputs:
             choice = self._choices[output.index]
+            if choice.finish_reason is not None:
+                continue  # a stop string has ended it; this was on its way before the abort
             self._observe(output, now)
             for delta in choice.take(output):
                 self.usage.completion_tokens += delta.num_tokens

@@ -68,6 +68,10 @@ class HTTPRequest:
         """The whole body; granian bounds neither its size nor the time it takes, so both are bounded here."""
         limit, seconds = self._options.max_body_bytes, self._options.body_seconds
         declared = self.headers.get("content-length", "")
+        if self.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPError(415, "A content-encoding is not supported: send the body as it is.")
+        if declared and "transfer-encoding" in self.headers:
+            raise HTTPError(400, "content-length and transfer-encoding contradict each other.")
         body = bytearray()
         try:
             if declared.isdecimal() and int(declared[:20]) > limit:
@@ -79,6 +83,8 @@ class HTTPRequest:
                         raise _too_large(limit)
         except TimeoutError:
             raise HTTPError(408, f"The body did not arrive within {seconds:g} s.") from None
+        if declared.isdecimal() and len(body) != int(declared[:20]):  # the connection broke; granian does not say so
+            raise HTTPError(400, f"The body is incomplete: {len(body)} of {declared[:20]} bytes arrived.")
         return bytes(body)
 
     async def disconnected(self) -> None:

@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 BIAS_RANGE = (-100, 100)
 MAX_TOP_LOGPROBS = 20
+MAX_STOP_CHARS = 8192
 ONLY_THE_TOP = 1e-9  # top_p: 0 asks for the most likely token alone; below 1 / vocab_size that is what any top_p gives
 
 
@@ -44,6 +45,8 @@ def sampling_params(
     for name, (low, high) in RANGES.items():
         _check_within(name, getattr(request, name), low, high)
     stop_ids = [*_checked_ids(request, "stop_tokens", limits), *_checked_ids(request, "stop_token_ids", limits)]
+    if request.min_tokens and len(set(stop_ids)) >= limits.vocab_size:
+        raise RequestError("every token is a stop token, so min_tokens cannot be reached.", param="min_tokens")
     return SamplingParams(
         max_tokens=1,
         min_tokens=request.min_tokens or 0,
@@ -104,7 +107,12 @@ def chat_logprobs(request: Sampling) -> int | None:
 
 def stop_strings(request: Sampling) -> list[str]:
     given = [request.stop, request.stop_sequences]
-    return [text for stop in given if stop is not None for text in ([stop] if isinstance(stop, str) else stop)]
+    texts = [text for stop in given if stop is not None for text in ([stop] if isinstance(stop, str) else stop)]
+    if (num_chars := sum(map(len, texts))) > MAX_STOP_CHARS:
+        raise RequestError(
+            f"the stop strings have {num_chars} characters together, more than {MAX_STOP_CHARS}.", param="stop"
+        )
+    return texts
 
 
 def check_processors(request: Sampling, factories: ProcessorFactories) -> None:
@@ -149,9 +157,9 @@ def _check_within(name: str, value: float | None, low: float, high: float) -> No
 
 
 def _repetition_penalty(value: float | None) -> float:
-    if value is not None and not (math.isfinite(value) and 0 < value <= 100):
+    if value is not None and not (math.isfinite(value) and 0.01 <= value <= 100):
         raise RequestError(
-            f"repetition_penalty has to be a strictly positive float, at most 100, got {value:g}.",
+            f"repetition_penalty has to be a strictly positive float, from 0.01 to 100, got {value:g}.",
             param="repetition_penalty",
         )
     return _given(value, 1.0)
@@ -186,5 +194,5 @@ def for_choice(
     params: SamplingParams, max_tokens: int, index: int, seed: int | None, processors: tuple[Any, ...]
 ) -> SamplingParams:
     """`params` for choice `index` of its prompt: with one seed, each choice still has its own, reproducible, stream."""
-    own_seed = None if seed is None else (seed + index) & (2**63 - 1)
+    own_seed = None if seed is None else (seed + index) & (2**64 - 1)
     return msgspec.structs.replace(params, max_tokens=max_tokens, seed=own_seed, processors=processors)

@@ -47,7 +47,7 @@ def reserve(options: ServerOptions, has_key: bool) -> Address:
     if not (ipaddress.ip_address(host).is_loopback or has_key or options.insecure):
         raise ConfigError(
             f"{options.host} can be reached from other machines and there is no API key.",
-            "Set --api-key, or pass --insecure if everybody may use the server.",
+            "Set --api-key-file or BLADE_API_KEY, or pass --insecure if everybody may use the server.",
         )
     _probe(family, host, options.port)
     holder = socket.socket(family, socket.SOCK_STREAM)

@@ -189,5 +189,6 @@ def _invalid(text: str) -> RequestError:
         reason = "Field required"
     elif expected := _EXPECTED.fullmatch(reason):
         names = [_TYPE_NAMES.get(name, name) for name in expected["type"].split(" | ")]
-        reason = f"Input should be a valid {' or '.join(names)}{expected['rest']}".replace("`", "")
+        got = re.sub(r"`(\w+)`", lambda found: _TYPE_NAMES.get(found[1], found[1]), expected["rest"])
+        reason = f"Input should be a valid {' or '.join(names)}{got}"
     return RequestError(f"{path}: {reason}." if path else f"{reason}.", param=path or None)

@@ -92,10 +92,10 @@ class Engine:
         for seq in seqs:
             self._refuse_if_too_long(seq)
         if not self._thread.is_alive():
-            raise Overloaded("the engine has stopped", status=503, retry_after=10)
+            raise Overloaded("The engine has stopped.", status=503, retry_after=10)
         num_queued = self._stats.num_waiting + self._num_submitted
         if num_queued + len(seqs) > self.config.max_queue_size:
-            raise Overloaded(f"{num_queued} sequences are waiting already", status=429, retry_after=5)
+            raise Overloaded(f"{num_queued} sequences are waiting already; try again later.", status=429, retry_after=5)
         stream = OutputStream([seq.id for seq in seqs], self.abort)
         self._streams |= dict.fromkeys((seq.id for seq in seqs), stream)
         self._num_submitted += len(seqs)
@@ -193,7 +193,7 @@ class Engine:
             return []
         now = time.monotonic()
         late = [s for s in self.scheduler.waiting if s.first_scheduled is None and now - s.arrival > longest]
-        error = Overloaded(f"the request waited longer than {longest:g} s", status=503, retry_after=5)
+        error = Overloaded(f"The request waited longer than {longest:g} s; try again later.", status=503, retry_after=5)
         return [self._end(seq, "error", error) for seq in late]
 
     def _step(self) -> list[Output]:

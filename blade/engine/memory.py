@@ -66,11 +66,12 @@ def plan_memory(config: EngineConfig, available: int, block_bytes: int, max_cont
 
 
 def _remedy(num_tokens: int, needed: int, available: int, config: EngineConfig) -> str:
+    shorter = f", or --max-model-len {num_tokens}" if num_tokens >= 2 else ""
     if needed <= available and config.kv_cache_memory is None:
         share = min(1.0, -(-needed * 1000 // available) / 1000)
-        return f"Use --max-gpu-memory-utilization {share:g}, or --max-model-len {num_tokens}."
+        return f"Use --max-gpu-memory-utilization {share:g}{shorter}."
     if needed <= available:
-        return f"Use --kv-cache-memory {needed}, or --max-model-len {num_tokens}."
-    if num_tokens == 0:
+        return f"Use --kv-cache-memory {needed}{shorter}."
+    if not shorter:
         return "Free some memory, or choose a smaller model."
     return f"The largest context that fits is --max-model-len {num_tokens}."

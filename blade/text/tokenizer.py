@@ -88,8 +88,8 @@ class HFTokenizer:
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
-    try:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    try:  # a batch of one: `encode` would hold the interpreter all the time, a second for a megabyte
+        return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
     except TypeError:
         raise RequestError("The text holds half a surrogate pair, which is no character.") from None
 

@@ -133,3 +133,10 @@ def test_the_access_log_escapes_what_clients_write(caplog: pytest.LogCaptureFixt
     assert "\n" not in message
     assert "GET '/a\\nb' 404" in message
     assert message.endswith("r1")
+
+
+def test_a_web_page_may_not_use_a_server_without_a_key() -> None:
+    page = {"origin": "http://evil.example"}
+    assert run(Client().complete(headers=page)).status == 403
+    assert run(Client().complete()).status == 200
+    assert run(Client(api_keys=KEYS).complete(headers=page | {"authorization": KEYS[0]})).status == 200

@@ -82,7 +82,7 @@ def test_logprobs_have_one_shape_in_both_endpoints(ask: type[complete]) -> None:
 def test_errors_carry_both_shapes() -> None:
     answer = complete(stop=[1])
     assert answer.status == 400
-    message = "Invalid request: stop[0]: Input should be a valid string, got int."
+    message = "Invalid request: stop[0]: Input should be a valid string, got integer."
     error = {"message": message, "type": "invalid_request_error", "param": "stop[0]", "code": None}
     assert answer.json == {"error": error, "error_info": {"code": 400, "message": message}}
 

@@ -49,3 +49,19 @@ def test_a_query_of_very_many_fields_is_refused() -> None:
 
     answer = run(Client(routes={"GET /q": handler}).request("GET", "/q?" + "&".join(["a"] * 100)))
     assert answer.status == 400
+
+
+def test_a_body_that_breaks_off_is_not_taken_for_whole() -> None:
+    body = json.dumps({"prompt": "abc"}).encode()
+    assert post(body, {"content-length": str(len(body))}).status == 200
+    answer = post(body, {"content-length": "100"})
+    assert answer.status == 400
+    assert f"{len(body)} of 100 bytes" in answer.json["error"]["message"]
+
+
+def test_ambiguous_and_encoded_bodies_are_refused() -> None:
+    body = json.dumps({"prompt": "abc"}).encode()
+    both = {"content-length": str(len(body)), "transfer-encoding": "chunked"}
+    assert post(body, both).status == 400
+    assert post(body, {"content-encoding": "gzip"}).status == 415
+    assert post(body, {"content-encoding": "identity"}).status == 200

@@ -89,7 +89,7 @@ def test_the_defaults() -> None:
         ({"min_p": 0.1}, {"min_p": 0.1}),
         ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
         ({"presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0, "frequency_penalty": 2.0}),
-        ({"seed": -1}, {"seed": 2**63 - 1}),
+        ({"seed": -1}, {"seed": 2**64 - 1}),
         ({"logit_bias": {"5": -100, "7": 1.5}}, {"logit_bias": {5: -100.0, 7: 1.5}}),
         ({"stop_tokens": [3], "stop_token_ids": [4, 3]}, {"stop_token_ids": (3, 4, EOS)}),
         ({"ignore_eos": "true", "stop_tokens": [3]}, {"stop_token_ids": (3,)}),
@@ -145,3 +145,16 @@ def test_held_back_text_is_not_lost() -> None:
     assert complete(FakeEngine("Hel"), stop="lo").json["choices"][0]["text"] == "Hel"
     events = complete(FakeEngine("Hel"), stop="lo", stream=True).events
     assert [event["choices"][0]["text"] for event in events] == ["H", "e", "", "l", ""]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stop": ["x" * 1024] * 9}, "stop"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty"),
+        ({"min_tokens": 2, "stop_tokens": list(range(130)), "stop_token_ids": list(range(130, 260))}, "min_tokens"),
+    ],
+)
+def test_what_would_hurt_the_engine_or_the_loop_is_refused(fields: dict[str, Any], param: str) -> None:
+    answer = complete(**fields)
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)

@@ -166,3 +166,24 @@ def test_the_summary_says_what_happened() -> None:
     assert summary.queue_seconds == 0
     assert summary.first_token_seconds is not None
     assert 0 < summary.first_token_seconds <= summary.total_seconds
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_comes_after_a_stop_string_does_not_count(stream: bool) -> None:
+    """Several outputs of one sequence may be waiting at once: those behind its end are not shown, nor counted."""
+
+    async def work() -> None:
+        engine = FakeEngine("abcdefgh" * 20)  # no pauses: many steps pile up between two looks
+        client = Client(engine)
+        body = {"prompt": "abc", "max_tokens": 150, "n": 3, "stop": ["de"], "ignore_eos": True, "stream": stream}
+        answer = await client.post("/v1/completions", body)
+        if stream:
+            ends = [c["index"] for e in answer.events for c in e["choices"] if c["finish_reason"]]
+            assert sorted(ends) == [0, 1, 2]
+            usage = answer.events[-1]["usage"]
+        else:
+            assert [choice["text"] for choice in answer.json["choices"]] == ["abc"] * 3
+            usage = answer.json["usage"]
+        assert usage["completion_tokens"] == 15
+
+    run(work())
