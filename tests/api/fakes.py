@@ -66,6 +66,7 @@ class FakeEngine:
     error: Exception = field(default_factory=lambda: RuntimeError("secret path /home/x"))
     draining: bool = False  # the next step ends each sequence with "abort"
     tokens_per_step: int = 1
+    steps_per_look: int = 1  # that are delivered before the client's side gets to run
     num_cached: int = 0
     is_healthy: bool = True
     seqs: list[Sequence] = field(default_factory=list)
@@ -86,7 +87,8 @@ class FakeEngine:
         script = [*self.say.encode(), EOS]
         step = 0
         while live := [seq for seq in seqs if not seq.finished and seq.id not in self.aborted]:
-            await asyncio.sleep(self.pace)
+            if step % self.steps_per_look == 0:
+                await asyncio.sleep(self.pace)
             if self.gate is not None:
                 await self.gate.wait()
             for seq in live:

@@ -173,7 +173,7 @@ def test_what_comes_after_a_stop_string_does_not_count(stream: bool) -> None:
     """Several outputs of one sequence may be waiting at once: those behind its end are not shown, nor counted."""
 
     async def work() -> None:
-        engine = FakeEngine("abcdefgh" * 20)  # no pauses: many steps pile up between two looks
+        engine = FakeEngine("abcdefgh" * 20, steps_per_look=12)
         client = Client(engine)
         body = {"prompt": "abc", "max_tokens": 150, "n": 3, "stop": ["de"], "ignore_eos": True, "stream": stream}
         answer = await client.post("/v1/completions", body)
