@@ -253,7 +253,8 @@ class LogitsProcessor(Protocol):
     """Made for one request by a registered factory; sees one row at a time, before temperature."""
 
     def __call__(self, output_ids: Seq[int], logits: Tensor) -> None:
-        """Change logits [vocab_size] float32 in place."""
+        """Change logits [vocab_size] float32 in place. What it does must follow from output_ids alone, and what it
+        keeps may only be a cache of them: a position may come again, and with other tokens before it."""
         ...
 
 

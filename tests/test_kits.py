@@ -30,9 +30,9 @@ class OverBudget(OrderedScheduler):
 
 
 class Greedy(OrderedScheduler):
-    def _admit(self, step: Step, budget: int) -> None:
+    def _admit(self, step: Step, budget: int, before: Sequence | None = None) -> int:
         self.max_num_seqs = 10**6
-        super()._admit(step, budget)
+        return super()._admit(step, budget, before)
 
 
 class Twice(OrderedScheduler):

@@ -14,21 +14,23 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from blade.engine.stream import OutputStream
 from blade.errors import Overloaded, RequestError
-from blade.types import EngineStats, Output
+from blade.types import EngineStats, Output, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from blade.config import EngineConfig
     from blade.contracts import Drafter, Executor, Scheduler
     from blade.engine.blocks import BlockPool
-    from blade.types import FinishReason, Limits, Sampled, Sequence, Step
+    from blade.types import FinishReason, Limits, Sampled, Sequence
 
 log = logging.getLogger("blade.engine")
 
@@ -71,14 +73,15 @@ class Engine:
         # The loop thread's own:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[int, OutputStream] = {}
+        self._closed = False  # nothing is taken in any more
         self._stall_reported: float | None = None  # start of the step whose stall is in the log
         self._num_submitted = 0  # not yet seen by the engine thread; counts towards the queue's bound
-        # The engine thread's own; the loop thread reads the two below it, each replaced as a whole:
+        self._stats = EngineStats(blocks_total=blocks.num_blocks, blocks_free=blocks.num_blocks)
+        # The engine thread's own; the loop thread reads the last:
         self._seqs: dict[int, Sequence] = {}
         self._counters: Counter[str] = Counter()  # by the names of EngineStats
         self._step_seconds = 0.0
         self._num_received = 0  # sequences taken in since the last delivery
-        self._stats = EngineStats(blocks_total=blocks.num_blocks, blocks_free=blocks.num_blocks)
         self._busy_since: float | None = None  # start of the step under way; None when asleep
 
     # ------------------------------------------------------------------------------------------ loop thread
@@ -91,12 +94,12 @@ class Engine:
     def submit(self, seqs: Seq[Sequence]) -> OutputStream:
         for seq in seqs:
             self._refuse_if_too_long(seq)
-        if not self._thread.is_alive():
+        if self._closed or not self._thread.is_alive():
             raise Overloaded("The engine has stopped.", status=503, retry_after=10)
         num_queued = self._stats.num_waiting + self._num_submitted
-        if num_queued + len(seqs) > self.config.max_queue_size:
+        if num_queued and num_queued + len(seqs) > self.config.max_queue_size:
             raise Overloaded(f"{num_queued} sequences are waiting already; try again later.", status=429, retry_after=5)
-        stream = OutputStream([seq.id for seq in seqs], self.abort)
+        stream = OutputStream({seq.id: seq.index for seq in seqs}, self.abort)
         self._streams |= dict.fromkeys((seq.id for seq in seqs), stream)
         self._num_submitted += len(seqs)
         self._inbox.put(Submit(list(seqs)))
@@ -121,6 +124,7 @@ class Engine:
 
     def stop(self) -> None:
         """Finish every sequence with "abort" after the step under way, and end the thread. Returns at once."""
+        self._closed = True
         self._inbox.put(Stop())
 
     def join(self, timeout: float) -> bool:
@@ -130,17 +134,20 @@ class Engine:
 
     def _refuse_if_too_long(self, seq: Sequence) -> None:
         num_tokens = len(seq.prompt_ids) + seq.params.max_tokens
-        capacity = self.blocks.num_blocks * self.blocks.block_size
+        capacity = min(self.blocks.num_blocks * self.blocks.block_size, self.limits.max_context)
+        if not seq.prompt_ids:
+            raise RequestError("The prompt is empty.", param="prompt")
         if num_tokens > capacity:
             raise RequestError(
-                f"prompt and max_tokens need {num_tokens} tokens, the KV cache holds {capacity}.",
+                f"prompt and max_tokens need {num_tokens} tokens, at most {capacity} fit.",
                 param="max_tokens",
                 remedy="Shorten one of them.",
             )
 
-    def _deliver(self, outputs: list[Output], num_received: int) -> None:
+    def _deliver(self, outputs: list[Output], num_received: int, stats: EngineStats) -> None:
         """The only way back from the engine thread, once per step."""
         self._num_submitted -= num_received
+        self._stats = stats
         for output in outputs:
             stream = self._streams.get(output.seq_id)
             if stream is None:
@@ -149,24 +156,35 @@ class Engine:
                 del self._streams[output.seq_id]
             stream.push(output)
 
+    def _close(self, reason: FinishReason, error: Exception | None) -> None:
+        """The engine thread's last word: also for those whose Submit it has not seen."""
+        self._closed = True
+        for stream in {id(stream): stream for stream in self._streams.values()}.values():
+            stream.end(reason, error)
+        self._streams.clear()
+
     # ------------------------------------------------------------------------------------------ engine thread
 
     def _main(self) -> None:
+        reason: FinishReason = "abort"
+        error: Exception | None = None
         try:
             while self._receive():
                 self._busy_since = time.monotonic()
                 self._send(self._expire() + self._step())
                 self._busy_since = None
-            self._send([self._end(seq, "abort") for seq in list(self._seqs.values())])
-        except Exception:  # a defect of blade's own: nobody may wait for ever
+        except Exception:  # a defect of blade's own or of a scheduler: nobody may wait for ever
             log.exception("the engine thread has died")
-            self._send([self._end(seq, "error", RuntimeError("engine failure")) for seq in list(self._seqs.values())])
-        finally:
-            self.executor.close()
+            reason, error = "error", RuntimeError("engine failure")
+        for seq in list(self._seqs.values()):
+            with suppress(Exception):  # whoever broke the engine may break this as well
+                self._end(seq, reason)
+        self._send([])
+        self._call_loop(self._close, reason, error)
+        self.executor.close()
 
     def _receive(self) -> bool:
         """Take in all messages, waiting for one when there is nothing to run. False: stop."""
-        self._num_received = 0
         block = not self._seqs
         while True:
             try:
@@ -226,7 +244,9 @@ class Engine:
             return
         seqs = [seq for seq in self.scheduler.running if seq.num_owed == 1]
         try:
-            drafts = self.drafter.propose(seqs, self.config.num_draft_tokens)
+            drafts = [[int(i) for i in ids] for ids in self.drafter.propose(seqs, self.config.num_draft_tokens)]
+            if len(drafts) != len(seqs):
+                raise ValueError(f"{len(drafts)} drafts for {len(seqs)} sequences")
         except Exception:  # a draft is only ever a guess: go on without
             log.exception("the drafter failed; speculation is off from now on")
             self.drafter = None
@@ -240,18 +260,16 @@ class Engine:
         """Run the step; if it fails as a whole, run it one by one to find out whose fault it is. Running a step again
         stores the same KV in the same slots, so the innocent lose nothing."""
         try:
-            return self.executor.run(step)
+            results = self.executor.run(step)
+            if len(results) != len(step):
+                raise RuntimeError(f"the executor returned {len(results)} results for {len(step)} sequences")
+            return results
         except Exception as error:
             log.exception("a step of %d sequences failed", len(step))
             if len(step) == 1:
                 return [error]
-        results: list[list[Sampled] | Exception] = []
-        for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True):
-            try:
-                results += self.executor.run(type(step)([seq], [num_tokens]))
-            except Exception as error:
-                results.append(error)
-        return results
+        alone = (Step([seq], [num]) for seq, num in zip(step.seqs, step.num_tokens, strict=True))
+        return [result for one in alone for result in self._run(one)]
 
     def _commit(self, seq: Sequence, num_tokens: int, sampled: list[Sampled]) -> Output | None:
         """Book what a step computed and sampled; None when it sampled nothing."""
@@ -268,8 +286,8 @@ class Engine:
         seq.computed = seq.num_tokens - 1 if sampled else min(seq.computed + num_tokens, seq.num_tokens - 1)
         self.blocks.commit(seq)
         self._counters["generated_tokens"] += num_taken
-        self._counters["draft_tokens"] += num_drafted
-        self._counters["draft_tokens_accepted"] += max(0, len(sampled) - 1)
+        self._counters["draft_tokens"] += num_drafted if sampled else 0
+        self._counters["draft_tokens_accepted"] += max(0, min(num_taken, len(sampled) - 1))
         if finish_reason is not None:
             self._end(seq, finish_reason)
         return Output(seq.id, seq.index, sampled[:num_taken], finish_reason, seq.num_cached) if sampled else None
@@ -287,13 +305,16 @@ class Engine:
         del self._seqs[seq.id]
         self.scheduler.remove(seq)
         self.blocks.release(seq)
-        self.executor.forget(seq)
+        try:
+            self.executor.forget(seq)
+        except Exception:
+            log.exception("the executor could not forget sequence %d", seq.id)
         self._counters["preemptions"] += seq.num_preemptions
         return Output(seq.id, seq.index, [], reason, seq.num_cached, error)
 
     def _send(self, outputs: list[Output]) -> None:
         blocks = self.blocks
-        self._stats = EngineStats(
+        stats = EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             blocks_total=blocks.num_blocks,
@@ -303,5 +324,10 @@ class Engine:
             step_seconds=self._step_seconds,
             **self._counters,
         )
-        if (outputs or self._num_received) and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, outputs, self._num_received)
+        self._call_loop(self._deliver, outputs, self._num_received, stats)
+        self._num_received = 0
+
+    def _call_loop(self, function: Callable[..., None], *args: object) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has closed: nobody listens
+                self._loop.call_soon_threadsafe(function, *args)

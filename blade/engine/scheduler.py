@@ -47,16 +47,27 @@ class OrderedScheduler:
 
     def schedule(self) -> Step:
         self._give_way()
-        step = Step()
-        budget = self.max_batch_tokens
-        for seq in self._next_token_first():
-            if budget and seq in self.running:  # it may have given way to one before it
-                num_tokens = min(seq.num_owed, budget)
-                if self._make_room(seq, num_tokens, step):
-                    step.add(seq, num_tokens)
-                    budget -= num_tokens
+        step, budget = Step(), self.max_batch_tokens
+        decoding = [seq for seq in self.running if seq.num_owed <= 1 + len(seq.draft_ids)]
+        for num_later, seq in zip(reversed(range(len(decoding))), decoding, strict=True):
+            # A draft is shortened, never cut off by the budget: unverified it would be work for nothing.
+            del seq.draft_ids[max(0, budget - num_later - 1) :]
+            budget = self._run(seq, step, budget)
+        prompts = [seq for seq in self.running if seq not in step.seqs and seq not in decoding]
+        if prompts:  # a long prompt must hold up neither everybody's next token nor who comes before it
+            budget = self._admit(step, budget, before=prompts[0])
+        for seq in prompts:
+            budget = self._run(seq, step, budget)
         self._admit(step, budget)
         return step
+
+    def _run(self, seq: Sequence, step: Step, budget: int) -> int:
+        """Put what fits of the sequence's owed tokens into the step; the budget that is left."""
+        num_tokens = min(seq.num_owed, budget)
+        if not num_tokens or seq not in self.running or not self._make_room(seq, num_tokens, step):
+            return budget  # it may have given way to one before it
+        step.add(seq, num_tokens)
+        return budget - num_tokens
 
     def _give_way(self) -> None:
         """Let whoever is ordered last make room for one that waits and comes before it."""
@@ -65,15 +76,11 @@ class OrderedScheduler:
                 return
             self._preempt(self.running[-1])
 
-    def _next_token_first(self) -> list[Sequence]:
-        """Running sequences, those behind by a prompt last: it must not hold up everybody's next token."""
-        return sorted(self.running, key=lambda seq: seq.num_owed > 1 + len(seq.draft_ids))
-
     def _make_room(self, seq: Sequence, num_tokens: int, step: Step) -> bool:
         while not self.blocks.grow(seq, num_tokens):
-            victim = next((v for v in reversed(self.running) if v is not seq and v not in step.seqs), None)
-            if victim is None:
-                return False  # those in the step hold all blocks; they will finish, or come after us next time
+            victim = next((v for v in reversed(self.running) if v is seq or v not in step.seqs), seq)
+            if victim is seq:
+                return False  # nobody behind it to give way; those in the step will finish, or take its blocks next
             self._preempt(victim)
         return True
 
@@ -85,21 +92,25 @@ class OrderedScheduler:
         self.running.remove(seq)
         self.add(seq)
 
-    def _admit(self, step: Step, budget: int) -> None:
+    def _admit(self, step: Step, budget: int, before: Sequence | None = None) -> int:
+        """Start waiting sequences (those ordered before `before`) while they fit; the budget that is left."""
         num_deferred = 0
         while budget and num_deferred < min(len(self.waiting), MAX_DEFERRED):
             seq = self.waiting[num_deferred]
+            if before is not None and self.key(seq) > self.key(before):
+                break
             if not self.blocks.attach_prefix(seq):
                 num_deferred += 1
                 continue
             num_tokens = min(seq.num_owed, budget)
             if not self._fits(seq) or not self.blocks.grow(seq, num_tokens):
                 self.blocks.release(seq)
-                return
+                break
             del self.waiting[num_deferred]
             insort(self.running, seq, key=self.key)
             step.add(seq, num_tokens)
             budget -= num_tokens
+        return budget
 
     def _fits(self, seq: Sequence) -> bool:
         """Room for all it owes and for one more block for each that runs: else it would soon push somebody out."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+from blade.types import Output
 
-    from blade.types import Output
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from blade.types import FinishReason
 
 
 class OutputStream:
     """Outputs of the sequences of one submit (contracts.Stream). Only the loop thread touches it."""
 
-    def __init__(self, seq_ids: Iterable[int], abort: Callable[[int], None]) -> None:
-        self._open = set(seq_ids)
+    def __init__(self, seqs: Mapping[int, int], abort: Callable[[int], None]) -> None:
+        """`seqs`: id -> index of the choice."""
+        self._open = dict(seqs)
         self._abort = abort
         self._outputs: list[Output] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -25,15 +28,20 @@ class OutputStream:
             return  # aborted while this was on its way
         self._outputs.append(output)
         if output.finish_reason is not None:
-            self._open.discard(output.seq_id)
+            del self._open[output.seq_id]
         self._wake()
 
     def abort(self, seq_id: int | None = None) -> None:
         for each in list(self._open) if seq_id is None else [seq_id]:
             if each in self._open:
-                self._open.discard(each)
+                del self._open[each]
                 self._abort(each)
         self._wake()
+
+    def end(self, reason: FinishReason, error: Exception | None) -> None:
+        """No engine will answer any more: finish what is still open."""
+        for seq_id, index in list(self._open.items()):
+            self.push(Output(seq_id, index, [], reason, error=error))
 
     async def __aiter__(self) -> AsyncIterator[list[Output]]:
         while self._open or self._outputs:

@@ -77,7 +77,7 @@ class FakeEngine:
         if self.refuse is not None:
             raise self.refuse
         self.seqs += seqs
-        stream = OutputStream([seq.id for seq in seqs], self.aborted.append)
+        stream = OutputStream({seq.id: seq.index for seq in seqs}, self.aborted.append)
         task = asyncio.get_running_loop().create_task(self._play(list(seqs), stream))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

@@ -219,7 +219,7 @@ def test_who_waits_too_long_is_told() -> None:
 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     async def scenario(engine: Engine) -> None:
-        with pytest.raises(RequestError, match=r"need 108 tokens.*holds 64"):
+        with pytest.raises(RequestError, match=r"need 108 tokens.*at most 64"):
             engine.submit([make_seq([1] * 100)])
 
     serve(make_engine(FakeExecutor(), num_blocks=16), scenario)
@@ -287,13 +287,96 @@ def test_drafts_change_the_number_of_steps_and_nothing_else() -> None:
 
 
 class BrokenDrafter:
-    def propose(self, seqs: list[Sequence], max_tokens: int) -> list[list[int]]:
-        raise ValueError("no idea")
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def propose(self, seqs: list[Sequence], max_tokens: int) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
-def test_a_broken_drafter_is_done_without() -> None:
+@pytest.mark.parametrize("answer", [ValueError("no idea"), [], [None], [["x"]], None])
+def test_a_broken_drafter_is_done_without(answer: Any) -> None:
     async def scenario(engine: Engine) -> None:
         seq = make_seq([1, 2, 3])
         assert (await collect(engine, [seq]))[seq.id][0] == expected([1, 2, 3], 8)
 
-    serve(make_engine(FakeExecutor(), drafter=BrokenDrafter()), scenario)
+    serve(make_engine(FakeExecutor(), drafter=BrokenDrafter(answer)), scenario)
+
+
+class FatalScheduler(OrderedScheduler):
+    """Breaks the engine thread, slowly enough for others to submit meanwhile."""
+
+    def schedule(self) -> Step:
+        if any(POISON in seq.prompt_ids for seq in self.waiting):
+            time.sleep(0.1)
+            raise ValueError("fatal")
+        return super().schedule()
+
+
+def test_nobody_waits_for_an_engine_that_has_died() -> None:
+    async def scenario(engine: Engine) -> None:
+        first = asyncio.create_task(collect(engine, [make_seq([POISON])]))
+        await asyncio.sleep(0.03)
+        late = make_seq([1])
+        found = await collect(engine, [late])  # its message was never read
+        assert found[late.id][1] == "error"
+        assert [end for _, end, _ in (await first).values()] == ["error"]
+        assert not engine.healthy()
+        with pytest.raises(Overloaded):
+            engine.submit([make_seq([1])])
+
+    engine = make_engine(FakeExecutor())
+    engine.scheduler = FatalScheduler(engine.blocks, engine.config)
+    serve(engine, scenario)
+
+
+class ShortExecutor(FakeExecutor):
+    """Forgets the results of a step of several, and cannot forget a sequence."""
+
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        results = super().run(step)
+        return results if len(step) == 1 else results[:1]
+
+    def forget(self, seq: Sequence) -> None:
+        raise ValueError("gone")
+
+
+def test_an_executor_that_breaks_its_contract_does_not_break_the_engine() -> None:
+    async def scenario(engine: Engine) -> None:
+        seqs = [make_seq([i]) for i in range(3)]
+        found = await collect(engine, seqs)
+        assert all(found[seq.id] == (expected(seq.prompt_ids, 8), "length", None) for seq in seqs)
+        assert engine.healthy()
+
+    serve(make_engine(ShortExecutor()), scenario)
+
+
+def test_after_stop_nothing_is_taken_in() -> None:
+    async def scenario(engine: Engine) -> None:
+        engine.stop()
+        with pytest.raises(Overloaded) as refused:
+            engine.submit([make_seq([1])])
+        assert refused.value.status == 503
+
+    serve(make_engine(FakeExecutor(0.05)), scenario)
+
+
+def test_a_request_larger_than_the_queue_runs_when_nobody_waits() -> None:
+    async def scenario(engine: Engine) -> None:
+        seqs = [make_seq([i]) for i in range(5)]
+        assert all(end == "length" for _, end, _ in (await collect(engine, seqs)).values())
+
+    serve(make_engine(FakeExecutor(), max_queue_size=4), scenario)
+
+
+def test_many_drafts_in_a_small_budget_lose_nothing() -> None:
+    async def scenario(engine: Engine) -> None:
+        seqs = [make_seq([i] * 3, max_tokens=20) for i in range(8)]
+        found = await collect(engine, seqs)
+        assert all(found[seq.id][0] == expected(seq.prompt_ids, 20) for seq in seqs)
+
+    executor = FakeExecutor()
+    serve(make_engine(executor, drafter=Oracle(), max_batch_tokens=8), scenario)
+    assert all(sum(step) <= 8 for step in executor.steps)

@@ -134,3 +134,38 @@ def test_a_sequence_removed_while_waiting_is_forgotten() -> None:
     scheduler.add(seq)
     scheduler.remove(seq)
     assert len(scheduler.schedule()) == 0
+
+
+def test_the_urgent_prompt_keeps_its_blocks_and_the_others_wait() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=6, budget=8, policy=PriorityScheduler)
+    idle = make_seq(7, first=500, priority=9)
+    scheduler.add(idle)
+    advance(scheduler.schedule(), blocks)
+    urgent = make_seq(12, priority=0)
+    scheduler.add(urgent)
+    while not urgent.output_ids:
+        advance(scheduler.schedule(), blocks)
+    assert urgent.num_preemptions == 0
+
+
+def test_an_urgent_request_does_not_wait_for_a_long_prompt() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=256, budget=16, policy=PriorityScheduler)
+    long, urgent = make_seq(400, priority=9), make_seq(5, first=500, priority=0)
+    scheduler.add(long)
+    advance(scheduler.schedule(), blocks)
+    scheduler.add(urgent)
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == ([urgent, long], [5, 11])
+
+
+def test_drafts_are_shortened_so_that_everybody_gets_a_token() -> None:
+    scheduler, blocks = make_scheduler(budget=8, max_num_seqs=8)
+    seqs = [make_seq(2, first=100 * i) for i in range(4)]
+    for seq in seqs:
+        scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)
+    for seq in seqs:
+        seq.draft_ids = [1, 2, 3, 4]
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == (seqs, [5, 1, 1, 1])
+    assert [len(seq.draft_ids) for seq in seqs] == [4, 0, 0, 0]
