@@ -27,7 +27,7 @@ FLOORS = (  # from the top; a room imports only from floors below its own
     {"api", "plugins"},
     {"engine", "hookspecs", "registry"},
     {"nn", "text", "checkpoint"},
-    {"contracts", "config"},
+    {"contracts", "config", "checked"},
     {"types", "errors"},
 )
 

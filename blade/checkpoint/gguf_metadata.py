@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from blade.checked import CheckedValues
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Metadata:
+class Metadata(CheckedValues):
     """Key-value pairs; keys without a known group are of the file's architecture: "block_count" is "llama.block_count".
 
     An absent key without a default is an error. Every method raises CheckpointError, which names file and key.
@@ -31,24 +31,9 @@ class Metadata:
     def has(self, key: str) -> bool:
         return self._full(key) in self.values
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self._get(key, default)
-        if type(value) is not int or not minimum <= value < 2**31:
-            self.refuse(key, f"an integer of at least {minimum}")
-        return value
-
     def number(self, key: str, default: float | None = None) -> float:
         """Finite and above 0, with the seven digits that a float32 holds: 1e-06, not 9.99999997e-07."""
-        value = self._get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            self.refuse(key, "a positive number")
-        return float(f"{value:.7g}")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._get(key, default)
-        if type(value) is not str:
-            self.refuse(key, "a string")
-        return value
+        return float(f"{super(Metadata, self).number(key, default):.7g}")  # a dataclass with slots: no bare super()
 
     def array(self, key: str, kind: type) -> list[Any]:
         """Empty when absent. GGUF's arrays are of one kind, so the first item tells that of all."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from blade.checked import CheckedValues
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MAX_INTEGER = 2**31 - 1
 
-
-class Keys:
+class Keys(CheckedValues):
     """A JSON object's values by key. null counts as absent; an absent key without a default is an error.
 
     Every method raises CheckpointError, which names the key.
@@ -24,29 +22,10 @@ class Keys:
         self._values = values
         self._path = path
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self._get(key, default)
-        if type(value) is not int or not minimum <= value <= MAX_INTEGER:
-            self.refuse(key, f"an integer of at least {minimum}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Finite and above 0."""
-        value = self._get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            self.refuse(key, "a positive number")
-        return float(value)
-
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if type(value) is not bool:
             self.refuse(key, "true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._get(key, default)
-        if type(value) is not str:
-            self.refuse(key, "a string")
         return value
 
     def texts(self, key: str, default: list[str] | None = None) -> list[str]:
@@ -67,7 +46,6 @@ class Keys:
         return self._values.get(key) is not None
 
     def refuse(self, key: str, wanted: str) -> NoReturn:
-        """Raise the error of a key whose value is not what was wanted."""
         raise CheckpointError(
             f"config.json: {self._path}{key} must be {wanted}, not {reprlib.repr(self._values.get(key))}."
         )
