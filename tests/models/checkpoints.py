@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,10 @@ def make_reference(case: str) -> Reference:
 @torch.inference_mode()
 def _logits(model: Any, prompt: list[int]) -> Tensor:
     """Beyond the trained context one token per pass, as when they are generated: see blade.nn.DynamicRope."""
+    import transformers
+
     ids, trained = torch.tensor([prompt]), model.config.max_position_embeddings
     parts = [ids[:, :trained], *(ids[:, i : i + 1] for i in range(trained, len(prompt)))]
-    cache, logits = None, []
-    for part in parts:
-        output = model(part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits.append(output.logits[0])
-    return torch.cat(logits)
+    renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
+    cache = {"cache" if renamed else "past_key_values": transformers.DynamicCache(config=model.config)}
+    return torch.cat([model(part, **cache, use_cache=True).logits[0] for part in parts])
