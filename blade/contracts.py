@@ -131,6 +131,16 @@ class Ops(Protocol):
         read back, and the embedding has to be loaded by itself."""
         ...
 
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [N, D], rows [R] int64 -> [R, D]."""
+        ...
+
+    def capture(self, forward: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        """`forward`, or what does the same faster: it may note down what forward does with a batch and repeat that for
+        other batches of the same shapes, if nothing but ops and views took part. Its result may live in memory that
+        the next call overwrites."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
         ...
@@ -141,6 +151,11 @@ class Ops(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2I] -> [T, I]: silu(first half) * second half."""
+        ...
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [R, V] float32 -> the largest [R] and its id [R] int64, the first of equal ones. Of a row with NaN the
+        value is NaN, or NaN counts as -inf."""
         ...
 
 

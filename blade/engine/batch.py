@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,31 +19,38 @@ if TYPE_CHECKING:
 def build_batch(step: Step, block_size: int, to_device: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
     """Lay the step's owed tokens end to end. A sequence whose last token is in the step gets logits rows: one for that
     token, and one for each draft before it."""
-    ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    starts = [0]
+    ids, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
     for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True):
-        ids += seq.tokens(seq.computed, seq.computed + num_tokens)
-        positions += range(seq.computed, seq.computed + num_tokens)
-        starts.append(len(ids))
-        rows += range(len(ids) - num_rows(seq, num_tokens), len(ids))
+        span = range(seq.computed, seq.computed + num_tokens)
+        ids.extend(seq.tokens(span.start, span.stop))
+        positions.extend(span)
+        slots.extend(seq.blocks[i // block_size] * block_size + i % block_size for i in span)
+        rows.extend(range(len(ids) - num_rows(seq, num_tokens), len(ids)))
+    starts = array("i", accumulate(step.num_tokens, initial=0))
     kv_lens = [seq.computed + num_tokens for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)]
-    tables = _block_tables(step.seqs)
-    position = torch.tensor(positions, dtype=torch.int64)
-    owner = torch.repeat_interleave(torch.arange(len(step)), torch.tensor(step.num_tokens))
-    slots = tables[owner, position // block_size].long() * block_size + position % block_size
+    longs = _joined([ids, positions, slots, rows], torch.int64, to_device)
+    ints = _joined([starts, array("i", kv_lens), _block_tables(step.seqs)], torch.int32, to_device)
     return Batch(
-        input_ids=to_device(torch.tensor(ids, dtype=torch.int64)),
-        positions=to_device(position),
-        slots=to_device(slots),
-        cu_seqlens=to_device(torch.tensor(starts, dtype=torch.int32)),
-        context_lens=to_device(torch.tensor(kv_lens, dtype=torch.int32)),
-        block_tables=to_device(tables),
-        logits_rows=to_device(torch.tensor(rows, dtype=torch.int64)),
+        input_ids=longs[0],
+        positions=longs[1],
+        slots=longs[2],
+        logits_rows=longs[3],
+        cu_seqlens=ints[0],
+        context_lens=ints[1],
+        block_tables=ints[2].view(len(step), -1),
         query_lens=list(step.num_tokens),
         kv_lens=kv_lens,
     )
+
+
+def _joined(
+    parts: list[array[int]], dtype: torch.dtype, to_device: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The parts as tensors that were one while they went to the device."""
+    whole = array(parts[0].typecode)
+    for part in parts:
+        whole.extend(part)
+    return to_device(torch.frombuffer(whole, dtype=dtype)).split_with_sizes([len(part) for part in parts])
 
 
 def num_rows(seq: Sequence, num_tokens: int) -> int:
@@ -49,6 +58,10 @@ def num_rows(seq: Sequence, num_tokens: int) -> int:
     return 1 + len(seq.draft_ids) if num_tokens == seq.num_owed else 0
 
 
-def _block_tables(seqs: list[Sequence]) -> torch.Tensor:
+def _block_tables(seqs: list[Sequence]) -> array[int]:
+    """[B, max_blocks], padded with 0."""
     width = max(len(seq.blocks) for seq in seqs)
-    return torch.tensor([seq.blocks + [0] * (width - len(seq.blocks)) for seq in seqs], dtype=torch.int32)
+    tables = array("i", bytes(4 * width * len(seqs)))
+    for row, seq in enumerate(seqs):
+        tables[row * width : row * width + len(seq.blocks)] = array("i", seq.blocks)
+    return tables

@@ -61,7 +61,7 @@ class LogitEdits:
 
     def apply(self, x: Tensor, rows: Seq[Row]) -> dict[int, Exception]:
         """Edit x [R, W]. Returns what processors raised, by number of the row; these rows are spoilt."""
-        edited = [(i, row, self._keep(row.seq)) for i, row in enumerate(rows) if _is_edited(row.seq.params)]
+        edited = [(i, row, self._keep(row.seq)) for i, row in enumerate(rows) if is_edited(row.seq.params)]
         if not edited:
             return {}
         _penalize(x, edited)
@@ -98,7 +98,8 @@ def _make(seq: Sequence, vocab_size: int) -> Kept:
     )
 
 
-def _is_edited(params: SamplingParams) -> bool:
+def is_edited(params: SamplingParams) -> bool:
+    """Whether the logits are changed before they are drawn from."""
     return bool(params.logit_bias or params.processors or params.min_tokens or has_penalties(params))
 
 

@@ -19,16 +19,15 @@ class ModelRunner:
     """Owns a model, its KV cache and the sampler (contracts.Runner)."""
 
     def __init__(self, model: Model, kv: KVCache, ops: Ops, block_size: int) -> None:
-        self.model = model
-        self.kv = kv
         self.ops = ops
+        self.forward = ops.capture(lambda batch: model.forward(batch, kv))
         self.block_size = block_size
-        self.sampler = Sampler(model.config.vocab_size, ops.device)
+        self.sampler = Sampler(model.config.vocab_size, ops)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
         batch = build_batch(step, self.block_size, self.ops.to_device)
-        logits = self.model.forward(batch, self.kv)
+        logits = self.forward(batch)
         rows = [
             Row(seq, seq.computed + num_tokens - back)
             for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.engine import tiles
-from blade.engine.drawing import GREEDY, draw, way_of
-from blade.engine.edits import LogitEdits, Row
+from blade.engine.drawing import GREEDY, Drawn, draw, way_of
+from blade.engine.edits import LogitEdits, Row, is_edited
 from blade.engine.logprobs import RawLogprobs, read_line
 from blade.engine.truncation import ALL, Settings
 from blade.engine.uniforms import uniforms
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.engine.drawing import Drawn
+    from blade.contracts import Ops
     from blade.types import Sequence
 
 __all__ = ["Row", "Sampler", "SamplingError"]
@@ -44,10 +44,11 @@ class Sampler:
     """Samples rows of logits: penalties, logit_bias, processors, min_tokens; temperature, top_k, top_p, min_p; then one
     uniform number per row, by inverse transform."""
 
-    def __init__(self, vocab_size: int, device: torch.device, secret: int | None = None) -> None:
+    def __init__(self, vocab_size: int, ops: Ops, secret: int | None = None) -> None:
         """`secret` seeds the requests that bring no seed; drawn afresh unless given."""
         self.vocab_size = vocab_size
-        self.device = device
+        self.ops = ops
+        self.device = ops.device
         self._secret = secrets.randbits(64) if secret is None else secret
         self._edits = LogitEdits(vocab_size)
 
@@ -56,12 +57,17 @@ class Sampler:
 
         The same call again gives the same results: all that is kept between calls follows from the sequences' tokens.
         """
+        ways = [way_of(row.seq.params, self.vocab_size) for row in rows]
+        if all(
+            way == GREEDY and row.seq.params.logprobs is None and not is_edited(row.seq.params)
+            for way, row in zip(ways, rows, strict=True)
+        ):
+            return self._argmax(logits, rows)
         x = tiles.pad(logits)  # [R, W]
         asked = [row.seq.params.logprobs for row in rows]
         reported = [i for i, num_top in enumerate(asked) if num_top is not None]
         raw = RawLogprobs(x, reported, max(num_top or 0 for num_top in asked)) if reported else None
         failed = self._edits.apply(x, rows)
-        ways = [way_of(row.seq.params, self.vocab_size) for row in rows]
         settings = None
         if any(way != GREEDY for way in ways):
             _apply_temperature(x, rows)
@@ -69,6 +75,11 @@ class Sampler:
         drawn, lines = draw(x, ways, settings, raw)
         line_of = dict(zip(reported, lines, strict=True))
         return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
+
+    def _argmax(self, logits: Tensor, rows: Seq[Row]) -> list[Sampled | SamplingError]:
+        peaks, ids = (values.tolist() for values in self.ops.argmax(logits))
+        drawn = (Drawn(token_id, peak, True) for token_id, peak in zip(ids, peaks, strict=True))
+        return [self._result(row.seq, result, None, None) for row, result in zip(rows, drawn, strict=True)]
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended."""

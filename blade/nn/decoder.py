@@ -96,6 +96,7 @@ class Decoder:
 
     def __init__(self, config: DecoderConfig, loader: Loader) -> None:
         self.config = config
+        self.ops = loader.ops
         shape = (config.vocab_size, config.hidden_size)
         tied = config.tied and not loader.has("lm_head.weight")
         self.lm_head = loader.linear("model.embed_tokens" if tied else "lm_head", shapes=[shape])
@@ -103,18 +104,17 @@ class Decoder:
         self.embed = shared or loader.ops.embedding(loader.tensor("model.embed_tokens.weight", shape))
         self.layers = [Layer(f"model.layers.{i}", config, window, loader) for i, window in enumerate(config.windows)]
         self.norm = Norm("model.norm", config.hidden_size, config.rms_norm_eps, loader)
+        self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """See contracts.Model."""
-        x = self.embed(batch.input_ids)  # [T, hidden_size]
-        residual = torch.zeros_like(x)
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, residual = layer.input_norm.add(x, residual)
+        residual = self.embed(batch.input_ids)  # [T, hidden_size]
+        x = self.layers[0].input_norm(residual)
+        for layer, next_norm, layer_kv in zip(self.layers, self.next_norms, kv, strict=True):
             x = layer.attention(x, self.cos_sin, batch, layer_kv)
             if layer is self.layers[-1]:  # no later token attends to what comes now
-                x, residual = x[batch.logits_rows], residual[batch.logits_rows]  # [R, hidden_size]
+                x, residual = (self.ops.take_rows(y, batch.logits_rows) for y in (x, residual))  # [R, hidden_size]
             x, residual = layer.post_norm.add(x, residual)
-            x = layer.feed_forward(x)
-        x, _ = self.norm.add(x, residual)
+            x, residual = next_norm.add(layer.feed_forward(x), residual)
         return self.lm_head(x, torch.float32)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blade.contracts import Ops
 from blade.testing.require import require
+from blade.types import Batch
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,12 @@ def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
                 _check_norms(ops, x, generator)
                 _check_silu_mul(ops, x)
             _check_embedding(ops, torch.randn(50, width, generator=generator).to(dtype))
+        _check_rows(ops, torch.randn(50, 96, generator=generator).to(dtype))
         _check_norms(ops, torch.randn(5, 4, 64, generator=generator).to(dtype), generator)  # per head: [T, H, D]
         _check_norms(ops, torch.full((3, 64), 1e4, dtype=dtype), generator)  # squares beyond float16
         _check_norms(ops, torch.full((3, 64), 1e-4, dtype=dtype), generator)  # where eps counts
+        _check_capture(ops, torch.randn(40, 64, generator=generator).to(dtype))
+    _check_argmax(ops)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -106,3 +110,58 @@ def _check_silu_mul(ops: Ops, x: Tensor) -> None:
     gate_up = torch.cat([x * 30, x.flip(-1)], dim=-1)  # far out, where exp() overflows
     gate, up = gate_up.float().chunk(2, dim=-1)
     require_close("silu_mul", ops.silu_mul(ops.to_device(gate_up)), gate * gate.sigmoid() * up, x.dtype)
+
+
+def _check_rows(ops: Ops, x: Tensor) -> None:
+    import torch
+
+    for rows in (torch.tensor([3, 49, 0, 3]), torch.tensor([], dtype=torch.int64)):
+        found = ops.take_rows(ops.to_device(x), ops.to_device(rows))
+        require(torch.equal(found.cpu(), x[rows]), "take_rows does not give the rows as they are")
+
+
+def _check_argmax(ops: Ops) -> None:
+    import torch
+
+    logits = torch.randn(5, 1003, generator=torch.Generator().manual_seed(0)).mul(3).round()  # many equal values
+    logits[1, 1:] = -torch.inf
+    values, ids = ops.argmax(ops.to_device(logits.clone()))
+    require(values.tolist() == logits.amax(-1).tolist(), "argmax: these are not the largest values")
+    require(ids.tolist() == logits.argmax(-1).tolist(), "argmax: these are not the first ids of the largest values")
+
+
+def _check_capture(ops: Ops, table: Tensor) -> None:
+    """Steps of changing lengths and contents, each shape several times."""
+    import torch
+
+    embed, head = ops.embedding(table.clone()), ops.linear(table.clone(), None)
+    weight = ops.to_device(torch.ones(table.shape[1], dtype=table.dtype))
+
+    def forward(batch: Batch) -> Tensor:
+        x = embed(batch.input_ids)
+        normed, x = ops.add_rms_norm(ops.rms_norm(x, weight, _EPS), x, weight, _EPS)
+        return head(ops.take_rows(normed, batch.logits_rows), torch.float32)
+
+    captured = ops.capture(forward)
+    for turn in range(8):
+        batch = _batch(ops, num_tokens=2 + turn % 2, start=turn)
+        expected = forward(batch).clone()
+        require(torch.equal(captured(batch), expected), "capture: not what forward gives for the same batch")
+
+
+def _batch(ops: Ops, num_tokens: int, start: int) -> Batch:
+    """One sequence with `num_tokens` tokens."""
+    import torch
+
+    at = torch.arange(num_tokens)
+    return Batch(
+        input_ids=ops.to_device(at + 3 * start),
+        positions=ops.to_device(at),
+        slots=ops.to_device(at),
+        cu_seqlens=ops.to_device(torch.tensor([0, num_tokens], dtype=torch.int32)),
+        context_lens=ops.to_device(torch.tensor([num_tokens], dtype=torch.int32)),
+        block_tables=ops.to_device(torch.zeros(1, 1, dtype=torch.int32)),
+        logits_rows=ops.to_device(at.flip(0)[:1]),
+        query_lens=[num_tokens],
+        kv_lens=[num_tokens],
+    )

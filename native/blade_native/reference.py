@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from blade import Batch
     from blade.contracts import Linear
 
 
@@ -55,6 +56,12 @@ class TorchOps:
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
         return self.embedding(linear.weight) if isinstance(linear, TorchLinear) else None
 
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    def capture(self, forward: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        return forward
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Zhang & Sennrich 2019; torch computes it in float32 inside."""
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -67,3 +74,7 @@ class TorchOps:
         """SwiGLU's gate (Shazeer 2020)."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = logits.max(-1)
+        return values, ids

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blade import Sampled, SamplingParams, Sequence
 from blade.engine.sampler import Row, Sampler, SamplingError
+from blade_native.reference import TorchOps
 
 VOCAB = 151
 counter = itertools.count()
@@ -30,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_sampler(vocab_size: int = VOCAB) -> Sampler:
-    return Sampler(vocab_size, torch.device("cpu"), secret=1)
+    return Sampler(vocab_size, TorchOps(), secret=1)
 
 
 def make_seq(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Sequence:
@@ -107,8 +108,8 @@ def test_the_seed_decides() -> None:
         seq.id = 5
         return ids(sampler.sample(logits.clone(), [Row(seq, position) for position in range(99, 163)]))
 
-    first = Sampler(VOCAB, torch.device("cpu"))
-    second = Sampler(VOCAB, torch.device("cpu"))
+    first = Sampler(VOCAB, TorchOps())
+    second = Sampler(VOCAB, TorchOps())
     assert draw(first, 3) == draw(second, 3) != draw(first, 4)
     assert draw(first, None) == draw(first, None) != draw(second, None), "one secret per process"
 

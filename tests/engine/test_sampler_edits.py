@@ -17,6 +17,7 @@ from blade import SamplingParams, Sequence
 from blade.engine.edits import LogitEdits, Row
 from blade.engine.penalties import TokenCounts
 from blade.engine.sampler import Sampler, SamplingError
+from blade_native.reference import TorchOps
 
 VOCAB = 80
 WIDTH = 128
@@ -95,7 +96,7 @@ def test_counts_follow_the_output_and_not_the_drafts() -> None:
 
 
 def test_a_forgotten_sequence_leaves_nothing() -> None:
-    sampler = Sampler(VOCAB, torch.device("cpu"))
+    sampler = Sampler(VOCAB, TorchOps())
     seq = make_seq(4, 2, repetition_penalty=1.5)
     sampler.sample(torch.randn(1, VOCAB), rows_of(seq))
     assert sampler._edits._kept
@@ -117,7 +118,7 @@ def test_processors_see_the_output_and_come_after_the_penalties() -> None:
         3, 2, 1, temperature=0.0, processors=(processor,), logit_bias={7: 3.0}, min_tokens=4, stop_token_ids=(11,)
     )
     logits = torch.zeros(2, VOCAB)
-    results = Sampler(VOCAB, torch.device("cpu")).sample(logits, rows_of(seq))
+    results = Sampler(VOCAB, TorchOps()).sample(logits, rows_of(seq))
     assert seen == [(seq.output_ids, 3.0), (seq.output_ids + seq.draft_ids, 3.0)]
     assert [result.token_id for result in results] == [12, 12], "min_tokens has the last word"
 
@@ -136,8 +137,8 @@ def test_a_failing_processor_fails_its_own_row(processor: Any, caplog: pytest.Lo
     seqs = [make_seq(3, 2), make_seq(3, 2, processors=(processor,), logprobs=1), make_seq(3, 2, top_p=0.5)]
     rows = [rows_of(seq)[0] for seq in seqs]
     logits = torch.randn(3, VOCAB)
-    alone = [Sampler(VOCAB, torch.device("cpu"), secret=1).sample(logits[[i]], [rows[i]])[0] for i in (0, 2)]
-    results = Sampler(VOCAB, torch.device("cpu"), secret=1).sample(logits.clone(), rows)
+    alone = [Sampler(VOCAB, TorchOps(), secret=1).sample(logits[[i]], [rows[i]])[0] for i in (0, 2)]
+    results = Sampler(VOCAB, TorchOps(), secret=1).sample(logits.clone(), rows)
     assert isinstance(results[1], SamplingError)
     assert [results[0], results[2]] == alone
     assert f"sequence {seqs[1].id} " in caplog.text

@@ -61,7 +61,9 @@ def test_silu_mul_of_extreme_gates(ops: SimdOps) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 1000), (17, 333)], ids=str)
 def test_argmax_and_top_k(ops: SimdOps, shape: tuple[int, int]) -> None:
     logits = torch.randn(shape).mul(3).round()  # many equal values
-    assert torch.equal(ops.argmax(logits), logits.argmax(-1))
+    values, ids = ops.argmax(logits)
+    assert torch.equal(values, logits.amax(-1))
+    assert torch.equal(ids, logits.argmax(-1))
     order = logits.sort(dim=-1, descending=True, stable=True)
     for k in {1, min(5, shape[1]), shape[1]}:
         values, ids = ops.top_k(logits, k)
@@ -73,7 +75,9 @@ def test_selection_survives_nan_and_infinity(ops: SimdOps) -> None:
     logits = torch.full((2, 100), torch.nan)
     logits[1, ::2] = torch.arange(50.0)
     logits[1, 1] = -torch.inf
-    assert ops.argmax(logits).tolist() == [0, 98]
+    values, ids = ops.argmax(logits)
+    assert ids.tolist() == [0, 98]
+    assert values.tolist() == [-torch.inf, 49]
     values, ids = ops.top_k(logits, 60)
     assert ids[1, :50].tolist() == list(range(98, -1, -2))
     assert values[1, 50:].isinf().all()

@@ -18,7 +18,7 @@ template <class E, int R>
 __attribute__((noinline)) void attend_item(const Job& job, const Item& item) {
     Tile<E, R> tile(job, item);
     Sums<R> sums, span;
-    sums.clear(job.kv.head_dim);
+    sums.clear(job.kv->head_dim);
     for (int from = item.from; from < item.to; from = (from / SPAN + 1) * SPAN) {
         tile.sum_span(from, std::min((from / SPAN + 1) * SPAN, item.to), span);
         tile.merge(span, sums);
@@ -39,7 +39,7 @@ __attribute__((noinline)) void merge_parts(const Job& job, const Item& item, int
                                            long part_floats) {
     Tile<E, R> tile(job, item);
     Sums<R> sums;
-    sums.clear(job.kv.head_dim);
+    sums.clear(job.kv->head_dim);
     for (int part = 0; part < num_parts; part++) tile.merge(*(const Sums<R>*)(parts + part * part_floats), sums);
     tile.write(sums);
 }
@@ -48,21 +48,21 @@ int count_parts(const Item& item) { return (item.to - 1) / SPAN - item.from / SP
 
 // The tiles of sequence `seq`; all of them are written to `items` when it is not null.
 long cut_tiles(const Job& job, int seq, Item* items) {
-    int group = job.kv.num_heads / job.kv.num_kv_heads;
-    int num_tokens = job.cu_seqlens[seq + 1] - job.cu_seqlens[seq], base = job.context_lens[seq] - num_tokens;
+    int group = job.kv->num_heads / job.kv->num_kv_heads;
+    int num_tokens = job.step->cu_seqlens[seq + 1] - job.step->cu_seqlens[seq], base = job.step->context_lens[seq] - num_tokens;
     long num_rows = long(num_tokens) * group, num_tiles = (num_rows + vec::MAX_ROWS - 1) / vec::MAX_ROWS;
-    for (long i = 0; items && i < num_tiles * job.kv.num_kv_heads; i++) {
-        long tile = i / job.kv.num_kv_heads, row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
+    for (long i = 0; items && i < num_tiles * job.kv->num_kv_heads; i++) {
+        long tile = i / job.kv->num_kv_heads, row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
         int first = base + int(row / group) + 1 - int(job.window);
         int from = job.window ? std::max(0, first) / KEYS * KEYS : 0, to = base + int((end - 1) / group) + 1;
-        items[i] = {seq, int32_t(i % job.kv.num_kv_heads), int32_t(row), int32_t(end - row), from, to};
+        items[i] = {seq, int32_t(i % job.kv->num_kv_heads), int32_t(row), int32_t(end - row), from, to};
     }
-    return num_tiles * job.kv.num_kv_heads;
+    return num_tiles * job.kv->num_kv_heads;
 }
 
 template <class E>
-void attend_whole(const Job& job, const Item* items, long num_items, int threads) {
-    parallel_for(threads, num_items, 1, [&](long i, int) {
+void attend_whole(const Job& job, const Item* items, long num_items) {
+    parallel_for(job.threads, num_items, 1, [&](long i, int) {
         const Item& item = items[num_items - 1 - i];  // the longest contexts of a prefill first
         with_rows(item.num_rows, [&](auto rows) { attend_item<E, rows.value>(job, item); });
     });
@@ -70,12 +70,12 @@ void attend_whole(const Job& job, const Item* items, long num_items, int threads
 
 // For few items over long contexts: the spans of all items are shared out.
 template <class E>
-int attend_split(const Job& job, const Item* items, long num_items, long max_parts, int threads) {
+int attend_split(const Job& job, const Item* items, long num_items, long max_parts) {
     constexpr long PART = sizeof(Sums<vec::MAX_ROWS>) / sizeof(float);
     Scratch scratch(num_items * max_parts * PART * sizeof(float));
     float* parts = (float*)scratch.data;
     if (!parts) return OUT_OF_MEMORY;
-    parallel_for(threads, num_items * max_parts, 1, [&](long i, int) {
+    parallel_for(job.threads, num_items * max_parts, 1, [&](long i, int) {
         const Item& item = items[i / max_parts];
         int part = int(i % max_parts);
         if (part < count_parts(item))
@@ -89,27 +89,22 @@ int attend_split(const Job& job, const Item* items, long num_items, long max_par
 }
 
 template <class E>
-int attend(const Job& job, int threads) {
+int attend(const Job& job) {
     long num_items = 0, max_parts = 1;
-    for (int seq = 0; seq < job.num_seqs; seq++) num_items += cut_tiles(job, seq, nullptr);
+    for (int seq = 0; seq < job.step->num_seqs; seq++) num_items += cut_tiles(job, seq, nullptr);
     if (num_items == 0) return OK;
     Scratch scratch(num_items * sizeof(Item));
     Item* items = (Item*)scratch.data;
     if (!items) return OUT_OF_MEMORY;
-    for (long seq = 0, at = 0; seq < job.num_seqs; seq++) at += cut_tiles(job, int(seq), items + at);
+    for (long seq = 0, at = 0; seq < job.step->num_seqs; seq++) at += cut_tiles(job, int(seq), items + at);
     for (long i = 0; i < num_items; i++) max_parts = std::max<long>(max_parts, count_parts(items[i]));
-    if (threads > 1 && max_parts > 1 && num_items < 4L * threads)
-        return attend_split<E>(job, items, num_items, max_parts, threads);
-    attend_whole<E>(job, items, num_items, threads);
+    if (job.threads > 1 && max_parts > 1 && num_items < 4L * job.threads)
+        return attend_split<E>(job, items, num_items, max_parts);
+    attend_whole<E>(job, items, num_items);
     return OK;
 }
 }  // namespace
 
-// q [T, H, D] with q_stride elements between tokens -> out [T, H, D] contiguous, in the cache's dtype. Sequence b has
-// tokens [cu_seqlens[b], cu_seqlens[b + 1]), the last of context_lens[b] whose KV is stored. head_dim <= 256.
-EXPORT int blade_attend(const PagedKV* kv, const void* q, int64_t q_stride, int64_t num_seqs, const int32_t* cu_seqlens,
-                        const int32_t* context_lens, const int32_t* block_tables, int64_t max_blocks, float scale,
-                        int64_t window, void* out, int threads) {
-    Job job{*kv, q, q_stride, num_seqs, cu_seqlens, context_lens, block_tables, max_blocks, scale, window, out};
-    return kv->dtype == FLOAT32 ? attend<float>(job, threads) : attend<bf16>(job, threads);
+EXPORT int blade_attend(const AttendCall* call) {
+    return call->kv->dtype == FLOAT32 ? attend<float>(*call) : attend<bf16>(*call);
 }

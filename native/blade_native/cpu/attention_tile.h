@@ -12,16 +12,7 @@ constexpr int SPAN = 256;             // keys per partial result, a multiple of 
 constexpr int MAX_HEAD_DIM = 256;
 constexpr float NEVER = -1e30f;  // score of a masked key: finite, so that differences of two are not NaN
 
-struct Job {
-    const PagedKV& kv;
-    const void* q;  // [T, H, D], q_stride elements between tokens
-    int64_t q_stride, num_seqs;
-    const int32_t *cu_seqlens, *context_lens, *block_tables;
-    int64_t max_blocks;
-    float scale;
-    int64_t window;  // 0: none
-    void* out;       // [T, H, D]
-};
+typedef AttendCall Job;
 
 // Rows [row, row + num_rows) of (token, head of the group) of one sequence and KV head, and their keys [from, to).
 struct Item {
@@ -60,35 +51,35 @@ struct Tile {
     int first_key[R], end_key[R];
 
     Tile(const Job& job, const Item& item) : job(job), item(item) {
-        int num_tokens = job.cu_seqlens[item.seq + 1] - job.cu_seqlens[item.seq];
-        group = job.kv.num_heads / job.kv.num_kv_heads;
-        base = job.context_lens[item.seq] - num_tokens;
+        int num_tokens = job.step->cu_seqlens[item.seq + 1] - job.step->cu_seqlens[item.seq];
+        group = job.kv->num_heads / job.kv->num_kv_heads;
+        base = job.step->context_lens[item.seq] - num_tokens;
         for (int r = 0; r < R; r++) {
             end_key[r] = base + (item.row + r) / group + 1;
             first_key[r] = job.window ? std::max<int64_t>(0, end_key[r] - job.window) : 0;
-            const E* q = (const E*)job.q + token(r) * job.q_stride + query_head(r) * job.kv.head_dim;
-            for (int i = 0; i < job.kv.head_dim / P; i++) memcpy(queries + i * R + r, q + i * P, 4);
+            const E* q = (const E*)job.q + token(r) * job.q_stride + query_head(r) * job.kv->head_dim;
+            for (int i = 0; i < job.kv->head_dim / P; i++) memcpy(queries + i * R + r, q + i * P, 4);
         }
     }
-    long token(int r) const { return job.cu_seqlens[item.seq] + (item.row + r) / group; }
+    long token(int r) const { return job.step->cu_seqlens[item.seq] + (item.row + r) / group; }
     long query_head(int r) const { return item.head * group + (item.row + r) % group; }
 
     // Offset in elements of the sixteen keys (or values) from `key` on.
     long address(int key) const {
-        const int32_t* blocks = job.block_tables + item.seq * job.max_blocks;
-        long size = job.kv.block_size, block = blocks[key / size];
-        return ((block * job.kv.num_kv_heads + item.head) * size + key % size) * job.kv.head_dim;
+        const int32_t* blocks = job.step->block_tables + item.seq * job.step->max_blocks;
+        long size = job.kv->block_size, block = blocks[key / size];
+        return ((block * job.kv->num_kv_heads + item.head) * size + key % size) * job.kv->head_dim;
     }
 
     // Scores of keys [key, key + KEYS), in rows SPAN apart.
     INLINE void score(const Tile& t, int key, int to, float* scores) {
-        const E* keys = (const E*)t.job.kv.k;
+        const E* keys = (const E*)t.job.kv->k;
         long first = t.address(key), second = key + vec::LANES < to ? t.address(key + vec::LANES) : first;
         const uint32_t* words[2] = {(const uint32_t*)(keys + first), (const uint32_t*)(keys + second)};
         Prefetch none{(const char*)words[0], 0};
         vec::F s[R][2];
         for (int r = 0; r < R; r++) s[r][0] = s[r][1] = vec::zero();
-        dot_tile<E, R, 2>(t.queries, 1, R, words, vec::LANES, t.job.kv.head_dim / P, s, none);
+        dot_tile<E, R, 2>(t.queries, 1, R, words, vec::LANES, t.job.kv->head_dim / P, s, none);
         for (int r = 0; r < R; r++)
             for (int v = 0; v < 2; v++)
                 vec::store(scores + r * SPAN + v * vec::LANES, vec::mul(s[r][v], vec::set(t.job.scale)));
@@ -119,7 +110,7 @@ struct Tile {
     // sums.values[:, i : i + 16 NV] = weights . values of keys [from, to).
     template <int NV>
     INLINE void weigh_values(const Tile& t, int i, int from, int to, const E* weights, Sums<R>& sums) {
-        const int d = t.job.kv.head_dim;
+        const int d = t.job.kv->head_dim;
         vec::F c[R][NV];
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) c[r][v] = vec::zero();
@@ -128,7 +119,7 @@ struct Tile {
             const uint32_t* a = (const uint32_t*)(weights + key - from);
             const uint32_t* words[NV];
             for (int v = 0; v < NV; v++)
-                words[v] = (const uint32_t*)((const E*)t.job.kv.v + t.address(key)) + i + v * vec::LANES;
+                words[v] = (const uint32_t*)((const E*)t.job.kv->v + t.address(key)) + i + v * vec::LANES;
             Prefetch none{(const char*)words[0], 0};
             dot_tile<E, R, NV>(a, SPAN / P, 1, words, d, num_keys / P, c, none);
             if (num_keys % P) {  // the other half of the last word holds no key of this sequence
@@ -150,13 +141,13 @@ struct Tile {
         for (int key = from; key < to; key += KEYS) score(*this, key, to, scores + key - from);
         for (int r = 0; r < R; r++) soften(*this, r, from, to, scores + r * SPAN, weights + r * SPAN, sums);
         int i = 0;
-        for (; i + 2 * vec::LANES <= job.kv.head_dim; i += 2 * vec::LANES)
+        for (; i + 2 * vec::LANES <= job.kv->head_dim; i += 2 * vec::LANES)
             weigh_values<2>(*this, i, from, to, weights, sums);
-        if (i < job.kv.head_dim) weigh_values<1>(*this, i, from, to, weights, sums);
+        if (i < job.kv->head_dim) weigh_values<1>(*this, i, from, to, weights, sums);
     }
 
     void merge(const Sums<R>& span, Sums<R>& sums) const {
-        const int d = job.kv.head_dim;
+        const int d = job.kv->head_dim;
         for (int r = 0; r < R; r++) {
             float most = std::max(sums.most[r], span.most[r]);
             float factor = exp_of_difference(span.most[r], most);
@@ -170,9 +161,9 @@ struct Tile {
     }
 
     void write(const Sums<R>& sums) const {
-        const int d = job.kv.head_dim;
+        const int d = job.kv->head_dim;
         for (int r = 0; r < R; r++) {
-            E* out = (E*)job.out + (token(r) * job.kv.num_heads + query_head(r)) * d;
+            E* out = (E*)job.out + (token(r) * job.kv->num_heads + query_head(r)) * d;
             vec::F inverse = vec::set(1.0f / sums.total[r]);
             for (int i = 0; i < d; i += vec::LANES)
                 vec::store(out + i, vec::mul(vec::load(sums.values + r * d + i), inverse));

@@ -22,6 +22,7 @@ struct Job {
     const void* x;
     void* y;
     int x_dtype, y_dtype, threads;
+    int64_t y_stride;
     Tiling tiling;
     long num_panels;
     long units = 0;
@@ -42,7 +43,7 @@ void plan(Job& job) {
 }
 
 void store_row(const Job& job, long row, long channel, vec::F value) {
-    long left = job.linear.n - channel, at = row * job.linear.n + channel;
+    long left = job.linear.n - channel, at = row * job.y_stride + channel;
     if (left <= 0) return;
     int lanes = int(std::min<long>(left, vec::LANES));
     if (job.y_dtype == FLOAT32)
@@ -138,12 +139,11 @@ int plan_and_run(Job& job) {
 }
 }  // namespace
 
-// x [m, k] contiguous, in the kind's dtype (the grouped kinds take both); y [m, n] in either dtype.
-EXPORT int blade_linear(const Linear* linear, const void* x, int x_dtype, int64_t m, void* y, int y_dtype,
-                        int threads) {
-    Job job{*linear, x, y, x_dtype, y_dtype, threads, {m, (m + vec::MAX_ROWS - 1) / vec::MAX_ROWS},
-            (linear->n + PANEL - 1) / PANEL};
-    switch (linear->kind) {
+EXPORT int blade_linear(const LinearCall* call) {
+    auto& c = *call;
+    Job job{*c.linear, c.x, c.y, c.x_dtype, c.y_dtype, c.threads, c.y_stride,
+            {c.m, (c.m + vec::MAX_ROWS - 1) / vec::MAX_ROWS}, (c.linear->n + PANEL - 1) / PANEL};
+    switch (c.linear->kind) {
         case DENSE_F32: return plan_and_run<Dense<float>>(job);
         case DENSE_BF16: return plan_and_run<Dense<bf16>>(job);
         case GROUPED_INT8: return plan_and_run<Grouped<8>>(job);

@@ -107,12 +107,13 @@ void pack(int kind, const E* weight, int64_t n, int64_t k, char* out, int thread
 }
 
 template <class E>
-void unpack_rows(const Linear& linear, const int64_t* rows, int64_t num_rows, E* out, int threads) {
+void unpack_rows(const UnpackRowsCall& c) {
     constexpr int P = Word<E>::ELEMENTS;
-    long words = linear.k / P;
-    parallel_for(threads, num_rows, 8, [=, &linear](long i, int) {
-        const uint32_t* lane = (const uint32_t*)linear.weights + rows[i] / PANEL * words * PANEL + rows[i] % PANEL;
-        for (long u = 0; u < words; u++) memcpy(out + i * linear.k + u * P, lane + u * PANEL, 4);
+    long k = c.linear->k, words = k / P;
+    parallel_for(c.threads, c.num_rows, 8, [&](long i, int) {
+        const uint32_t* panel = (const uint32_t*)c.linear->weights + c.rows[i] / PANEL * words * PANEL;
+        E* out = (E*)c.out + i * k;
+        for (long u = 0; u < words; u++) memcpy(out + u * P, panel + u * PANEL + c.rows[i] % PANEL, 4);
     });
 }
 }  // namespace
@@ -155,11 +156,10 @@ EXPORT int blade_pack_quants(int kind, const uint8_t* q, const uint16_t* scales,
     return OK;
 }
 
-// out [num_rows, k] = rows of a packed dense matrix.
-EXPORT int blade_unpack_rows(const Linear* linear, const int64_t* rows, int64_t num_rows, void* out, int threads) {
-    if (linear->kind == DENSE_F32)
-        unpack_rows(*linear, rows, num_rows, (float*)out, threads);
+EXPORT int blade_unpack_rows(const UnpackRowsCall* call) {
+    if (call->linear->kind == DENSE_F32)
+        unpack_rows<float>(*call);
     else
-        unpack_rows(*linear, rows, num_rows, (bf16*)out, threads);
+        unpack_rows<bf16>(*call);
     return OK;
 }

@@ -40,36 +40,31 @@ void store(const PagedKV& kv, int64_t slot, int head, const E* k, const E* v) {
 }
 
 template <class E>
-void rope_and_store(const PagedKV& kv, const E* q, const E* k, const E* v, int64_t q_stride, int64_t k_stride,
-                    int64_t v_stride, long num_tokens, const int64_t* positions, const int64_t* slots,
-                    const float* cos_sin, long rotary_dim, E* q_out, E* k_out, int threads) {
+void rope_and_store(const RopeAndStoreCall& c) {
+    const PagedKV& kv = *c.kv;
+    const Step& step = *c.step;
     long d = kv.head_dim, heads = kv.num_heads + kv.num_kv_heads;
     long grain = std::max(1L, GRAIN_ELEMENTS / (heads * d));
-    parallel_for(threads, num_tokens, grain, [=, &kv](long t, int) {
-        const float* row = cos_sin + positions[t] * rotary_dim;
-        Angles angles{row, row + rotary_dim / 2, rotary_dim / 2};
+    parallel_for(c.threads, step.num_tokens, grain, [&](long t, int) {
+        const float* row = c.cos_sin + step.positions[t] * c.rotary_dim;
+        Angles angles{row, row + c.rotary_dim / 2, c.rotary_dim / 2};
+        const E *q = (const E*)c.q + t * c.q_stride, *k = (const E*)c.k + t * c.k_stride;
+        const E* v = (const E*)c.v + t * c.v_stride;
         for (int h = 0; h < kv.num_heads; h++)
-            rotate(q + t * q_stride + h * d, angles, d, q_out + (t * kv.num_heads + h) * d);
+            rotate(q + h * d, angles, d, (E*)c.q_out + (t * kv.num_heads + h) * d);
         for (int h = 0; h < kv.num_kv_heads; h++) {
-            E* rotated = k_out + (t * kv.num_kv_heads + h) * d;
-            rotate(k + t * k_stride + h * d, angles, d, rotated);
-            store(kv, slots[t], h, rotated, v + t * v_stride + h * d);
+            E* rotated = (E*)c.k_out + (t * kv.num_kv_heads + h) * d;
+            rotate(k + h * d, angles, d, rotated);
+            store(kv, step.slots[t], h, rotated, v + h * d);
         }
     });
 }
 }  // namespace
 
-// q [T, H, D], k and v [T, KV, D] with strides between tokens in elements; cos_sin [max_context, rotary_dim], cosines
-// in the first half of a row and sines in the second; q_out and k_out are contiguous.
-EXPORT int blade_rope_and_store(const PagedKV* kv, const void* q, const void* k, const void* v, int64_t q_stride,
-                                int64_t k_stride, int64_t v_stride, int64_t num_tokens, const int64_t* positions,
-                                const int64_t* slots, const float* cos_sin, int64_t rotary_dim, void* q_out,
-                                void* k_out, int threads) {
-    if (kv->dtype == FLOAT32)
-        rope_and_store(*kv, (const float*)q, (const float*)k, (const float*)v, q_stride, k_stride, v_stride, num_tokens,
-                       positions, slots, cos_sin, rotary_dim, (float*)q_out, (float*)k_out, threads);
+EXPORT int blade_rope_and_store(const RopeAndStoreCall* call) {
+    if (call->kv->dtype == FLOAT32)
+        rope_and_store<float>(*call);
     else
-        rope_and_store(*kv, (const bf16*)q, (const bf16*)k, (const bf16*)v, q_stride, k_stride, v_stride, num_tokens,
-                       positions, slots, cos_sin, rotary_dim, (bf16*)q_out, (bf16*)k_out, threads);
+        rope_and_store<bf16>(*call);
     return OK;
 }

@@ -1,4 +1,5 @@
-// What works row by row: root mean square norms (Zhang & Sennrich 2019) and the gate of a gated MLP (Shazeer 2020).
+// What works row by row: root mean square norms (Zhang & Sennrich 2019), the gate of a gated MLP (Shazeer 2020), and rows
+// taken out of a table.
 // Sums and exponentials are float32 whatever the dtype.
 #include <algorithm>
 #include <cmath>
@@ -30,65 +31,72 @@ void scale_row(const E* x, const E* weight, long d, float scale, E* y) {
     });
 }
 
-// Rows of x: `inner` contiguous ones every `stride` elements.
 template <class E>
-void rms_norm(const E* x, long outer, long inner, long stride, long d, const E* weight, float eps, E* y, int threads) {
-    parallel_for(threads, outer * inner, grain(d), [=](long row, int) {
-        const E* in = x + row / inner * stride + row % inner * d;
-        scale_row(in, weight, d, inverse_rms(in, d, eps), y + row * d);
+void rms_norm(const RmsNormCall& c) {
+    parallel_for(c.threads, c.outer * c.inner, grain(c.d), [&](long row, int) {
+        const E* in = (const E*)c.x + row / c.inner * c.stride + row % c.inner * c.d;
+        scale_row(in, (const E*)c.weight, c.d, inverse_rms(in, c.d, c.eps), (E*)c.y + row * c.d);
     });
 }
 
 template <class E>
-void add_rms_norm(const E* x, E* residual, long rows, long d, const E* weight, float eps, E* y, int threads) {
-    parallel_for(threads, rows, grain(d), [=](long row, int) {
-        E* sum = residual + row * d;
-        vec::for_lanes(d, [&](long i, int lanes) {
-            vec::F v = vec::add(vec::load_some(x + row * d + i, lanes), vec::load_some(sum + i, lanes));
+void add_rms_norm(const AddRmsNormCall& c) {
+    parallel_for(c.threads, c.rows, grain(c.d), [&](long row, int) {
+        const E* in = (const E*)c.x + row * c.d;
+        E* sum = (E*)c.residual + row * c.d;
+        vec::for_lanes(c.d, [&](long i, int lanes) {
+            vec::F v = vec::add(vec::load_some(in + i, lanes), vec::load_some(sum + i, lanes));
             vec::store_some(sum + i, v, lanes);
         });
-        scale_row(sum, weight, d, inverse_rms(sum, d, eps), y + row * d);
+        scale_row(sum, (const E*)c.weight, c.d, inverse_rms(sum, c.d, c.eps), (E*)c.y + row * c.d);
     });
 }
 
 template <class E>
-void silu_mul(const E* gate_up, long rows, long d, E* y, int threads) {
-    parallel_for(threads, rows, grain(2 * d), [=](long row, int) {
-        const E *gates = gate_up + row * 2 * d, *ups = gates + d;
-        vec::for_lanes(d, [&](long i, int lanes) {
+void silu_mul(const SiluMulCall& c) {
+    parallel_for(c.threads, c.rows, grain(2 * c.d), [&](long row, int) {
+        const E *gates = (const E*)c.gate_up + row * 2 * c.d, *ups = gates + c.d;
+        E* y = (E*)c.y + row * c.d;
+        vec::for_lanes(c.d, [&](long i, int lanes) {
             vec::F gate = vec::load_some(gates + i, lanes), up = vec::load_some(ups + i, lanes);
             vec::F denominator = vec::add(vec::set(1.0f), vec::exp(vec::sub(vec::zero(), gate)));
-            vec::store_some(y + row * d + i, vec::mul(vec::div(gate, denominator), up), lanes);
+            vec::store_some(y + i, vec::mul(vec::div(gate, denominator), up), lanes);
         });
     });
 }
 }  // namespace
 
-// x [outer, inner, d] with `stride` elements between outers -> y [outer, inner, d] contiguous.
-EXPORT int blade_rms_norm(int dtype, const void* x, int64_t outer, int64_t inner, int64_t stride, int64_t d,
-                          const void* weight, float eps, void* y, int threads) {
-    if (dtype == FLOAT32)
-        rms_norm((const float*)x, outer, inner, stride, d, (const float*)weight, eps, (float*)y, threads);
+EXPORT int blade_rms_norm(const RmsNormCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        rms_norm<float>(c);
     else
-        rms_norm((const bf16*)x, outer, inner, stride, d, (const bf16*)weight, eps, (bf16*)y, threads);
+        rms_norm<bf16>(c);
     return OK;
 }
 
-// residual += x, in place; y = rms_norm(residual). All [rows, d].
-EXPORT int blade_add_rms_norm(int dtype, const void* x, void* residual, int64_t rows, int64_t d, const void* weight,
-                              float eps, void* y, int threads) {
-    if (dtype == FLOAT32)
-        add_rms_norm((const float*)x, (float*)residual, rows, d, (const float*)weight, eps, (float*)y, threads);
+EXPORT int blade_add_rms_norm(const AddRmsNormCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        add_rms_norm<float>(c);
     else
-        add_rms_norm((const bf16*)x, (bf16*)residual, rows, d, (const bf16*)weight, eps, (bf16*)y, threads);
+        add_rms_norm<bf16>(c);
     return OK;
 }
 
-// gate_up [rows, 2 d] -> y [rows, d].
-EXPORT int blade_silu_mul(int dtype, const void* gate_up, int64_t rows, int64_t d, void* y, int threads) {
-    if (dtype == FLOAT32)
-        silu_mul((const float*)gate_up, rows, d, (float*)y, threads);
+EXPORT int blade_silu_mul(const SiluMulCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        silu_mul<float>(c);
     else
-        silu_mul((const bf16*)gate_up, rows, d, (bf16*)y, threads);
+        silu_mul<bf16>(c);
+    return OK;
+}
+
+EXPORT int blade_take_rows(const TakeRowsCall* call) {
+    auto& c = *call;
+    parallel_for(c.threads, c.num_rows, grain(c.row_bytes / 2), [&](long i, int) {
+        memcpy(c.out + i * c.row_bytes, c.table + c.rows[i] * c.row_bytes, c.row_bytes);
+    });
     return OK;
 }

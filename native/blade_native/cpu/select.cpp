@@ -16,12 +16,13 @@ struct Candidate {
     }
 };
 
-int64_t argmax(const float* row, long n) {
+int64_t argmax(const float* row, long n, float& value) {
     vec::F most = vec::set(-__builtin_inff());
-    vec::for_lanes(n / vec::LANES * vec::LANES, [&](long i, int) { most = vec::max(vec::load(row + i), most); });
-    float bound = vec::max_lane(most);
-    for (long i = n / vec::LANES * vec::LANES; i < n; i++) bound = std::max(bound, row[i]);
-    const float* at = std::find(row, row + n, bound);
+    long whole = n / vec::LANES * vec::LANES;
+    for (long i = 0; i < whole; i += vec::LANES) most = vec::max(vec::load(row + i), most);
+    value = vec::max_lane(most);
+    for (long i = whole; i < n; i++) value = std::max(value, row[i]);
+    const float* at = std::find(row, row + n, value);
     return at < row + n ? at - row : 0;
 }
 
@@ -50,24 +51,25 @@ void top_k(const float* row, long n, long k, Candidate* best) {
 }
 }  // namespace
 
-// logits [rows, n] -> ids [rows], the first of the largest.
-EXPORT int blade_argmax(const float* logits, int64_t rows, int64_t n, int64_t* ids, int threads) {
-    parallel_for(threads, rows, 1, [=](long row, int) { ids[row] = argmax(logits + row * n, n); });
+EXPORT int blade_argmax(const ArgmaxCall* call) {
+    auto& c = *call;
+    parallel_for(c.threads, c.rows, 1, [&](long row, int) {
+        c.ids[row] = argmax(c.logits + row * c.n, c.n, c.values[row]);
+    });
     return OK;
 }
 
-// logits [rows, n] -> values and ids [rows, k], largest first, equal ones by id. k <= n.
-EXPORT int blade_top_k(const float* logits, int64_t rows, int64_t n, int64_t k, float* values, int64_t* ids,
-                       int threads) {
-    Scratch scratch(rows * 2 * k * sizeof(Candidate));
+EXPORT int blade_top_k(const TopKCall* call) {
+    auto& c = *call;
+    Scratch scratch(c.rows * 2 * c.k * sizeof(Candidate));
     Candidate* candidates = (Candidate*)scratch.data;
     if (!candidates) return OUT_OF_MEMORY;
-    parallel_for(threads, rows, 1, [=](long row, int) {
-        Candidate* best = candidates + row * 2 * k;
-        top_k(logits + row * n, n, k, best);
-        for (int64_t i = 0; i < k; i++) {
-            values[row * k + i] = best[i].value;
-            ids[row * k + i] = best[i].index;
+    parallel_for(c.threads, c.rows, 1, [&](long row, int) {
+        Candidate* best = candidates + row * 2 * c.k;
+        top_k(c.logits + row * c.n, c.n, c.k, best);
+        for (int64_t i = 0; i < c.k; i++) {
+            c.values[row * c.k + i] = best[i].value;
+            c.ids[row * c.k + i] = best[i].index;
         }
     });
     return OK;

@@ -11,7 +11,7 @@ from torch import Tensor
 from blade import Batch, KVCache, KVSpec
 from blade.contracts import Attention
 from blade_native.simd.check import DTYPES, check, check_heads
-from blade_native.simd.library import CPagedKV, Library
+from blade_native.simd.library import CPagedKV, CStep, Library
 from blade_native.simd.memory import allocate
 
 MAX_HEAD_DIM = 256
@@ -34,7 +34,7 @@ class LayerKV:
             self.k.data_ptr(),
             self.v.data_ptr(),
         )
-        self.by_reference = ctypes.byref(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
 
 def layer_block_bytes(spec: KVSpec) -> int:
@@ -53,19 +53,33 @@ def covers(spec: KVSpec) -> bool:
 
 
 class StepArguments:
-    """What the layers of one step pass to the kernels alike: checked once, as addresses."""
+    """What the layers of one step pass to the kernels alike, checked once: `Step` of api.h."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.num_tokens, self.num_seqs = len(batch.positions), len(batch.context_lens)
-        self.max_blocks = batch.block_tables.shape[-1]
-        check("positions", batch.positions, torch.int64, (self.num_tokens,))
-        check("slots", batch.slots, torch.int64, (self.num_tokens,))
-        check("cu_seqlens", batch.cu_seqlens, torch.int32, (self.num_seqs + 1,))
-        check("context_lens", batch.context_lens, torch.int32, (self.num_seqs,))
-        check("block_tables", batch.block_tables, torch.int32, (self.num_seqs, self.max_blocks))
-        self.where = batch.positions.data_ptr(), batch.slots.data_ptr()
-        self.context = batch.cu_seqlens.data_ptr(), batch.context_lens.data_ptr(), batch.block_tables.data_ptr()
+        self._struct = CStep()
+        self.address = ctypes.addressof(self._struct)
+        self.update(batch)
+
+    def update(self, batch: Batch) -> None:
+        """Another step in the same place."""
+        num_tokens, num_seqs = len(batch.positions), len(batch.context_lens)
+        max_blocks = batch.block_tables.shape[-1]
+        check("positions", batch.positions, torch.int64, (num_tokens,))
+        check("slots", batch.slots, torch.int64, (num_tokens,))
+        check("cu_seqlens", batch.cu_seqlens, torch.int32, (num_seqs + 1,))
+        check("context_lens", batch.context_lens, torch.int32, (num_seqs,))
+        check("block_tables", batch.block_tables, torch.int32, (num_seqs, max_blocks))
+        self.batch, self.num_tokens = batch, num_tokens
+        self._struct.__init__(  # type: ignore[misc]
+            batch.positions.data_ptr(),
+            batch.slots.data_ptr(),
+            batch.cu_seqlens.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(),
+            num_tokens,
+            num_seqs,
+            max_blocks,
+        )
 
 
 class SimdAttention:
@@ -107,9 +121,7 @@ class SimdAttention:
         tensors = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)
         table = cos_sin.data_ptr(), rotary_dim
         outputs = rotated_q.data_ptr(), rotated_k.data_ptr()
-        self.library.rope_and_store(
-            layer_kv.by_reference, *tensors, step.num_tokens, *step.where, *table, *outputs, self.threads
-        )
+        self.library.rope_and_store(layer_kv.address, step.address, *tensors, *table, *outputs, self.threads)
         return rotated_q, rotated_k
 
     def attend(
@@ -121,11 +133,13 @@ class SimdAttention:
         check_heads("q", q, layer_kv.dtype, (step.num_tokens, num_heads, head_dim))
         out = q.new_empty((step.num_tokens, num_heads * head_dim))
         queries = q.data_ptr(), q.stride(0)
-        context = step.num_seqs, *step.context, step.max_blocks
-        self.library.attend(layer_kv.by_reference, *queries, *context, scale, window or 0, out.data_ptr(), self.threads)
+        where = layer_kv.address, step.address
+        self.library.attend(*where, *queries, scale, window or 0, out.data_ptr(), self.threads)
         return out
 
     def _arguments(self, batch: Batch) -> StepArguments:
         if self._step is None or self._step.batch is not batch:
             self._step = StepArguments(batch)
+            if self.library.recording.tape is not None:
+                self.library.recording.steps.append(self._step)
         return self._step

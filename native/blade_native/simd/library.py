@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Mapping
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any
 
 from blade import ConfigError
 from blade_native.simd import build
@@ -17,13 +19,13 @@ class Unavailable(ConfigError):
     """The compiled kernels are missing or stale; the torch op set serves instead."""
 
 
-class CLinear(ctypes.Structure):
+class CLinear(Structure):
     """`Linear` of api.h."""
 
     _fields_ = (("kind", c_int32), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
 
 
-class CPagedKV(ctypes.Structure):
+class CPagedKV(Structure):
     """`PagedKV` of api.h."""
 
     _fields_ = (
@@ -37,33 +39,82 @@ class CPagedKV(ctypes.Structure):
     )
 
 
-PTR, INT, LONG = c_void_p, c_int, c_int64
-LINEAR, KV = POINTER(CLinear), POINTER(CPagedKV)
-PROTOTYPES = {
-    "linear": (LINEAR, PTR, INT, LONG, PTR, INT, INT),
-    "pack": (INT, PTR, INT, LONG, LONG, PTR, INT),
-    "pack_quants": (INT, PTR, PTR, PTR, LONG, LONG, PTR, INT),
-    "unpack_rows": (LINEAR, PTR, LONG, PTR, INT),
-    "rms_norm": (INT, PTR, LONG, LONG, LONG, LONG, PTR, c_float, PTR, INT),
-    "add_rms_norm": (INT, PTR, PTR, LONG, LONG, PTR, c_float, PTR, INT),
-    "silu_mul": (INT, PTR, LONG, LONG, PTR, INT),
-    "rope_and_store": (KV, PTR, PTR, PTR, LONG, LONG, LONG, LONG, PTR, PTR, PTR, LONG, PTR, PTR, INT),
-    "attend": (KV, PTR, LONG, LONG, PTR, PTR, PTR, LONG, c_float, LONG, PTR, INT),
-    "argmax": (PTR, LONG, LONG, PTR, INT),
-    "top_k": (PTR, LONG, LONG, LONG, PTR, PTR, INT),
-    "read": (PTR, LONG, INT),
-}
-CAN_FAIL = ("linear", "attend", "top_k")  # for want of scratch memory
-Kernel = Callable[..., int]
+class CStep(Structure):
+    """`Step` of api.h."""
+
+    _fields_ = (
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_seqs", c_int64),
+        ("max_blocks", c_int64),
+    )
+
+
+PTR, INT, LONG = c_void_p, c_int32, c_int64
+CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the number of threads that ends each
+    "linear": {"linear": PTR, "x": PTR, "x_dtype": INT, "m": LONG, "y": PTR, "y_dtype": INT, "y_stride": LONG},
+    "unpack_rows": {"linear": PTR, "rows": PTR, "num_rows": LONG, "out": PTR},
+    "take_rows": {"table": PTR, "rows": PTR, "num_rows": LONG, "row_bytes": LONG, "out": PTR},
+    "rms_norm": {
+        "dtype": INT, "x": PTR, "outer": LONG, "inner": LONG, "stride": LONG, "d": LONG,
+        "weight": PTR, "eps": c_float, "y": PTR,
+    },
+    "add_rms_norm": {
+        "dtype": INT, "x": PTR, "residual": PTR, "rows": LONG, "d": LONG, "weight": PTR, "eps": c_float, "y": PTR,
+    },
+    "silu_mul": {"dtype": INT, "gate_up": PTR, "rows": LONG, "d": LONG, "y": PTR},
+    "rope_and_store": {
+        "kv": PTR, "step": PTR, "q": PTR, "k": PTR, "v": PTR, "q_stride": LONG, "k_stride": LONG, "v_stride": LONG,
+        "cos_sin": PTR, "rotary_dim": LONG, "q_out": PTR, "k_out": PTR,
+    },
+    "attend": {
+        "kv": PTR, "step": PTR, "q": PTR, "q_stride": LONG, "scale": c_float, "window": LONG, "out": PTR,
+    },
+    "argmax": {"logits": PTR, "rows": LONG, "n": LONG, "values": PTR, "ids": PTR},
+    "top_k": {"logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "values": PTR, "ids": PTR},
+}  # fmt: skip
+
+
+class Kernel:
+    """One kernel. A call releases the GIL; while a step is being recorded it is also put on the tape."""
+
+    __slots__ = ("_function", "_recording", "_struct", "address", "name", "pointers")
+
+    def __init__(self, dll: ctypes.CDLL, name: str, recording: Recording) -> None:
+        fields = CALLS[name]
+        self.name = name
+        self.pointers = tuple(field for field, kind in fields.items() if kind is PTR)
+        self._struct: Any = type(name, (Structure,), {"_fields_": [*fields.items(), ("threads", c_int32)]})
+        self._function = dll[f"blade_{name}"]
+        self._function.restype = c_int
+        self.address = ctypes.cast(self._function, c_void_p).value or 0
+        self._recording = recording
+
+    def __call__(self, *arguments: Any) -> None:
+        """The fields of the call struct in order. Raises MemoryError where the kernel has no room for its scratch."""
+        call = self._struct(*arguments)
+        check_status(self._function(byref(call)))
+        if self._recording.tape is not None:
+            self._recording.tape.append((self, call))
+
+
+class Recording(threading.local):
+    """Where the kernels that this thread calls are noted down, if anywhere, and which steps their arguments name."""
+
+    tape: list[tuple[Kernel, Structure]] | None = None
+    steps: list[Any] = []  # noqa: RUF012 - replaced, never changed
 
 
 class Library:
-    """The kernels of one instruction-set level. Calls release the GIL."""
+    """The kernels of one instruction-set level."""
 
     linear: Kernel
-    pack: Kernel
-    pack_quants: Kernel
     unpack_rows: Kernel
+    take_rows: Kernel
     rms_norm: Kernel
     add_rms_norm: Kernel
     silu_mul: Kernel
@@ -71,25 +122,28 @@ class Library:
     attend: Kernel
     argmax: Kernel
     top_k: Kernel
-    read: Kernel
 
     def __init__(self, level: str) -> None:
         self.level = level
+        self.recording = Recording()
         self._dll = open_library(level)
-        for name, argtypes in PROTOTYPES.items():
-            function = getattr(self._dll, f"blade_{name}")
-            function.argtypes, function.restype = argtypes, c_int
-            if name in CAN_FAIL:
-                function.errcheck = check_status
-            setattr(self, name, function)
-        self.packed_bytes = self._dll.blade_packed_bytes
-        self.packed_bytes.argtypes, self.packed_bytes.restype = (INT, LONG, LONG), LONG
+        for name in CALLS:
+            setattr(self, name, Kernel(self._dll, name, self.recording))
+        self.packed_bytes = self._function("packed_bytes", INT, LONG, LONG, result=LONG)
+        self.pack = self._function("pack", INT, PTR, INT, LONG, LONG, PTR, INT)
+        self.pack_quants = self._function("pack_quants", INT, PTR, PTR, PTR, LONG, LONG, PTR, INT)
+        self.read = self._function("read", PTR, LONG, INT)
+        self.replay = self._function("replay", PTR, LONG)
+
+    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., int]:
+        function = self._dll[f"blade_{name}"]
+        function.argtypes, function.restype = arguments, result
+        return function
 
 
-def check_status(status: int, function: object, arguments: object) -> int:
+def check_status(status: int) -> None:
     if status:
         raise MemoryError("no memory for a kernel's scratch")
-    return status
 
 
 def open_library(level: str) -> ctypes.CDLL:

@@ -37,7 +37,7 @@ class PackedLinear:
         self._padded_k = padded(self.k, self.dtype)
         bias_at = None if self.bias is None else self.bias.data_ptr()
         self._struct = CLinear(kind, self.n, self._padded_k, weights.data_ptr(), bias_at)
-        self._by_reference = ctypes.byref(self._struct)
+        self._address = ctypes.addressof(self._struct)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype, or in `out_dtype`: float32 logits come without a second pass."""
@@ -53,8 +53,8 @@ class PackedLinear:
             x = F.pad(x, (0, self._padded_k - self.k))
         num_rows = x.numel() // self._padded_k
         if num_rows:
-            out = y.data_ptr(), DTYPES[y.dtype]
-            self._library.linear(self._by_reference, x.data_ptr(), DTYPES[dtype], num_rows, *out, self._threads)
+            out = y.data_ptr(), DTYPES[y.dtype], self.n
+            self._library.linear(self._address, x.data_ptr(), DTYPES[dtype], num_rows, *out, self._threads)
         return y
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class PackedLinear:
             raise TypeError("rows of quantised weights cannot be read back")
         check("ids", ids, torch.int64, (ids.numel(),))
         out = torch.empty(ids.numel(), self._padded_k, dtype=self.dtype)
-        self._library.unpack_rows(self._by_reference, ids.data_ptr(), ids.numel(), out.data_ptr(), self._threads)
+        self._library.unpack_rows(self._address, ids.data_ptr(), ids.numel(), out.data_ptr(), self._threads)
         return out[:, : self.k]
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from blade import Batch
 from blade.contracts import Linear, Ops
+from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense, quantize
 
 
 class SimdOps:
-    """bf16 and f32 on a CPU. `base` answers for the memory, for embeddings that nothing shares and for float16."""
+    """bf16 and f32 on a CPU. `base` answers for the memory and for float16."""
 
     def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
         self.base = base
@@ -42,12 +45,25 @@ class SimdOps:
         return quantize(self.library, weight, bias, bits, self.threads)
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        return self.base.embedding(weight)
+        return partial(self.take_rows, weight.contiguous())
 
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, PackedLinear):
             return None if linear.dtype is None else linear.rows  # quantised rows cannot be read back
         return self.base.embedding_of(linear)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [N, D] of any dtype; rows are trusted to be in range."""
+        check("x", x, x.dtype, (x.shape[0], x.shape[-1]))
+        check("rows", rows, torch.int64, (rows.numel(),))
+        out = x.new_empty((rows.numel(), x.shape[1]))
+        row_bytes = x.shape[1] * x.itemsize
+        self.library.take_rows(x.data_ptr(), rows.data_ptr(), rows.numel(), row_bytes, out.data_ptr(), self.threads)
+        return out
+
+    def capture(self, forward: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        """Small steps are replayed, see capture.py."""
+        return CapturedForward(forward, self.library)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., D]; of three or more axes the first may be strided, as in a slice of a fused projection."""
@@ -95,12 +111,12 @@ class SimdOps:
         self.library.silu_mul(DTYPES[gate_up.dtype], gate_up.data_ptr(), rows, width // 2, y.data_ptr(), self.threads)
         return y
 
-    def argmax(self, logits: Tensor) -> Tensor:
-        """logits [R, V] float32 -> ids [R] int64, the first of the largest."""
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """NaN counts as -inf."""
         check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
-        ids = torch.empty(logits.shape[0], dtype=torch.int64)
-        self.library.argmax(logits.data_ptr(), *logits.shape, ids.data_ptr(), self.threads)
-        return ids
+        values, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
+        self.library.argmax(logits.data_ptr(), *logits.shape, values.data_ptr(), ids.data_ptr(), self.threads)
+        return values, ids
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""

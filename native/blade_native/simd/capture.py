@@ -1,0 +1,169 @@
+"""Captured steps: what a forward pass asks of the kernels is noted once per batch shape, then replayed in one
+call.
+
+The idea is that of CUDA graphs. A decode of a small model is hundreds of kernel calls of tens of microseconds, and each
+costs five more through Python; replayed they follow each other in C++. A capture is an ordinary pass that is watched: it
+holds the calls, their arguments, and which of these point into activations. Activations are then laid into an arena,
+where buffers share memory once nobody reads them any more, so that a small step stays in cache.
+
+A pass that does anything else with tensors than the kernels and views, or that looks at what the batch holds on the
+host, is never replayed: it runs as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blade import Batch
+from blade_native.simd.arena import Arenas, Buffer, Use
+from blade_native.simd.library import Kernel, Library, check_status
+
+log = logging.getLogger("blade.native")
+
+Forward = Callable[[Batch], Tensor]
+Shape = tuple[int, int, int]  # tokens, rows of logits, sequences
+Tape = list[tuple[Kernel, ctypes.Structure]]
+
+MAX_TOKENS = 64  # of a step worth capturing: beyond it the calls are nothing beside their work
+MAX_CAPTURES = 64  # shapes; the one that was not used for longest makes room
+MAX_SEEN = 4096  # shapes remembered because they came once
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
+
+
+class Uncapturable(Exception):
+    """The pass does what a replay would not."""
+
+
+class Hidden(list[int]):
+    """The batch's lengths on the host, which change from step to step: a captured pass must not depend on them."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise Uncapturable("it reads the batch's lengths")
+
+    __iter__ = __getitem__ = __len__ = _refuse
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees what torch itself does: allocations and views are fine."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.buffers: list[Tensor] = []  # kept, so that no two of them have the same address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in ALLOCATIONS:
+            self.buffers.append(result)
+        elif not is_view(func, args, result):
+            raise Uncapturable(f"it calls {func}")
+        return result
+
+
+def is_view(func: Any, args: Any, result: Any) -> bool:
+    tensors = result if isinstance(result, list | tuple) else [result]
+    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
+        return False
+    where = args[0].untyped_storage().data_ptr()
+    return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == where for x in tensors)
+
+
+class Instruction(ctypes.Structure):
+    """`Instruction` of replay.cpp."""
+
+    _fields_ = (("kernel", ctypes.c_void_p), ("call", ctypes.c_void_p))
+
+
+class Capture:
+    """A pass over one shape of batch, ready to be replayed."""
+
+    def __init__(self, library: Library, batch: Batch, tape: Tape, steps: list[Any], logits: Tensor) -> None:
+        self._replay = library.replay
+        self._batch, self._steps = batch, steps
+        self._calls = [call for _, call in tape]  # the program points at them
+        instructions = [Instruction(kernel.address, ctypes.addressof(call)) for kernel, call in tape]
+        self._program = (Instruction * len(tape))(*instructions)
+        self._logits = logits
+
+    def replay(self, batch: Batch) -> Tensor:
+        """The logits, good until the next replay of any capture."""
+        self._batch.input_ids.copy_(batch.input_ids)
+        self._batch.logits_rows.copy_(batch.logits_rows)
+        for step in self._steps:
+            step.update(batch)
+        check_status(self._replay(ctypes.addressof(self._program), len(self._program)))
+        return self._logits
+
+
+class CapturedForward:
+    """The same function as `forward`, which is captured when a shape comes for the second time."""
+
+    def __init__(self, forward: Forward, library: Library) -> None:
+        self._forward = forward
+        self._library = library
+        self._arenas = Arenas()
+        self._captures: OrderedDict[Shape, Capture] = OrderedDict()
+        self._seen: set[Shape] = set()
+        self._enabled = True
+
+    def __call__(self, batch: Batch) -> Tensor:
+        shape = (len(batch.input_ids), len(batch.logits_rows), len(batch.context_lens))
+        capture = self._captures.get(shape)
+        if capture is not None:
+            self._captures.move_to_end(shape)
+            return capture.replay(batch)
+        if not self._is_worth_it(shape):
+            return self._forward(batch)
+        try:
+            return self._capture(shape, batch)
+        except Uncapturable as reason:
+            log.info("steps of this model are not captured: %s", reason)
+            self._enabled = False
+            return self._forward(batch)
+
+    def _is_worth_it(self, shape: Shape) -> bool:
+        num_tokens, num_rows, _ = shape
+        if not self._enabled or num_tokens > MAX_TOKENS or num_rows == 0:
+            return False
+        if shape not in self._seen and len(self._seen) < MAX_SEEN:
+            self._seen.add(shape)
+            return False
+        return shape in self._seen
+
+    def _capture(self, shape: Shape, batch: Batch) -> Tensor:
+        static = replace(
+            batch,
+            input_ids=batch.input_ids.clone(),
+            logits_rows=batch.logits_rows.clone(),
+            query_lens=Hidden(),
+            kv_lens=Hidden(),
+        )
+        recording = self._library.recording
+        tape: Tape = []
+        recording.tape, recording.steps = tape, []
+        try:
+            with Watch() as watch:
+                logits = self._forward(static)
+        finally:
+            steps, recording.tape, recording.steps = recording.steps, None, []
+        buffers = [Buffer(x.data_ptr(), x.untyped_storage().nbytes()) for x in watch.buffers]
+        uses = [
+            Use(index, call, field, getattr(call, field))
+            for index, (kernel, call) in enumerate(tape)
+            for field in kernel.pointers
+        ]
+        kept = self._arenas.place(buffers, uses, logits)
+        if len(self._captures) == MAX_CAPTURES:
+            self._captures.popitem(last=False)
+        self._captures[shape] = Capture(self._library, static, tape, steps, kept)
+        return logits
