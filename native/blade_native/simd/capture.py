@@ -1,9 +1,8 @@
-"""Captured steps: what a forward pass asks of the kernels is noted once per batch shape, then replayed in one
-call.
+"""Captured steps: what a forward pass asks of the kernels is noted once per batch shape, then replayed in one call.
 
 The idea is that of CUDA graphs. A decode of a small model is hundreds of kernel calls of tens of microseconds, and each
-costs five more through Python; replayed they follow each other in C++. A capture is an ordinary pass that is watched: it
-holds the calls, their arguments, and which of these point into activations. Activations are then laid into an arena,
+costs five more through Python; replayed they follow each other in C++. A capture is an ordinary pass that is watched:
+it holds the calls, their arguments, and which of these point into activations. Activations are then laid into an arena,
 where buffers share memory once nobody reads them any more, so that a small step stays in cache.
 
 A pass that does anything else with tensors than the kernels and views, or that looks at what the batch holds on the
