@@ -1,0 +1,137 @@
+"""Where the time of a decode step goes: ``python benchmarks/step.py --plugin llama --num-seqs 1``.
+
+Runs the engine's own runner, without HTTP, on sequences of random tokens. Of each step it takes the whole time and the
+time inside the replay of the captured pass, the difference being Python: the batch, dispatch and the sampler. Then it
+runs the captured kernels one by one, timing each, which tells the share of every kernel (the sum is a little above the
+replay's time, by the cost of the calls). Ends in one JSON line, milliseconds as medians over the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from blade import SamplingParams, Sequence, Step
+from blade.assembly import Assembly, choose, load_model
+from blade.config import Config, EngineConfig, ModelOptions
+from blade.engine.runner import ModelRunner
+from blade.plugins import load
+from blade_native.simd.capture import Capture, CapturedForward
+from blade_native.simd.library import CALLS
+
+BLOCK_SIZE = 16
+
+
+def make_runner(args: argparse.Namespace) -> tuple[Assembly, ModelRunner]:
+    plugins = (args.plugin,) if args.plugin else ()
+    options = {"quantize": args.quantize} if args.quantize else {}
+    model = ModelOptions(model=str(args.model) if args.model else None, max_model_len=args.context + 1024, **options)
+    config = Config(plugins=plugins, model=model, engine=EngineConfig(threads=args.threads, block_size=BLOCK_SIZE))
+    assembly = choose(config, load(plugins))
+    num_blocks = args.num_seqs * (-(-(args.context + args.steps + 8) // BLOCK_SIZE)) + 1
+    kv = assembly.attention.allocate(assembly.kv_spec, num_blocks)
+    return assembly, ModelRunner(load_model(assembly), kv, assembly.ops, BLOCK_SIZE)
+
+
+def make_sequences(args: argparse.Namespace, runner: ModelRunner) -> list[Sequence]:
+    """Prompts of `context` tokens, computed."""
+    rng, params = random.Random(0), SamplingParams(max_tokens=args.steps + 8, temperature=0.0)
+    seqs = []
+    width = -(-(args.context + args.steps + 8) // BLOCK_SIZE)
+    for i in range(args.num_seqs):
+        seq = Sequence(id=i, prompt_ids=[rng.randrange(5, 1000) for _ in range(args.context)], params=params)
+        seq.blocks = list(range(1 + i * width, 1 + (i + 1) * width))
+        advance([seq], runner.run(Step([seq], [args.context])))
+        seqs.append(seq)
+    return seqs
+
+
+def advance(seqs: list[Sequence], results: list[Any]) -> None:
+    for seq, sampled in zip(seqs, results, strict=True):
+        seq.computed = seq.num_tokens
+        seq.output_ids.append(sampled[0].token_id)
+
+
+def time_steps(seqs: list[Sequence], runner: ModelRunner, num_steps: int) -> tuple[list[float], list[float], Capture]:
+    """Seconds of each step, and of its replay; and the capture that was replayed."""
+    forward = runner.forward
+    assert isinstance(forward, CapturedForward), "the op set does not capture"
+    for _ in range(4):
+        advance(seqs, runner.run(Step(seqs, [1] * len(seqs))))
+    (capture,) = [c for shape, c in forward._captures.items() if shape == (len(seqs),) * 3]
+    replay, inside, whole = capture._replay, [], []
+
+    def timed(*arguments: int) -> int:
+        start = time.perf_counter()
+        status = replay(*arguments)
+        inside.append(time.perf_counter() - start)
+        return status
+
+    capture._replay = timed
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        results = runner.run(Step(seqs, [1] * len(seqs)))
+        whole.append(time.perf_counter() - start)
+        advance(seqs, results)
+    capture._replay = replay
+    return whole, inside, capture
+
+
+def time_kernels(capture: Capture, dll: ctypes.CDLL, turns: int) -> dict[str, float]:
+    """Median milliseconds of all calls of each kernel, run one by one."""
+    names = {ctypes.cast(dll[f"blade_{name}"], ctypes.c_void_p).value: name for name in CALLS}
+    replay = dll.blade_replay
+    sums: dict[str, list[float]] = {}
+    for _ in range(turns):
+        turn: Counter[str] = Counter()
+        for i, instruction in enumerate(capture._program):
+            at = ctypes.addressof(capture._program) + i * ctypes.sizeof(instruction)
+            start = time.perf_counter()
+            replay(ctypes.c_void_p(at), ctypes.c_int64(1))
+            turn[names[instruction.kernel]] += (time.perf_counter() - start) * 1e3
+        for name, ms in turn.items():
+            sums.setdefault(name, []).append(ms)
+    return {name: round(statistics.median(values), 3) for name, values in sums.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plugin", help="whose demo model to run")
+    parser.add_argument("--model", type=Path, help="or: a folder or a .gguf file")
+    parser.add_argument("--quantize", help="as blade serve --quantize")
+    parser.add_argument("--num-seqs", type=int, default=1, help="sequences that decode together")
+    parser.add_argument("--context", type=int, default=256, help="tokens each of them has")
+    parser.add_argument("--steps", type=int, default=50, help="steps to time")
+    parser.add_argument("--threads", type=int, help="threads of the kernels")
+    args = parser.parse_args()
+    assembly, runner = make_runner(args)
+    whole, inside, capture = time_steps(make_sequences(args, runner), runner, args.steps)
+    python = [a - b for a, b in zip(whole, inside, strict=True)]
+    kernels = time_kernels(capture, assembly.ops.library._dll, 9)
+    step_ms, python_ms = statistics.median(whole) * 1e3, statistics.median(python) * 1e3
+    for name, ms in sorted(kernels.items(), key=lambda item: -item[1]):
+        print(f"{name:16} {ms:8.3f} ms")
+    summary = {
+        "model": assembly.model_name,
+        "ops": assembly.ops.name,
+        "num_seqs": args.num_seqs,
+        "context": args.context,
+        "step_ms": round(step_ms, 3),
+        "replay_ms": round(statistics.median(inside) * 1e3, 3),
+        "python_ms": round(python_ms, 3),
+        "python_share": round(python_ms / step_ms, 4),
+        "best_step_ms": round(min(whole) * 1e3, 3),
+        "kernels_ms": kernels,
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
