@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
-from ctypes import Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
 from blade import ConfigError
@@ -19,10 +19,28 @@ class Unavailable(ConfigError):
     """The compiled kernels are missing or stale; the torch op set serves instead."""
 
 
+class CFormat(Structure):
+    """`Format` of api.h."""
+
+    _fields_ = (
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("scales", c_int32),
+        ("offsets", c_int32),
+        ("block", c_int64),
+    )
+
+
 class CLinear(Structure):
     """`Linear` of api.h."""
 
-    _fields_ = (("kind", c_int32), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
+    _fields_ = (("format", CFormat), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
+
+
+class CGrouped(Structure):
+    """`Grouped` of api.h."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("q", "scales", "offsets", "block_scales", "block_offsets"))
 
 
 class CPagedKV(Structure):
@@ -55,9 +73,10 @@ class CStep(Structure):
 
 
 PTR, INT, LONG = c_void_p, c_int32, c_int64
+LINEAR = POINTER(CLinear)
 CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the number of threads that ends each
     "linear": {"linear": PTR, "x": PTR, "x_dtype": INT, "m": LONG, "y": PTR, "y_dtype": INT, "y_stride": LONG},
-    "unpack_rows": {"linear": PTR, "rows": PTR, "num_rows": LONG, "out": PTR},
+    "unpack_rows": {"linear": PTR, "rows": PTR, "num_rows": LONG, "out": PTR, "dtype": INT},
     "take_rows": {"table": PTR, "rows": PTR, "num_rows": LONG, "row_bytes": LONG, "out": PTR},
     "rms_norm": {
         "dtype": INT, "x": PTR, "outer": LONG, "inner": LONG, "stride": LONG, "d": LONG,
@@ -129,9 +148,9 @@ class Library:
         self._dll = open_library(level)
         for name in CALLS:
             setattr(self, name, Kernel(self._dll, name, self.recording))
-        self.packed_bytes = self._function("packed_bytes", INT, LONG, LONG, result=LONG)
-        self.pack = self._function("pack", INT, PTR, INT, LONG, LONG, PTR, INT)
-        self.pack_quants = self._function("pack_quants", INT, PTR, PTR, PTR, LONG, LONG, PTR, INT)
+        self.packed_bytes = self._function("packed_bytes", LINEAR, result=LONG)
+        self.pack_dense = self._function("pack_dense", LINEAR, PTR, INT)
+        self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
         self.read = self._function("read", PTR, LONG, INT)
         self.replay = self._function("replay", PTR, LONG)
 

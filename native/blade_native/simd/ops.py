@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from blade import Batch
+from blade import Batch, GroupedWeight
 from blade.contracts import Linear, Ops
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
+from blade_native.simd.grouped import pack_grouped
 from blade_native.simd.library import Library
-from blade_native.simd.linear import PackedLinear, pack_dense, quantize
+from blade_native.simd.linear import PackedLinear, StackedLinear, pack_dense
 
 
 class SimdOps:
@@ -40,16 +42,24 @@ class SimdOps:
             return self.base.linear(weight, bias)
         return pack_dense(self.library, weight, bias, self.threads)
 
-    def quantized_linear(self, weight: Tensor, bias: Tensor | None, bits: int) -> Linear:
-        """Quantise weight [N, K] to 8 or 4 bits in groups and pack it; see linear.quantize."""
-        return quantize(self.library, weight, bias, bits, self.threads)
+    def grouped_linear(self, weights: GroupedWeight | Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        """Linears over quantised matrices stacked along N, each in its own format, or over one; bias [sum of N].
+
+        Raises ValueError naming the field that no kernel covers; see grouped.covers.
+        """
+        if isinstance(weights, GroupedWeight):
+            return pack_grouped(self.library, weights, bias, self.threads)
+        sizes = [len(weight.q) for weight in weights]
+        biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
+        parts = [pack_grouped(self.library, *part, self.threads) for part in zip(weights, biases, strict=True)]
+        return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
 
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, PackedLinear):
-            return None if linear.dtype is None else linear.rows  # quantised rows cannot be read back
+            return linear.rows
         return self.base.embedding_of(linear)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
