@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
+from blade import GroupedWeight
 from blade.contracts import Linear, Ops
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.library import Library
@@ -15,6 +17,8 @@ from blade_native.simd.linear import PackedLinear, pack_dense, quantize
 
 class SimdOps:
     """bf16 and f32 on a CPU. `base` answers for the memory, for embeddings that nothing shares and for float16."""
+
+    grouped_dtypes: Collection[torch.dtype] = ()
 
     def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
         self.base = base
@@ -36,6 +40,9 @@ class SimdOps:
         if weight.dtype not in DTYPES:
             return self.base.linear(weight, bias)
         return pack_dense(self.library, weight, bias, self.threads)
+
+    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        return self.base.grouped_linear(weights, bias)
 
     def quantized_linear(self, weight: Tensor, bias: Tensor | None, bits: int) -> Linear:
         """Quantise weight [N, K] to 8 or 4 bits in groups and pack it; see linear.quantize."""
