@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
     from blade.checkpoint.open import Checkpoint
     from blade.config import Config
-    from blade.contracts import Architecture, Attention, Drafter, Model, Ops, Quantization
+    from blade.contracts import Architecture, Attention, Drafter, Model, Ops
     from blade.engine.engine import Engine
     from blade.engine.memory import MemoryPlan
     from blade.plugins import Plugins
+    from blade.quantization import WeightForm
     from blade.types import DefaultCheckpoint, ModelConfig
 
 
@@ -31,7 +32,7 @@ class Assembly:
     checkpoint: Checkpoint
     architecture: Architecture
     family: str  # the plugin that brought the architecture
-    quantization: Quantization | None
+    form: WeightForm
     model_config: ModelConfig
     model_name: str
     max_context: int  # tokens
@@ -53,8 +54,11 @@ class Assembly:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights once loaded, as far as the file tells."""
-        return self.checkpoint.num_params * self.dtype.itemsize
+        """Bytes of the weights once loaded; a tied embedding counts once."""
+        from blade.nn.tensors import loaded_bytes
+
+        weights, quantization = self.checkpoint.weights, self.form.quantization
+        return sum(loaded_bytes(name, weights, self.ops, self.dtype, quantization) for name in weights.names())
 
     def plan_memory(self, reserved: int = 0) -> MemoryPlan:
         """Size the KV cache from the memory free now, less `reserved` bytes (of weights not loaded yet)."""
@@ -71,8 +75,10 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
     from blade.checkpoint.open import open_checkpoint
     from blade.checkpoint.progress import console_progress
     from blade.checkpoint.source import resolve
+    from blade.quantization import check_quantize, choose_form
 
     _check_names(config, plugins)
+    check_quantize(config.model.quantize, plugins)
     default = _default_checkpoint(config, plugins)
     with console_progress() as progress:
         path = resolve(config.model, default, progress)
@@ -80,19 +86,20 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
     ops: Ops = plugins.registry("register_backends").create(_device(config.engine.device), config.engine.threads)
+    dtype = _dtype(config, ops)
     return Assembly(
         config=config,
         plugins=plugins,
         checkpoint=checkpoint,
         architecture=architecture,
         family=family,
-        quantization=_quantization(checkpoint, plugins),
+        form=choose_form(checkpoint, config.model.quantize, ops, dtype, plugins),
         model_config=model_config,
         model_name=config.model.served_model_name or _name(checkpoint, default),
         max_context=_max_context(config, model_config),
         ops=ops,
         attention=plugins.registry("register_attention").create(config.engine.attention, ops),
-        dtype=_dtype(config, ops),
+        dtype=dtype,
     )
 
 
@@ -100,9 +107,8 @@ def load_model(assembly: Assembly, advance: Callable[[int], None] | None = None)
     """Load the weights; `advance` is told the bytes of each tensor once it is in."""
     from blade.nn import Loader
 
-    loader = Loader(
-        assembly.checkpoint.weights, assembly.ops, assembly.attention, assembly.dtype, assembly.quantization, advance
-    )
+    weights, quantization = assembly.checkpoint.weights, assembly.form.quantization
+    loader = Loader(weights, assembly.ops, assembly.attention, assembly.dtype, quantization, advance)
     return assembly.architecture.build(replace(assembly.model_config, max_context=assembly.max_context), loader)
 
 
@@ -169,21 +175,6 @@ def _architecture(checkpoint: Checkpoint, plugins: Plugins) -> tuple[str, Archit
             f"Served: {', '.join(sorted(registry))}.",
         )
     return registry.entry(name).plugin, registry.create(name)
-
-
-def _quantization(checkpoint: Checkpoint, plugins: Plugins) -> Quantization | None:
-    settings = checkpoint.config.get("quantization_config")
-    if not settings:
-        return None
-    registry = plugins.registry("register_quantizations")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if not isinstance(method, str) or method not in registry:
-        raise CheckpointError(
-            f"{checkpoint.name} is quantised by {method!r}, which no loaded plugin reads.",
-            f"Read: {', '.join(sorted(registry)) or 'none yet'}, and GGUF files. Use the model's unquantised form.",
-        )
-    quantization: Quantization = registry.create(method, settings)
-    return quantization
 
 
 def _device(name: str) -> str:

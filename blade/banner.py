@@ -18,12 +18,13 @@ UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
-    """Model, device and memory in three lines."""
+    """Model, weights, device and memory, a line each."""
     checkpoint, engine = assembly.checkpoint, assembly.config.engine
     cache = "prefix cache on" if engine.prefix_cache else "prefix cache off"
     return [
         f"model   {assembly.model_name}: {assembly.model_config.architecture} by plugin {assembly.family!r}, "
         f"{checkpoint.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
+        f"weights {_size(assembly.weight_bytes)}, {assembly.form.label}",
         f"device  {assembly.ops.name}, {str(assembly.dtype).removeprefix('torch.')}, "
         f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
         f"memory  KV cache of {_size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "

@@ -43,6 +43,9 @@ class ModelOptions:
     """The model's name in the API; the folder's or file's name by default."""
     dtype: Dtype = "auto"
     """Type of weights, activations and KV cache; auto is bfloat16 where the device is fast in it, else float32."""
+    quantize: str | None = None
+    """Make this form of the weights at load: int8 (8.25 bits per weight), int4 (4.5), or a plugin's. none: numbers in
+    --dtype, also where a GGUF file has blocks. By default weights are served as the checkpoint has them."""
     max_model_len: int | None = None
     """Most tokens of prompt and output together; the checkpoint's own context by default."""
 

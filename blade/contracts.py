@@ -5,13 +5,14 @@ An object fits by having the methods; nothing needs to inherit. `blade.testing` 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blade.types import (
     Batch,
     EngineStats,
+    GroupedWeight,
     KVCache,
     KVSpec,
     Limits,
@@ -74,8 +75,8 @@ class Linear(Protocol):
 
 
 class Loader(Protocol):
-    """How a model gets its parts: weights in the run's dtype on the run's device, linears in the checkpoint's
-    format."""
+    """How a model gets its parts: weights in the run's dtype on the run's device, linears and embeddings in the
+    checkpoint's format, or in the one that was asked for."""
 
     ops: Ops
     attention: Attention
@@ -92,12 +93,28 @@ class Loader(Protocol):
         are the (N, K) expected under each. Raises CheckpointError as `tensor` does."""
         ...
 
+    def embedding(
+        self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """ids [T] int64 -> [T, D] over the tensor `prefix`.weight, [V, D] = `shape`. Where the op set can, from the
+        memory of `tied`, the linear over the same tensor; else in a quantised format if the tensor has one."""
+        ...
+
 
 class Quantization(Protocol):
-    """A weight format, chosen by the checkpoint's `quantization_config.quant_method`; it swaps Linear."""
+    """A weight format, chosen by the checkpoint's `quantization_config.quant_method`, or made of plain weights as
+    ``--quantize NAME`` asks; it swaps Linear."""
 
-    def linear(self, prefixes: Seq[str], weights: Weights, ops: Ops, dtype: torch.dtype) -> Linear | None:
-        """The linear over the quantised tensors under `prefixes`, stacked along N; None where they are plain."""
+    def linear(
+        self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
+    ) -> Linear | None:
+        """The linear over the quantised tensors under `prefixes`, stacked along N, with their biases; None where it is
+        to be plain. `shapes` are the (N, K) that the model expects under each, where it says so: raise CheckpointError
+        for others."""
+        ...
+
+    def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
+        """Bytes of memory that the tensor takes once `linear` has loaded it; None where it is plain."""
         ...
 
 
@@ -109,6 +126,7 @@ class Ops(Protocol):
 
     name: str  # what a person reads at start: "cpu, 8 threads"
     device: torch.device
+    grouped_dtypes: Collection[torch.dtype]  # of x, for which grouped_linear has a kernel; empty: it is never called
 
     def default_dtype(self) -> torch.dtype: ...
 
@@ -122,13 +140,18 @@ class Ops(Protocol):
         """weight [N, K] on the CPU, packed into the device's best layout; the caller keeps no reference to it."""
         ...
 
+    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        """The linears over quantised matrices stacked along N, each in its own format, on the CPU; bias [sum of N]."""
+        ...
+
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """ids [T] int64 -> [T, D]."""
         ...
 
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
         """The embedding tied to a linear that this op set made, from the same memory; None where its layout cannot be
-        read back, and the embedding has to be loaded by itself."""
+        read back, and the embedding has to be loaded by itself. Of one grouped weight: its rows dequantised, in any
+        dtype."""
         ...
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ def register_models(register: Register) -> None:
 
 @hookspec
 def register_quantizations(register: Register) -> None:
-    """``register(method, factory)``: factory(quantization_config: dict) -> contracts.Quantization, selected by the
-    checkpoint's `quantization_config.quant_method`."""
+    """``register(method, factory, plain=False)``: factory(quantization_config: dict) -> contracts.Quantization,
+    selected by the checkpoint's `quantization_config.quant_method`. With ``plain=True`` it makes its format of plain
+    weights instead: it is selected by ``--quantize`` alone, and the factory is given {}."""
 
 
 @hookspec

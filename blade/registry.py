@@ -41,6 +41,7 @@ class Entry:
     factory: Factory
     plugin: str  # name of the plugin that registered it
     default: DefaultCheckpoint | None = None  # architectures only
+    plain: bool = False  # quantizations only: makes the format of plain weights
 
 
 class Registry:
@@ -93,18 +94,21 @@ class Registry:
             )
         return made
 
-    def add(self, plugin: str, name: str, factory: Factory, default: DefaultCheckpoint | None = None) -> None:
-        """Called through the hook: register(name, factory), and for architectures default=... ."""
-        self._check_shape(plugin, name, factory, default)
+    def add(
+        self, plugin: str, name: str, factory: Factory, default: DefaultCheckpoint | None = None, plain: bool = False
+    ) -> None:
+        """Called through the hook: register(name, factory), for architectures default=... too, for quantizations
+        plain=... ."""
+        self._check_shape(plugin, name, factory, default, plain)
         if name in self._entries or name in self._reserved:
             other = f"plugin {self._entries[name].plugin!r}" if name in self._entries else "blade itself"
             raise PluginError(
                 f"The {self.kind} {name!r} is registered by plugin {plugin!r} and by {other}.",
                 f"Load only one of the two plugins, or have {plugin!r} register under another name.",
             )
-        self._entries[name] = Entry(name, factory, plugin, default)
+        self._entries[name] = Entry(name, factory, plugin, default, bool(plain))
 
-    def _check_shape(self, plugin: str, name: str, factory: Factory, default: object) -> None:
+    def _check_shape(self, plugin: str, name: str, factory: Factory, default: object, plain: object) -> None:
         problem = ""
         if not isinstance(name, str) or not name:
             problem = f"its name must be a non-empty string, not {name!r}"
@@ -116,6 +120,8 @@ class Registry:
             problem = f"the handler of {name!r} must be an async function"
         elif default is not None and self._hook != "register_models":
             problem = f"{name!r} brings a default checkpoint, which only architectures have"
+        elif plain and self._hook != "register_quantizations":
+            problem = f"{name!r} says plain={plain!r}, which only quantizations may"
         elif not isinstance(default, DefaultCheckpoint | None):
             problem = f"the default of {name!r} must be a blade.DefaultCheckpoint, not {type(default).__name__}"
         if problem:

@@ -20,14 +20,14 @@ FLOORS = (  # from the top; a room imports only from floors below its own
     {"serve"},
     {"banner"},
     {"assembly"},
-    {"console", "logs"},
+    {"console", "logs", "quantization"},
     {"testing"},
     {"a plugin"},  # every package blade_*, native ones too: see the law below
     {"the surface"},  # blade/__init__.py
     {"api", "plugins"},
     {"engine", "hookspecs", "registry"},
     {"nn", "text", "checkpoint"},
-    {"contracts", "config", "checked"},
+    {"contracts", "config", "checked", "chunks"},
     {"types", "errors"},
 )
 

@@ -129,9 +129,29 @@ def test_weight_format() -> None:
     quantization = example("int8")[1].registry("register_quantizations").create("int8-rows", {})
     tensors = {"a.weight": torch.tensor([[2, -4]], dtype=torch.int8), "a.weight_scale": torch.tensor([[0.5]])}
     weights = SimpleNamespace(names=lambda: tensors, get=tensors.__getitem__)
-    linear = quantization.linear(["a"], weights, TorchOps(), torch.float32)
+    linear = quantization.linear(["a"], [None], weights, TorchOps(), torch.float32)
     assert linear(torch.tensor([[1.0, 1.0]])).tolist() == [[-1.0]]
-    assert quantization.linear(["b"], weights, TorchOps(), torch.float32) is None
+    assert quantization.linear(["b"], [None], weights, TorchOps(), torch.float32) is None
+    assert quantization.num_bytes("a.weight", weights, TorchOps(), torch.float32) is None
+
+
+class GroupedOps(TorchOps):
+    grouped_dtypes = (torch.float32,)
+
+
+def test_weight_format_made_of_plain_weights() -> None:
+    registry = example("ternary")[1].registry("register_quantizations")
+    assert registry.entry("ternary").plain
+    quantization = registry.create("ternary", {})
+    row = torch.tensor([[0.5, -2.0, 0.0, -0.5] * 32])
+    tensors = {"model.layers.0.a.weight": row, "norm.weight": row[0]}
+    weights = SimpleNamespace(
+        names=lambda: tensors, get=lambda name, dtype: tensors[name].to(dtype), shape=lambda name: tensors[name].shape
+    )
+    linear = quantization.linear(["model.layers.0.a"], [(1, 128)], weights, GroupedOps(), torch.float32)
+    assert linear(torch.eye(128)[:4]).tolist() == [[0.75], [-0.75], [0.0], [-0.75]]
+    assert quantization.num_bytes("model.layers.0.a.weight", weights, GroupedOps(), torch.float32) == 66
+    assert quantization.num_bytes("norm.weight", weights, GroupedOps(), torch.float32) is None
 
 
 def test_executor(capsys: pytest.CaptureFixture[str]) -> None:

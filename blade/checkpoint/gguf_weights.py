@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.checkpoint.gguf_dequant import PLAIN_DTYPES, dequantize
+from blade.checkpoint.gguf_grouped import BITS, grouped
 from blade.checkpoint.gguf_names import hf_name
 from blade.errors import CheckpointError
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.checkpoint.gguf import GGMLType, GGUFFile, TensorInfo
+    from blade.types import GroupedWeight
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -51,6 +54,15 @@ class GGUFWeights:
     def num_params(self) -> int:
         return sum(info.num_params for _, info in self._tensors.values())
 
+    @property
+    def block_formats(self) -> list[str]:
+        """Of the matrices that `grouped` gives, the names of their kinds: the one with most numbers first."""
+        sizes: Counter[str] = Counter()
+        for name, (_, info) in self._tensors.items():
+            if self.grouped_bytes(name) is not None:
+                sizes[info.kind.name] += info.num_params
+        return [kind for kind, _ in sizes.most_common()]
+
     def names(self) -> Iterable[str]:
         return [name for name in self._tensors if name != _ROPE_FACTORS]
 
@@ -69,8 +81,18 @@ class GGUFWeights:
         factors: list[float] = self.get(_ROPE_FACTORS).flatten().tolist()
         return factors
 
+    def grouped(self, name: str) -> GroupedWeight:
+        """A matrix in blocks as the file has it, without loss."""
+        return grouped(*self.raw(name))
+
+    def grouped_bytes(self, name: str) -> int | None:
+        """Bytes of what `grouped` gives, its integers packed: those in the file. None for plain numbers and for what is
+        no matrix."""
+        _, info = self._find(name)
+        return info.num_bytes if info.kind in BITS and len(info.shape) == 2 else None
+
     def raw(self, name: str) -> tuple[GGMLType, Tensor]:
-        """The tensor as it is stored, for kernels that compute on blocks: [rows, row_bytes] uint8."""
+        """The tensor as it is stored: [rows, row_bytes] uint8."""
         file, info = self._find(name)
         stored = torch.frombuffer(file.memory, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
         num_heads = self._heads.get(name.split(".")[-2])

@@ -33,6 +33,13 @@ class Checkpoint:
         return self.weights.num_bytes
 
     @property
+    def blocks(self) -> GGUFWeights | None:
+        """The weights, where they are a GGUF file's and some of its matrices are in blocks."""
+        from blade.checkpoint.gguf_weights import GGUFWeights
+
+        return self.weights if isinstance(self.weights, GGUFWeights) and self.weights.block_formats else None
+
+    @property
     def num_params(self) -> int:
         """Numbers in all tensors; of formats that pack several into one, packs."""
         return self.weights.num_params

@@ -1,7 +1,9 @@
 """Layers that model families share; together with `blade` what a model plugin imports. Imports torch."""
 
+from blade.chunks import in_chunks
 from blade.nn.config import DecoderConfig
 from blade.nn.decoder import Decoder, FeedForward, Layer, Norm, SelfAttention
+from blade.nn.grouped import GroupedQuantization
 from blade.nn.keys import Keys
 from blade.nn.loader import Loader
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
@@ -12,6 +14,7 @@ __all__ = [
     "DecoderConfig",
     "DynamicRope",
     "FeedForward",
+    "GroupedQuantization",
     "Keys",
     "Layer",
     "LinearRope",
@@ -21,5 +24,6 @@ __all__ = [
     "Rope",
     "SelfAttention",
     "YarnRope",
+    "in_chunks",
     "read_rope",
 ]

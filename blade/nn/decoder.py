@@ -100,8 +100,7 @@ class Decoder:
         shape = (config.vocab_size, config.hidden_size)
         tied = config.tied and not loader.has("lm_head.weight")
         self.lm_head = loader.linear("model.embed_tokens" if tied else "lm_head", shapes=[shape])
-        shared = loader.ops.embedding_of(self.lm_head) if tied else None
-        self.embed = shared or loader.ops.embedding(loader.tensor("model.embed_tokens.weight", shape))
+        self.embed = loader.embedding("model.embed_tokens", shape, self.lm_head if tied else None)
         self.layers = [Layer(f"model.layers.{i}", config, window, loader) for i, window in enumerate(config.windows)]
         self.norm = Norm("model.norm", config.hidden_size, config.rms_norm_eps, loader)
         self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]

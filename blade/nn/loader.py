@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from blade.errors import CheckpointError
+from blade.nn.tensors import check_shape, loaded_bytes, stacked_bias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
 class Loader:
     """contracts.Loader of one checkpoint for one device.
 
-    `progress` is called once for each tensor that is in, with its size in bytes: parameters times the run dtype's.
-    A tensor that is missing, or has another shape than the model expects, raises CheckpointError naming it.
+    `progress` is called once for each tensor that is in, with the bytes it takes there: parameters times the run
+    dtype's, or what the quantization says. A tensor that is missing, or has another shape than the model expects,
+    raises CheckpointError naming it.
     """
 
     def __init__(
@@ -50,43 +50,47 @@ class Loader:
         return self.ops.to_device(self._get(name, shape))
 
     def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
-        return self._quantized(prefixes) or self._plain(prefixes, shapes or [None] * len(prefixes))
+        expected: Seq[tuple[int, int] | None] = shapes or [None] * len(prefixes)
+        return self._quantized(prefixes, expected) or self._plain(prefixes, expected)
 
-    def _quantized(self, prefixes: tuple[str, ...]) -> Linear | None:
+    def embedding(
+        self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        table = tied or self._quantized((prefix,), [shape])
+        rows = self.ops.embedding_of(table) if table else None
+        if rows is None:
+            return self.ops.embedding(self.tensor(f"{prefix}.weight", shape))
+        dtype, read = self.dtype, rows
+        return lambda ids: read(ids).to(dtype)
+
+    def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear | None:
         if self._quantization is None:
             return None
-        linear = self._quantization.linear(prefixes, self._weights, self.ops, self.dtype)
+        linear = self._quantization.linear(prefixes, shapes, self._weights, self.ops, self.dtype)
         if linear is not None:
             for name in self._names:
                 if name.rpartition(".")[0] in prefixes:
-                    self._report(name)
+                    self._report(name, self._quantization)
         return linear
 
     def _plain(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear:
         weights = [self._get(f"{prefix}.weight", shape) for prefix, shape in zip(prefixes, shapes, strict=True)]
-        biases = None
-        if any(self.has(f"{prefix}.bias") for prefix in prefixes):
-            biases = [self._bias(prefix, len(weight)) for prefix, weight in zip(prefixes, weights, strict=True)]
+        bias = stacked_bias(prefixes, [len(weight) for weight in weights], self._weights, self.dtype)
+        for prefix in prefixes:
+            if self.has(f"{prefix}.bias"):
+                self._report(f"{prefix}.bias")
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         del weights  # or they would be held while the stack is packed
-        return self.ops.linear(weight, None if biases is None else torch.cat(biases))
-
-    def _bias(self, prefix: str, num_out: int) -> Tensor:
-        name = f"{prefix}.bias"
-        return self._get(name, (num_out,)) if self.has(name) else torch.zeros(num_out, dtype=self.dtype)
+        return self.ops.linear(weight, bias)
 
     def _get(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
-        if not self.has(name):
-            raise CheckpointError(f"The checkpoint has no tensor {name}.")
-        found = tuple(self._weights.shape(name))
-        if shape is not None and found != shape:
-            raise CheckpointError(f"Tensor {name} has shape {found}; by config.json it would be {shape}.")
+        check_shape(name, self._weights, shape)
         tensor = self._weights.get(name, self.dtype)
         self._report(name)
         return tensor
 
-    def _report(self, name: str) -> None:
-        """A tied embedding is loaded twice; it counts once."""
+    def _report(self, name: str, quantization: Quantization | None = None) -> None:
+        """A tied embedding may be loaded twice; it counts once."""
         if self._progress is not None and name not in self._loaded:
             self._loaded.add(name)
-            self._progress(prod(self._weights.shape(name)) * self.dtype.itemsize)
+            self._progress(loaded_bytes(name, self._weights, self.ops, self.dtype, quantization))

@@ -35,7 +35,7 @@ def test_sizes_are_ggml_s(kind: GGMLType) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", BLOCKED, ids=lambda kind: kind.name)
 def test_equals_the_reference(kind: GGMLType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_dequant, "_CHUNK", 16 * kind.block_size)  # 111 blocks: six whole chunks and a short one
+    monkeypatch.setattr(gguf_dequant, "CHUNK", 16 * kind.block_size)  # 111 blocks: six whole chunks and a short one
     raw = raw_blocks(kind, 37, 3)
     found = dequantize(kind, torch.from_numpy(raw), dtype)
     assert found.dtype == dtype

@@ -89,8 +89,11 @@ def test_progress_counts_each_tensor_once_in_bytes() -> None:
 class Doubling:
     """contracts.Quantization of the tensors under `a`: twice their values."""
 
-    def linear(self, prefixes: Any, weights: DictWeights, ops: Any, dtype: torch.dtype) -> Any:
+    def linear(self, prefixes: Any, shapes: Any, weights: DictWeights, ops: Any, dtype: torch.dtype) -> Any:
         return (lambda x: x @ weights.get("a.weight").T * 2) if prefixes == ("a",) else None
+
+    def num_bytes(self, name: str, weights: DictWeights, ops: Any, dtype: torch.dtype) -> int | None:
+        return 5 if name == "a.weight" else None
 
 
 def test_quantized_linears_replace_plain_ones() -> None:
@@ -98,4 +101,4 @@ def test_quantized_linears_replace_plain_ones() -> None:
     it = loader(quantization=Doubling(), progress=told.append)
     assert it.linear("a")(X).tolist() == [[40.0, 120.0, 200.0]]
     assert it.linear("b")(X).tolist() == [[-10.0, 40.0]]
-    assert told == [48, 32, 8]
+    assert told == [5, 32, 8]

@@ -31,8 +31,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def prepare(model: Path, dtype: str = "float32") -> tuple[Assembly, Model]:
-    options = ModelOptions(model=str(model), dtype=dtype, max_model_len=2048)  # type: ignore[arg-type]
+def prepare(model: Path, dtype: str = "float32", quantize: str | None = "none") -> tuple[Assembly, Model]:
+    """transformers dequantises a GGUF file's weights, and so do we, unless `quantize` says otherwise."""
+    options = ModelOptions(model=str(model), dtype=dtype, quantize=quantize, max_model_len=2048)  # type: ignore[arg-type]
     assembly = choose(Config(model=options), load())
     return assembly, load_model(assembly)
 

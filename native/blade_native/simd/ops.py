@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from functools import partial
 
@@ -20,6 +20,8 @@ from blade_native.simd.linear import PackedLinear, StackedLinear, pack_dense
 
 class SimdOps:
     """bf16 and f32 on a CPU. `base` answers for the memory and for float16."""
+
+    grouped_dtypes: Collection[torch.dtype] = tuple(DTYPES)
 
     def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
         self.base = base

@@ -1,0 +1,83 @@
+"""Weight formats whose matrices are `blade.GroupedWeight`s, which op sets compute on as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from blade.contracts import Weights
+from blade.errors import ConfigError
+from blade.nn.tensors import check_shape, stacked_bias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    import torch
+
+    from blade.contracts import Linear, Ops
+    from blade.types import GroupedWeight
+
+
+class GroupedQuantization:
+    """contracts.Quantization: a subclass says which tensors it has, and makes their matrices, one at a time."""
+
+    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
+        """Bytes of what `grouped` would give, its integers packed; None where the tensor stays plain."""
+        raise NotImplementedError
+
+    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
+        """The matrix of a tensor [N, K] on the CPU."""
+        raise NotImplementedError
+
+    def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
+        check_kernels(ops, dtype)
+        return self.grouped_bytes(name, weights)
+
+    def linear(
+        self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
+    ) -> Linear | None:
+        """Plain where one of the matrices is: a stack is either or."""
+        check_kernels(ops, dtype)
+        names = [f"{prefix}.weight" for prefix in prefixes]
+        for name, shape in zip(names, shapes, strict=True):
+            check_shape(name, weights, shape)
+        if any(self.grouped_bytes(name, weights) is None for name in names):
+            return None
+        sizes = [weights.shape(name)[0] for name in names]
+        bias = stacked_bias(prefixes, sizes, weights, dtype)
+        return ops.grouped_linear([self.grouped(name, weights) for name in names], bias)
+
+
+def check_kernels(ops: Ops, dtype: torch.dtype) -> None:
+    """Raise ConfigError where the op set cannot compute on grouped weights."""
+    if dtype in ops.grouped_dtypes:
+        return
+    known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in ops.grouped_dtypes))
+    raise ConfigError(
+        f"{ops.name} has no kernels for quantised weights{f' in {dtype}'.replace('torch.', '') if known else ''}.",
+        f"Use --dtype {known}." if known else "Leave --quantize out, or choose another --device.",
+    )
+
+
+class StoredWeights(Weights, Protocol):
+    """Weights of a file that holds grouped weights, as GGUF's blocks are."""
+
+    def grouped_bytes(self, name: str) -> int | None:
+        """Bytes of what `grouped` gives, its integers packed; None for plain numbers and for what is no matrix."""
+        ...
+
+    def grouped(self, name: str) -> GroupedWeight:
+        """The matrix as it is stored, without loss."""
+        ...
+
+
+class Stored(GroupedQuantization):
+    """The matrices as `weights`, the checkpoint's own, has them stored."""
+
+    def __init__(self, weights: StoredWeights) -> None:
+        self._stored = weights
+
+    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
+        return self._stored.grouped_bytes(name)
+
+    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
+        return self._stored.grouped(name)

@@ -1,0 +1,90 @@
+"""Which form the weights are served in: the checkpoint's own, or the one that --quantize asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blade.errors import CheckpointError, ConfigError
+from blade.registry import suggest
+
+if TYPE_CHECKING:
+    import torch
+
+    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.open import Checkpoint
+    from blade.contracts import Ops, Quantization
+    from blade.plugins import Plugins
+
+NONE = "none"  # of --quantize: plain numbers
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """A choice, and what to tell of it."""
+
+    quantization: Quantization | None  # None: plain numbers in the run's dtype
+    label: str  # for a person: "bfloat16", "int8 by --quantize"
+
+
+def check_quantize(name: str | None, plugins: Plugins) -> None:
+    """Refuse a --quantize that no loaded plugin makes."""
+    if name in (None, NONE):
+        return
+    registry = plugins.registry("register_quantizations")
+    makers = [known for known in registry if registry.entry(known).plain]
+    if name not in makers:
+        raise ConfigError(
+            f"--quantize {name}: no loaded plugin makes that of plain weights.", suggest(name, [*makers, NONE])
+        )
+
+
+def choose_form(
+    checkpoint: Checkpoint, asked: str | None, ops: Ops, dtype: torch.dtype, plugins: Plugins
+) -> WeightForm:
+    """Raises CheckpointError where no plugin reads the checkpoint's format, ConfigError where `asked` makes no sense of
+    it."""
+    settings = checkpoint.config.get("quantization_config")
+    if settings:
+        return _quantized(checkpoint, settings, asked, plugins)
+    if asked not in (None, NONE):
+        quantization = plugins.registry("register_quantizations").create(asked, {})
+        source = ", made of the file's dequantised blocks" if checkpoint.blocks else ""
+        return WeightForm(quantization, f"{asked} by --quantize{source}")
+    if checkpoint.blocks:
+        return _blocks(checkpoint, checkpoint.blocks, asked, ops, dtype)
+    return WeightForm(None, _name(dtype))
+
+
+def _quantized(checkpoint: Checkpoint, settings: object, asked: str | None, plugins: Plugins) -> WeightForm:
+    registry = plugins.registry("register_quantizations")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    readers = sorted(name for name in registry if not registry.entry(name).plain)
+    if not isinstance(method, str) or method not in readers:
+        raise CheckpointError(
+            f"{checkpoint.name} is quantised by {method!r}, which no loaded plugin reads.",
+            f"Read: {', '.join(readers) or 'none yet'}, and GGUF files. Use the model's unquantised form.",
+        )
+    if asked is not None:
+        raise ConfigError(
+            f"{checkpoint.name} is quantised by {method!r} already, so --quantize {asked} cannot be had of it.",
+            "Leave --quantize out, or use the model's unquantised form.",
+        )
+    return WeightForm(registry.create(method, settings), method)
+
+
+def _blocks(
+    checkpoint: Checkpoint, weights: GGUFWeights, asked: str | None, ops: Ops, dtype: torch.dtype
+) -> WeightForm:
+    """Of a GGUF file with blocks: as they are, where that can be."""
+    from blade.nn.grouped import Stored
+
+    if asked is None and dtype in ops.grouped_dtypes:
+        return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
+    reason = "as --quantize none asks" if asked else f"for {ops.name} has no kernels for blocks in {_name(dtype)}"
+    size = f"{checkpoint.num_bytes / (1 << 20):.1f} MiB"
+    return WeightForm(None, f"{_name(dtype)}: dequantised from the file's {size}, {reason}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

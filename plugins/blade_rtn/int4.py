@@ -1,0 +1,84 @@
+"""4 bits with a minimum: w = scale * q + minimum, 8-bit codes for the groups' scales and minima, 4.5 bits per weight.
+
+How a group is rounded depends on its range, and the best range on how it is rounded. So a few candidates for the range
+round the group, each gets the scale and minimum of least squared error for what it rounded to, and the best is kept:
+the idea of llama.cpp's make_qkx2_quants, here without weights and for many groups at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blade import GroupedWeight
+from blade.nn import in_chunks
+
+CHUNK = 1 << 19  # numbers that go through all operations together: fewer, and Python would outweigh them
+LEVELS = 15
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's own range: the candidates
+
+
+def quantize_int4(weight: Tensor, group: int) -> GroupedWeight:
+    """weight [N, K] of any float dtype, K a multiple of `group`. Minima are at most 0."""
+    n, k = weight.shape
+    q = torch.empty(n, k, dtype=torch.uint8)
+    scales, minima = torch.empty(2, n, k // group, dtype=torch.uint8)
+    block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16)
+
+    def work(x: Tensor, q: Tensor, scales: Tensor, minima: Tensor, block_scales: Tensor, block_minima: Tensor) -> None:
+        groups = x.view(-1, group).T.float().contiguous()  # [group, M]: sums over a group are sums of rows
+        scale, minimum = (values.view(scales.shape) for values in fit(groups))
+        scale, minimum = encode(scale, scales, block_scales), encode(minimum, minima, block_minima)
+        q.view(-1, group).copy_(round_to(groups, scale.view(-1), minimum.view(-1)).T)
+
+    in_chunks(work, max(1, CHUNK // k), weight, q, scales, minima, block_scales, block_minima)
+    return GroupedWeight(
+        4, group, q, scales=scales, minima=minima, block_scales=block_scales, block_minima=block_minima
+    )
+
+
+def fit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [group, M] -> scale and minimum of each of M groups, [M], such that its numbers have the least squared error of
+    all candidates once they are rounded."""
+    low, high = x.amin(dim=0).clamp_(max=0), x.amax(dim=0)
+    total = x.sum(dim=0)
+    error = scale = minimum = torch.full_like(total, torch.inf)
+    for share in SHARES:
+        margin = (high - low) * ((1 - share) / 2)
+        candidate = (high - low) * (share / LEVELS), (low + margin).clamp_(max=0)
+        new_error, new_scale, new_minimum = least_squares(x, total, *candidate)
+        better = new_error < error
+        error = torch.where(better, new_error, error)
+        scale = torch.where(better, new_scale, scale)
+        minimum = torch.where(better, new_minimum, minimum)
+    return scale, minimum
+
+
+def round_to(x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """The integers of x [group, M], float32 in 0..15."""
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return torch.addcmul(-minimum * inverse, x, inverse).round_().clamp_(0, LEVELS)
+
+
+def least_squares(x: Tensor, total: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round x [group, M], whose groups sum to `total`, by scale and minimum; the scale and the minimum (at most 0) of
+    least squared error for the result, and that error less the sum of x^2. The given ones where a group is all
+    alike."""
+    n, q = len(x), round_to(x, scale, minimum)
+    sum_xq, sum_q, sum_qq = (x * q).sum(dim=0), q.sum(dim=0), q.square_().sum(dim=0)
+    determinant = n * sum_qq - sum_q.square()
+    best_minimum = (sum_qq * total - sum_q * sum_xq) / determinant
+    best_scale = torch.where(best_minimum > 0, sum_xq / sum_qq, (n * sum_xq - total * sum_q) / determinant)
+    solved = (determinant > 0) & (best_scale > 0)
+    s, m = torch.where(solved, best_scale, scale), torch.where(solved, best_minimum.clamp_(max=0), minimum)
+    return s * (s * sum_qq - 2 * sum_xq + 2 * m * sum_q) + m * (n * m - 2 * total), s, m
+
+
+def encode(values: Tensor, codes: Tensor, block: Tensor) -> Tensor:
+    """Fill codes [R, G] and block [R, 1] so that codes * block come close to the values [R, G], all of one sign; return
+    what they stand for."""
+    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+    block.copy_(torch.where(low < 0, low, high) / 255)
+    unit = block.float()
+    codes.copy_((values / unit).nan_to_num_().round_().clamp_(0, 255))
+    return codes * unit

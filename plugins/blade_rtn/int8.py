@@ -1,0 +1,28 @@
+"""Symmetric 8 bits: w = scale * (q - 128), one float16 scale for a group of a row (Dettmers et al. 2022, in groups)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blade import GroupedWeight
+from blade.nn import in_chunks
+
+CHUNK = 1 << 17  # numbers that go through all operations together: they stay in cache
+
+
+def quantize_int8(weight: Tensor, group: int) -> GroupedWeight:
+    """weight [N, K] of any float dtype, K a multiple of `group`. The largest number of a group decides its scale."""
+    n, k = weight.shape
+    q = torch.empty(n, k // group, group, dtype=torch.uint8)
+    scales = torch.empty(n, k // group, 1, dtype=torch.float16)
+    in_chunks(_round, max(1, CHUNK // k), weight.view(q.shape), q, scales)
+    return GroupedWeight(8, group, q.view(n, k), scales.squeeze(2))
+
+
+def _round(x: Tensor, q: Tensor, scales: Tensor) -> None:
+    """x [R, G, group] into q of the same shape and scales [R, G, 1]."""
+    x = x.float()
+    scales.copy_(x.abs().amax(dim=2, keepdim=True) / 127)
+    unit = scales.float()
+    q.copy_((x * torch.where(unit > 0, 1 / unit, 0)).round_().clamp_(-128, 127).add_(128))

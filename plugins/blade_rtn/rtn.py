@@ -1,0 +1,69 @@
+"""Which tensors are rounded, and to what: contracts.Quantization of ``--quantize int8`` and ``--quantize int4``."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from blade.nn import GroupedQuantization
+from blade_rtn.int4 import quantize_int4
+from blade_rtn.int8 import quantize_int8
+
+if TYPE_CHECKING:
+    from blade import GroupedWeight
+    from blade.contracts import Weights
+
+log = logging.getLogger("blade.rtn")
+
+INT4_GROUP = 32
+INT8_GROUPS = (64, 32)  # the first that divides a row
+TABLES = {"lm_head", "embed_tokens"}  # whose errors reach every logit
+
+
+class Int8(GroupedQuantization):
+    """8 bits for every matrix whose rows divide into groups of 64 or 32 numbers."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
+        shape = weights.shape(name)
+        if len(shape) != 2 or not name.endswith(".weight"):
+            return None
+        if shape[1] % INT8_GROUPS[-1]:
+            self._tell(name, shape[1])
+            return None
+        return self._bytes(name, *shape)
+
+    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
+        return quantize_int8(weights.get(name), int8_group(weights.shape(name)[1]))
+
+    def _bytes(self, name: str, n: int, k: int) -> int:
+        return n * k + 2 * n * k // int8_group(k)
+
+    def _tell(self, name: str, k: int) -> None:
+        """Once for the same matrix of all layers."""
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        if pattern not in self._told:
+            self._told.add(pattern)
+            log.warning("%s stays plain: its rows of %d numbers do not divide into groups of 32", pattern, k)
+
+
+class Int4(Int8):
+    """4 bits; 8 for the output head and the embedding."""
+
+    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
+        return super().grouped(name, weights) if is_table(name) else quantize_int4(weights.get(name), INT4_GROUP)
+
+    def _bytes(self, name: str, n: int, k: int) -> int:
+        return super()._bytes(name, n, k) if is_table(name) else n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n
+
+
+def int8_group(k: int) -> int:
+    return next(group for group in INT8_GROUPS if k % group == 0)
+
+
+def is_table(name: str) -> bool:
+    """ "model.embed_tokens.weight"."""
+    return name.split(".")[-2] in TABLES
