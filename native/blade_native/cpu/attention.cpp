@@ -3,7 +3,7 @@
 // 2023).
 //
 // The query rows of one sequence that share a KV head, (token, head of the group), are cut into tiles of at most
-// MAX_ROWS. The context is cut into SPANs at fixed places, each yielding an unnormalised sum per row; spans are merged
+// MAX_TILE_ROWS. The context is cut into SPANs at fixed places, each yielding an unnormalised sum per row; spans are merged
 // from left to right whether one thread does them all or several share them, so a row's result depends neither on the
 // batch nor on the number of threads.
 #include <algorithm>
@@ -50,7 +50,7 @@ int count_parts(const Item& item) { return (item.to - 1) / SPAN - item.from / SP
 long cut_tiles(const Job& job, int seq, Item* items) {
     int group = job.kv->num_heads / job.kv->num_kv_heads;
     int num_tokens = job.step->cu_seqlens[seq + 1] - job.step->cu_seqlens[seq], base = job.step->context_lens[seq] - num_tokens;
-    long num_rows = long(num_tokens) * group, num_tiles = (num_rows + vec::MAX_ROWS - 1) / vec::MAX_ROWS;
+    long num_rows = long(num_tokens) * group, num_tiles = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (long i = 0; items && i < num_tiles * job.kv->num_kv_heads; i++) {
         long tile = i / job.kv->num_kv_heads, row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
         int first = base + int(row / group) + 1 - int(job.window);
@@ -71,7 +71,7 @@ void attend_whole(const Job& job, const Item* items, long num_items) {
 // For few items over long contexts: the spans of all items are shared out.
 template <class E>
 int attend_split(const Job& job, const Item* items, long num_items, long max_parts) {
-    constexpr long PART = sizeof(Sums<vec::MAX_ROWS>) / sizeof(float);
+    constexpr long PART = sizeof(Sums<MAX_TILE_ROWS>) / sizeof(float);
     Scratch scratch(num_items * max_parts * PART * sizeof(float));
     float* parts = (float*)scratch.data;
     if (!parts) return OUT_OF_MEMORY;

@@ -7,7 +7,7 @@
 #include "dot.h"
 
 namespace attention {
-constexpr int KEYS = 2 * vec::LANES;  // keys per step
+constexpr int KEYS = 2 * vec::LANES;  // where a window's first tile begins: at a multiple of it
 constexpr int SPAN = 256;             // keys per partial result, a multiple of KEYS
 constexpr int MAX_HEAD_DIM = 256;
 constexpr float NEVER = -1e30f;  // score of a masked key: finite, so that differences of two are not NaN
@@ -43,11 +43,12 @@ float exp_of_difference(float a, float b) {
 
 template <class E, int R>
 struct Tile {
-    static constexpr int P = Word<E>::ELEMENTS;
+    typedef typename Word<E>::Activation A;  // queries and weights
+    static constexpr int P = Word<E>::ELEMENTS, PA = 4 / sizeof(A);
     const Job& job;
     const Item& item;
     int group, base;  // query heads per KV head; position of the sequence's first query token
-    uint32_t queries[R * MAX_HEAD_DIM / P];  // [D / P][R] words
+    A queries[R * MAX_HEAD_DIM];  // [D / PA][R] words
     int first_key[R], end_key[R];
 
     Tile(const Job& job, const Item& item) : job(job), item(item) {
@@ -58,7 +59,13 @@ struct Tile {
             end_key[r] = base + (item.row + r) / group + 1;
             first_key[r] = job.window ? std::max<int64_t>(0, end_key[r] - job.window) : 0;
             const E* q = (const E*)job.q + token(r) * job.q_stride + query_head(r) * job.kv->head_dim;
-            for (int i = 0; i < job.kv->head_dim / P; i++) memcpy(queries + i * R + r, q + i * P, 4);
+            for (int i = 0; i < job.kv->head_dim; i++) {
+                A* at = queries + (i / PA * R + r) * PA + i % PA;
+                if constexpr (sizeof(A) == sizeof(E))
+                    memcpy(at, q + i, sizeof(E));
+                else
+                    *at = vec::to_float(q[i]);
+            }
         }
     }
     long token(int r) const { return job.step->cu_seqlens[item.seq] + (item.row + r) / group; }
@@ -71,17 +78,25 @@ struct Tile {
         return ((block * job.kv->num_kv_heads + item.head) * size + key % size) * job.kv->head_dim;
     }
 
-    // Scores of keys [key, key + KEYS), in rows SPAN apart.
+    // Blocks lie apart, so the hardware does not see what comes next: the sixteen keys (or values) from `key` on.
+    INLINE void prefetch(const Tile& t, const char* cache, int key) {
+        if (key >= t.item.to) return;
+        const char* at = cache + t.address(key) * long(sizeof(E));
+        for (long i = 0; i < vec::LANES * t.job.kv->head_dim * long(sizeof(E)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+
+    // Scores of keys [key, key + 16 NV), in rows SPAN apart.
+    template <int NV>
     INLINE void score(const Tile& t, int key, int to, float* scores) {
-        const E* keys = (const E*)t.job.kv->k;
-        long first = t.address(key), second = key + vec::LANES < to ? t.address(key + vec::LANES) : first;
-        const uint32_t* words[2] = {(const uint32_t*)(keys + first), (const uint32_t*)(keys + second)};
-        Prefetch none{(const char*)words[0], 0};
-        vec::F s[R][2];
-        for (int r = 0; r < R; r++) s[r][0] = s[r][1] = vec::zero();
-        dot_tile<E, R, 2>(t.queries, 1, R, words, vec::LANES, t.job.kv->head_dim / P, s, none);
+        const uint32_t* words[NV];
+        for (int v = 0; v < NV; v++)  // what lies beyond the last key is masked later: any key will do
+            words[v] = (const uint32_t*)((const E*)t.job.kv->k + t.address(std::min(key + v * vec::LANES, to - 1) / 16 * 16));
+        vec::F s[R][NV];
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < 2; v++)
+            for (int v = 0; v < NV; v++) s[r][v] = vec::zero();
+        dot_tile<E, R, NV>((const uint32_t*)t.queries, 1, R, words, vec::LANES, t.job.kv->head_dim / P, s);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++)
                 vec::store(scores + r * SPAN + v * vec::LANES, vec::mul(s[r][v], vec::set(t.job.scale)));
     }
 
@@ -92,7 +107,7 @@ struct Tile {
     }
 
     // A row's scores of keys [from, to) become weights relative to the largest of them; masked keys weigh nothing.
-    INLINE void soften(const Tile& t, int r, int from, int to, const float* scores, E* weights, Sums<R>& sums) {
+    INLINE void soften(const Tile& t, int r, int from, int to, const float* scores, A* weights, Sums<R>& sums) {
         vec::F most = vec::set(NEVER), total = vec::zero();
         for_keys(t, r, from, to, [&](int i, int low, int high) {
             most = vec::max(most, vec::keep(vec::load(scores + i), low, high, NEVER));
@@ -109,7 +124,7 @@ struct Tile {
 
     // sums.values[:, i : i + 16 NV] = weights . values of keys [from, to).
     template <int NV>
-    INLINE void weigh_values(const Tile& t, int i, int from, int to, const E* weights, Sums<R>& sums) {
+    INLINE void weigh_values(const Tile& t, int i, int from, int to, const A* weights, Sums<R>& sums) {
         const int d = t.job.kv->head_dim;
         vec::F c[R][NV];
         for (int r = 0; r < R; r++)
@@ -120,13 +135,12 @@ struct Tile {
             const uint32_t* words[NV];
             for (int v = 0; v < NV; v++)
                 words[v] = (const uint32_t*)((const E*)t.job.kv->v + t.address(key)) + i + v * vec::LANES;
-            Prefetch none{(const char*)words[0], 0};
-            dot_tile<E, R, NV>(a, SPAN / P, 1, words, d, num_keys / P, c, none);
+                dot_tile<E, R, NV>(a, SPAN / PA, 1, words, d, num_keys / P, c);
             if (num_keys % P) {  // the other half of the last word holds no key of this sequence
                 for (int v = 0; v < NV; v++) {
-                    vec::W half = vec::low_halves(vec::word(words[v] + num_keys / P * d));
+                    vec::W half = Word<E>::first_element(vec::word(words[v] + num_keys / P * d));
                     for (int r = 0; r < R; r++)
-                        c[r][v] = Word<E>::dot(c[r][v], half, vec::splat(a + r * SPAN / P + num_keys / P));
+                        c[r][v] = Word<E>::dot(c[r][v], half, vec::splat(a + r * SPAN / PA + num_keys / PA - (PA == 1)));
                 }
             }
         }
@@ -137,12 +151,19 @@ struct Tile {
     // Sums over keys [from, to), at most SPAN of them.
     void sum_span(int from, int to, Sums<R>& sums) const {
         float scores[R * SPAN];
-        E weights[R * SPAN];
-        for (int key = from; key < to; key += KEYS) score(*this, key, to, scores + key - from);
+        A weights[R * SPAN];
+        constexpr int NV = TILE_VECTORS<R>;
+        for (int key = from; key < to; key += NV * vec::LANES) {
+            for (int v = 0; v < NV; v++) {
+                prefetch(*this, job.kv->k, key + (v + 2) * vec::LANES);
+                prefetch(*this, job.kv->v, key + v * vec::LANES);
+            }
+            score<NV>(*this, key, to, scores + key - from);
+        }
         for (int r = 0; r < R; r++) soften(*this, r, from, to, scores + r * SPAN, weights + r * SPAN, sums);
         int i = 0;
-        for (; i + 2 * vec::LANES <= job.kv->head_dim; i += 2 * vec::LANES)
-            weigh_values<2>(*this, i, from, to, weights, sums);
+        for (; i + NV * vec::LANES <= job.kv->head_dim; i += NV * vec::LANES)
+            weigh_values<NV>(*this, i, from, to, weights, sums);
         if (i < job.kv->head_dim) weigh_values<1>(*this, i, from, to, weights, sums);
     }
 

@@ -1,60 +1,72 @@
-// The one inner loop: R rows of activations against NV vectors of 16 channels, a 32-bit word of K per lane and step.
+// Attention's inner loop: R rows of activations against NV vectors of 16 channels, a 32-bit word of K per lane and step.
 #pragma once
+#include "tile_shape.h"
 #include "vec.h"
 
-// What a word holds, and how a step accumulates it. The order along K is the same for every R, so a row's result does
-// not depend on the rows beside it.
+// What a word of the cache holds, and how a step accumulates it in PARTS. The order along K is the same for every R, so
+// a row's result does not depend on the rows beside it.
 template <class E>
 struct Word;
 template <>
 struct Word<float> {
-    typedef vec::F Acc;
-    static constexpr int ELEMENTS = 1;
-    INLINE Acc dot(Acc c, vec::W w, vec::W a) { return vec::fma(vec::as_float(w), vec::as_float(a), c); }
+    typedef float Activation;
+    static constexpr int ELEMENTS = 1, PARTS = 1;
+    template <int I>
+    INLINE vec::W part(vec::W w) { return w; }
+    INLINE vec::W first_element(vec::W w) { return w; }
+    INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::fma(vec::as_float(w), vec::as_float(a), c); }
 };
 template <>
 struct Word<bf16> {
-    typedef vec::F Acc;
     static constexpr int ELEMENTS = 2;
-    INLINE Acc dot(Acc c, vec::W w, vec::W a) { return vec::dot_bf16(c, w, a); }
+#ifdef __AVX512BF16__
+    typedef bf16 Activation;
+    static constexpr int PARTS = 1;
+    template <int I>
+    INLINE vec::W part(vec::W w) { return w; }
+    INLINE vec::W first_element(vec::W w) { return vec::low_halves(w); }
+    INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::dot_bf16(c, w, a); }
+#else  // no instruction multiplies bf16: both operands are floats
+    typedef float Activation;
+    static constexpr int PARTS = 2;
+    template <int I>
+    INLINE vec::W part(vec::W w) { return I ? vec::high_halves(w) : vec::shift<16>(w); }
+    INLINE vec::W first_element(vec::W w) { return vec::shift<16>(w); }
+    INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::fma(vec::as_float(w), vec::as_float(a), c); }
+#endif
 };
 
-// Where to prefetch from: two lines per step, then `stride` bytes on.
-struct Prefetch {
-    const char* at;
-    long stride;
-    INLINE void step(Prefetch& p) {
-        __builtin_prefetch(p.at, 0, 2);
-        __builtin_prefetch(p.at + 64, 0, 2);
-        p.at += p.stride;
-    }
-};
-
-// c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
-// steps; w advances w_step words per step.
-template <class E, int R, int NV>
-INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
-                     long steps, typename Word<E>::Acc (&c)[R][NV], Prefetch& prefetch) {
-    for (long s = 0; s < steps; s++) {
-        Prefetch::step(prefetch);
-        vec::W weights[NV];
+template <class E, int I, int R, int NV>
+INLINE void dot_part(const uint32_t* a, long a_row, const vec::W (&words)[NV], vec::F (&c)[R][NV]) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) weights[v] = vec::word(w[v] + s * w_step);
+    for (int v = 0; v < NV; v++) {
+        vec::W weights = Word<E>::template part<I>(words[v]);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            vec::W activation = vec::splat(a + r * a_row + s * a_step);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) c[r][v] = Word<E>::dot(c[r][v], weights[v], activation);
-        }
+        for (int r = 0; r < R; r++) c[r][v] = Word<E>::dot(c[r][v], weights, vec::splat(a + r * a_row));
     }
 }
 
-// Calls body with the compile-time constant `rows`, 1 <= rows <= MAX_ROWS.
+// c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
+// the parts of steps; w advances w_step words per step.
+template <class E, int R, int NV>
+INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
+                     long steps, vec::F (&c)[R][NV]) {
+    for (long s = 0; s < steps; s++) {
+        vec::W words[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) words[v] = vec::word(w[v] + s * w_step);
+        const uint32_t* activations = a + s * Word<E>::PARTS * a_step;
+        dot_part<E, 0>(activations, a_row, words, c);
+        if constexpr (Word<E>::PARTS == 2) dot_part<E, 1>(activations + a_step, a_row, words, c);
+    }
+}
+
+// Calls body with the compile-time constant `rows`, 1 <= rows <= MAX_TILE_ROWS.
 template <int R>
 struct Rows {
     static constexpr int value = R;
 };
-template <int R = vec::MAX_ROWS, class Body>
+template <int R = MAX_TILE_ROWS, class Body>
 INLINE void with_rows(long rows, Body body) {
     if (rows == R)
         body(Rows<R>{});

@@ -3,19 +3,7 @@
 #pragma once
 #include "byte_dot.h"
 #include "linear_format.h"
-
-#if defined(__AVX512F__)
-constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and an activation fit 32 registers
-constexpr int NARROW_TILE_ROWS = 0;
-#elif defined(__AVX2__)
-constexpr int MAX_TILE_ROWS = 4;
-constexpr int NARROW_TILE_ROWS = 2;  // taller tiles take the panel half by half, for 16 registers hold no more
-#else
-constexpr int MAX_TILE_ROWS = 2;
-constexpr int NARROW_TILE_ROWS = 1;
-#endif
-template <int R>
-constexpr int TILE_VECTORS = NARROW_TILE_ROWS && R > NARROW_TILE_ROWS ? 1 : 2;  // of 16 channels at a time
+#include "tile_shape.h"
 
 // Units of one panel, ready to be multiplied.
 struct Slice {

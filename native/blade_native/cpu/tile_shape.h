@@ -1,0 +1,15 @@
+// How many rows of activations a tile of an inner loop takes: as many as keep all sums in registers.
+#pragma once
+
+#if defined(__AVX512F__)
+constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and an activation fit 32 registers
+constexpr int NARROW_TILE_ROWS = 0;
+#elif defined(__AVX2__)
+constexpr int MAX_TILE_ROWS = 4;
+constexpr int NARROW_TILE_ROWS = 2;  // taller tiles take the panel half by half, for 16 registers hold no more
+#else
+constexpr int MAX_TILE_ROWS = 2;
+constexpr int NARROW_TILE_ROWS = 1;
+#endif
+template <int R>
+constexpr int TILE_VECTORS = NARROW_TILE_ROWS && R > NARROW_TILE_ROWS ? 1 : 2;  // of 16 channels at a time
