@@ -24,7 +24,7 @@ import torch
 from blade import Batch, GroupedWeight, KVSpec
 from blade.contracts import Attention, Linear, Ops
 from blade_native.attention import PagedAttention
-from blade_native.cpu import CpuOps
+from blade_native.cpu import CpuOps, can_pack
 from blade_native.cpu import PackedLinear as OneDNNLinear
 from blade_native.reference import TorchLinear
 from blade_native.simd.attention import SimdAttention
@@ -87,10 +87,9 @@ def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: l
         weight = grouped(kind, n, k)
         packed[kind] = [ops.grouped_linear(weight, None) for _ in weights]
     sizes = {kind: copies[0].weights.numel() for kind, copies in packed.items()}
-    packed |= {
-        "F.linear": [TorchLinear(w, None) for w in weights],
-        "prepacked": [OneDNNLinear(w, None) for w in weights],
-    }
+    packed["F.linear"] = [TorchLinear(w, None) for w in weights]
+    if can_pack(torch.bfloat16):
+        packed["prepacked"] = [OneDNNLinear(w, None) for w in weights]
     results = []
     for m in rows:
         x = torch.randn(m, k).bfloat16()

@@ -23,12 +23,10 @@ struct ByteDot {
     static constexpr int WORDS = 1;
     typedef vec::W Weights;
     typedef vec::W Partial;
-    INLINE Partial zero() { return vec::zero_word(); }
     INLINE Weights weights(const uint32_t* w) { return vec::word(w); }
-    INLINE Partial dot(Partial c, Weights w, const uint32_t* x) {
-        return vec::add_shorts(c, vec::dot_byte_pairs(w, vec::splat(x)));
-    }
-    INLINE vec::I flush(vec::I c, Partial p) { return vec::add_ints(c, vec::dot_shorts(p, vec::one_shorts())); }
+    INLINE Partial first(Weights w, const uint32_t* x) { return vec::dot_bytes(w, vec::splat(x)); }
+    INLINE Partial dot(Partial c, Weights w, const uint32_t* x) { return vec::add_dot_bytes(c, w, vec::splat(x)); }
+    INLINE vec::I flush(vec::I c, Partial p) { return vec::add_dot_shorts(c, p, vec::one_shorts()); }
 };
 template <>
 struct ByteDot<8> {
@@ -42,8 +40,8 @@ struct ByteDot<8> {
         return {vec::even_bytes(bytes), vec::odd_bytes(bytes)};
     }
     INLINE vec::I dot(vec::I c, Weights w, const uint32_t* x) {
-        c = vec::add_ints(c, vec::dot_shorts(w.even, vec::splat(x)));
-        return vec::add_ints(c, vec::dot_shorts(w.odd, vec::splat(x + 1)));
+        c = vec::add_dot_shorts(c, w.even, vec::splat(x));
+        return vec::add_dot_shorts(c, w.odd, vec::splat(x + 1));
     }
 };
 #endif

@@ -58,23 +58,23 @@ INLINE long activation_bytes(int steps, int words) { return 12 + 4L * steps * wo
 template <int BITS, int R, int NV>
 INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&sums)[R][NV]) {
     typedef ByteDot<BITS> Dot;
-    auto step = [&](auto& into, int s) {
+    auto step = [&](int s, auto body) {  // body(r, v, weights, activation)
         typename Dot::Weights weights[NV];
         for (int v = 0; v < NV; v++) weights[v] = Dot::weights(w + s * PANEL + v * vec::LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) into[r][v] = Dot::dot(into[r][v], weights[v], x + (s * R + r) * Dot::WORDS);
+            for (int v = 0; v < NV; v++) body(r, v, weights[v], x + (s * R + r) * Dot::WORDS);
     };
     if constexpr (Dot::FIT == 0) {
-        for (int s = 0; s < steps; s++) step(sums, s);
+        for (int s = 0; s < steps; s++)
+            step(s, [&](int r, int v, auto w, auto x) { sums[r][v] = Dot::dot(sums[r][v], w, x); });
     } else {
         for (int s = 0; s < steps; s += Dot::FIT) {
             typename Dot::Partial partial[R][NV];
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) partial[r][v] = Dot::zero();
+            step(s, [&](int r, int v, auto w, auto x) { partial[r][v] = Dot::first(w, x); });
 #pragma GCC unroll 8
-            for (int i = 0; i < Dot::FIT; i++) step(partial, s + i);
+            for (int i = 1; i < Dot::FIT; i++)
+                step(s + i, [&](int r, int v, auto w, auto x) { partial[r][v] = Dot::dot(partial[r][v], w, x); });
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
                 for (int v = 0; v < NV; v++) sums[r][v] = Dot::flush(sums[r][v], partial[r][v]);

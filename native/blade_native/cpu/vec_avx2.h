@@ -132,14 +132,23 @@ INLINE F dot_bf16(F c, W w, W a) {
 
 // The steps of a dot product of bytes, where no instruction does all of it (byte_dot.h).
 #define BLADE_DOT_BY_PAIRS
-INLINE W zero_word() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE W even_bytes(W w) { return both(w, _mm256_set1_epi16(0xff)); }
 INLINE W odd_bytes(W w) { return {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}; }
-INLINE W add_shorts(W x, W y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
-INLINE I add_ints(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-// Sums of two products of int16, in int32.
-INLINE I dot_shorts(W w, W a) { return {_mm256_madd_epi16(w.a, a.a), _mm256_madd_epi16(w.b, a.b)}; }
-// Sums of two products of w's unsigned bytes with a's signed ones, in int16: the caller sees to it that they fit.
-INLINE W dot_byte_pairs(W w, W a) { return {_mm256_maddubs_epi16(w.a, a.a), _mm256_maddubs_epi16(w.b, a.b)}; }
+// Inline assembly: GCC 12 would reassociate these sums into trees, and spill all their terms.
+INLINE __m256i add_madd(__m256i c, __m256i w, __m256i a) {
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(products) : "x"(w), "x"(a));
+    return c;
+}
+INLINE __m256i add_maddubs(__m256i c, __m256i w, __m256i a) {
+    __m256i products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(c), "=&x"(products) : "x"(w), "x"(a));
+    return c;
+}
+// c + sums of two products of int16, in int32.
+INLINE I add_dot_shorts(I c, W w, W a) { return {add_madd(c.a, w.a, a.a), add_madd(c.b, w.b, a.b)}; }
+// c + sums of two products of w's unsigned bytes with a's signed ones, in int16: the caller sees to it that they fit.
+INLINE W add_dot_bytes(W c, W w, W a) { return {add_maddubs(c.a, w.a, a.a), add_maddubs(c.b, w.b, a.b)}; }
+INLINE W dot_bytes(W w, W a) { return {_mm256_maddubs_epi16(w.a, a.a), _mm256_maddubs_epi16(w.b, a.b)}; }
 INLINE W one_shorts() { return {_mm256_set1_epi16(1), _mm256_set1_epi16(1)}; }
 }  // namespace vec

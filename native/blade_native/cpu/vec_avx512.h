@@ -103,15 +103,27 @@ INLINE I dot_bytes(I c, W w, W a) {
 #else
 // The steps of a dot product of bytes, where no instruction does all of it (byte_dot.h).
 #define BLADE_DOT_BY_PAIRS
-INLINE W zero_word() { return _mm512_setzero_si512(); }
 INLINE W even_bytes(W w) { return _mm512_and_si512(w, _mm512_set1_epi16(0xff)); }
 INLINE W odd_bytes(W w) { return _mm512_srli_epi16(w, 8); }
-INLINE W add_shorts(W x, W y) { return _mm512_add_epi16(x, y); }
-INLINE I add_ints(I x, I y) { return _mm512_add_epi32(x, y); }
-// Sums of two products of int16, in int32.
-INLINE I dot_shorts(W w, W a) { return _mm512_madd_epi16(w, a); }
-// Sums of two products of w's unsigned bytes with a's signed ones, in int16: the caller sees to it that they fit.
-INLINE W dot_byte_pairs(W w, W a) { return _mm512_maddubs_epi16(w, a); }
+#ifdef BLADE_NO_INLINE_ASM
+INLINE I add_dot_shorts(I c, W w, W a) { return _mm512_add_epi32(c, _mm512_madd_epi16(w, a)); }
+INLINE W add_dot_bytes(W c, W w, W a) { return _mm512_add_epi16(c, _mm512_maddubs_epi16(w, a)); }
+#else
+// Inline assembly: GCC 12 would reassociate these sums into trees, and spill all their terms.
+// c + sums of two products of int16, in int32.
+INLINE I add_dot_shorts(I c, W w, W a) {
+    W products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(c), "=&v"(products) : "v"(w), "v"(a));
+    return c;
+}
+// c + sums of two products of w's unsigned bytes with a's signed ones, in int16: the caller sees to it that they fit.
+INLINE W add_dot_bytes(W c, W w, W a) {
+    W products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(c), "=&v"(products) : "v"(w), "v"(a));
+    return c;
+}
+#endif
+INLINE W dot_bytes(W w, W a) { return _mm512_maddubs_epi16(w, a); }
 INLINE W one_shorts() { return _mm512_set1_epi16(1); }
 #endif
 }  // namespace vec
