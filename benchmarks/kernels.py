@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # torch's idle threads would sp
 
 import torch
 
-from blade import Batch, KVSpec
+from blade import Batch, GroupedWeight, KVSpec
 from blade.contracts import Attention, Linear, Ops
 from blade_native.attention import PagedAttention
 from blade_native.cpu import CpuOps
@@ -34,6 +34,15 @@ from blade_native.simd.ops import SimdOps
 
 LINEARS = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864), "lm_head": (151936, 896)}
 COLD_BYTES = 96 << 20
+FORMATS = {
+    "int8": (8, 64),
+    "int4": (4, 32),
+    "q8_0": (8, 32),
+    "q4_0": (4, 32),
+    "q4_k": (4, 32),
+    "q5_k": (5, 32),
+    "q6_k": (6, 16),
+}
 Call = Callable[[int], object]  # takes the number of the turn
 
 
@@ -57,11 +66,26 @@ def rotate(calls: list[Callable[[], object]]) -> Call:
     return lambda turn: calls[turn % len(calls)]()
 
 
-def linears(ops: SimdOps, name: str, rows: list[int], seconds: float) -> list[dict[str, object]]:
+def grouped(name: str, n: int, k: int) -> GroupedWeight:
+    """Random weights in a format of FORMATS. int4 has codes of scales and minima, and what they count, per channel."""
+    bits, group = FORMATS[name]
+    groups, blocks = k // group, 1 if name == "int4" else k // (256 if k % 256 == 0 else 128)
+    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    if name in ("int8", "q8_0", "q4_0"):
+        return GroupedWeight(bits, group, q, torch.rand(n, groups).half() / 100)
+    codes, halves = torch.randint(0, 64, (2, n, groups), dtype=torch.uint8), torch.rand(2, n, blocks).half() / 1000
+    if name == "q6_k":
+        return GroupedWeight(bits, group, q, codes[0].to(torch.int8), block_scales=halves[0])
+    return GroupedWeight(bits, group, q, codes[0], codes[1], None, halves[0], halves[1])
+
+
+def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
     n, k = LINEARS[name]
     weights = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(max(1, COLD_BYTES // (n * k * 2)))]
     packed: dict[str, list[Linear]] = {"bf16": [ops.linear(w, None) for w in weights]}
-    packed |= {f"int{bits}": [ops.quantized_linear(w, None, bits) for w in weights] for bits in (8, 4)}
+    for kind in formats:
+        weight = grouped(kind, n, k)
+        packed[kind] = [ops.grouped_linear(weight, None) for _ in weights]
     sizes = {kind: copies[0].weights.numel() for kind, copies in packed.items()}
     packed |= {
         "F.linear": [TorchLinear(w, None) for w in weights],
@@ -170,12 +194,12 @@ def read_bandwidth(ops: SimdOps, seconds: float) -> float:
     return round(data.numel() / us["read"][1] / 1e3, 1)
 
 
-def run(ops: SimdOps, name: str, rows: list[int], seconds: float) -> list[dict[str, object]]:
+def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
     if name == "attention":
         return attention(ops, seconds)
     if name == "rows":
         return [row for m in (1, 16, 1024) for row in row_ops(ops, m, seconds / 4)] + selection(ops, seconds / 4)
-    return linears(ops, name, [m for m in rows if name != "lm_head" or m <= 16], seconds)
+    return linears(ops, name, [m for m in rows if name != "lm_head" or m <= 16], seconds, formats)
 
 
 @torch.inference_mode()
@@ -183,12 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="*", default=[*LINEARS, "attention", "rows"], help="what to measure")
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 16, 64, 512], help="rows of the linears' input")
+    parser.add_argument("--formats", nargs="*", default=["int8", "int4"], choices=[*FORMATS], help="of linears")
     parser.add_argument("--seconds", type=float, default=0.3, help="per row of the table")
     args = parser.parse_args()
     ops = SimdOps(CpuOps(), load())
     bandwidth, results = [read_bandwidth(ops, args.seconds)], []
     for name in args.ops:
-        results += run(ops, name, args.rows, args.seconds)
+        results += run(ops, name, args.rows, args.seconds, args.formats)
         bandwidth.append(read_bandwidth(ops, args.seconds))
     for row in results:
         print(*(f"{key} {value}" for key, value in row.items()), sep="  ")

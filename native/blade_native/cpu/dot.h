@@ -18,12 +18,6 @@ struct Word<bf16> {
     static constexpr int ELEMENTS = 2;
     INLINE Acc dot(Acc c, vec::W w, vec::W a) { return vec::dot_bf16(c, w, a); }
 };
-template <>
-struct Word<uint8_t> {
-    typedef vec::I Acc;
-    static constexpr int ELEMENTS = 4;
-    INLINE Acc dot(Acc c, vec::W w, vec::W a) { return vec::dot_bytes(c, w, a); }
-};
 
 // Where to prefetch from: two lines per step, then `stride` bytes on.
 struct Prefetch {

@@ -1,14 +1,52 @@
 // y = x W^T + b over packed panels, any number of rows: streams the weights once for a few rows (decode), and works in
-// cache-sized blocks for many (prefill). Rows are cut into tiles of at most MAX_ROWS; the products of one output are
-// always summed in the order of K, so a row of y is bit-identical whatever rows stand beside it.
+// cache-sized blocks for many (prefill). Rows are cut into tiles, K into slices that are unpacked once for all tiles of
+// a block; the products of one output are always summed in the order of K, so a row of y is bit-identical whatever rows
+// stand beside it.
 #include <algorithm>
 
-#include "linear_kinds.h"
+#include "activations.h"
 #include "parallel.h"
+#include "unpack.h"
 
 namespace {
-constexpr long SLICE_BYTES = 128 * 1024;  // a panel's slice of K: stays in L2 while all tiles of a block use it
-constexpr long BLOCK_BYTES = 384 * 1024;  // activations of a block of rows: stay in L2 over a chunk of panels
+constexpr long STREAM_TILES = 4;            // up to here the weights are read once, in short slices
+constexpr long STREAM_BYTES = 4 * 1024;     // of such a slice, unpacked
+constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
+constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
+constexpr long STREAM_AHEAD = 4 * 1024;     // bytes between what is read and what is prefetched
+
+#ifdef __AVX512BF16__
+constexpr bool WIDENS_BF16 = false;
+#else
+constexpr bool WIDENS_BF16 = true;  // no instruction multiplies bf16: both operands become floats
+#endif
+
+template <int R>
+struct F32Tile {
+    static constexpr Tile tile = dense_tile<F32, R>;
+};
+template <int R>
+struct BF16Tile {
+    static constexpr Tile tile = dense_tile<BF16, R>;
+};
+template <int BITS>
+struct ByteTile {
+    template <int R>
+    struct Rows {
+        static constexpr Tile tile = byte_tile<BITS, R>;
+    };
+};
+
+Tile find_tile(int bits, int rows) {
+    Tile tile;
+    if (bits == 32 || (bits == 16 && WIDENS_BF16)) return tile_of<F32Tile>(rows);
+    if constexpr (!WIDENS_BF16)
+        if (bits == 16) return tile_of<BF16Tile>(rows);
+    with_bits(bits, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows>(rows); });
+    return tile;
+}
+
+int words_per_step(int bits) { return bits == 8 ? ByteDot<8>::WORDS : 1; }
 
 // Rows [0, m) cut into tiles whose heights differ by at most one.
 struct Tiling {
@@ -18,135 +56,168 @@ struct Tiling {
 };
 
 struct Job {
+    const LinearCall& call;
     const Linear& linear;
-    const void* x;
-    void* y;
-    int x_dtype, y_dtype, threads;
+    Layout layout;
     Tiling tiling;
     long num_panels;
-    long units = 0;
-    long slice = 0, block = 0, chunk = 0;  // units of K per slice, tiles per block, panels handed to a thread at once
-    char* tiles = nullptr;                 // packed activations
-    float* partials = nullptr;             // per thread, between slices: [panels of a chunk][rows of a block][PANEL]
-    long partials_per_thread = 0;
+    bool stream;
+    long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
+    long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
+    long per_thread;                // bytes of scratch
+    char *tiles = nullptr, *scratch = nullptr;
+
+    explicit Job(const LinearCall& c)
+        : call(c), linear(*c.linear), layout(linear.format, linear.k),
+          tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
+          stream(tiling.num_tiles <= STREAM_TILES) {
+        int bits = linear.format.bits;
+        bool widened = bits == 16 && WIDENS_BF16;
+        unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
+        row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(bits)) : widened ? 8 : 4;
+        slice = std::clamp((stream ? STREAM_BYTES : SLICE_BYTES) / unpacked, 1L, layout.units);
+        long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
+        block = stream ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
+        chunk = std::clamp(num_panels / (c.threads * 8), 1L, stream ? 16L : 8L);
+        per_thread = sums_bytes() + slice * (unpacked + 8L * PANEL);
+    }
+    long panels_at_once() const { return stream ? 1 : chunk; }
+    long sums_bytes() const { return panels_at_once() * block * MAX_TILE_ROWS * PANEL * 4; }
+    long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
+    const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
 };
 
-template <class K>
-void plan(Job& job) {
-    bool stream = job.tiling.num_tiles <= 2;
-    long num_slices = stream ? 1 : (job.units * K::PANEL_BYTES + SLICE_BYTES - 1) / SLICE_BYTES;
-    job.slice = (job.units + num_slices - 1) / num_slices;
-    job.block = stream ? 2 : std::max(2L, BLOCK_BYTES / long(job.slice * K::ROW_BYTES * vec::MAX_ROWS));
-    job.chunk = std::clamp(job.num_panels / (job.threads * 8), 1L, stream ? 16L : 8L);
-    job.partials_per_thread = num_slices > 1 ? job.block * vec::MAX_ROWS * job.chunk * PANEL : 0;
+// Units [from, to) of one panel, unpacked into the thread's scratch where they cannot be used in place.
+Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
+    const Layout& layout = job.layout;
+    const char* packed = job.panel(panel);
+    int bits = layout.format.bits;
+    Slice slice{packed + layout.offset_of(from), layout.unit_bytes, nullptr, nullptr, to - from, layout.steps};
+    if (bits == 16 && WIDENS_BF16) {
+        widen_bf16((const uint32_t*)slice.words, to - from, (float*)scratch);
+        slice.words = scratch;
+        slice.units *= 2;
+    }
+    if (bits >= 16) return slice;
+    float* scales = (float*)(scratch + job.slice * job.unpacked);
+    float* offsets = layout.format.offsets == NONE ? nullptr : scales + job.slice * PANEL;
+    for (long u = from; u < to; u++)
+        unpack_scales(layout, packed + layout.offset_of(u), packed + layout.header_of(u), scales + (u - from) * PANEL,
+                      offsets + (u - from) * PANEL);
+    slice.scales = scales, slice.offsets = offsets;
+    slice.words += layout.quants;  // of 8 bits, in place
+    with_bits(bits, [&](auto b) {
+        if constexpr (b < 8) {
+            for (long u = from; u < to; u++)
+                unpack_bits<b>((const uint32_t*)(packed + layout.offset_of(u) + layout.quants), layout.steps,
+                               (uint32_t*)(scratch + (u - from) * job.unpacked));
+            slice.words = scratch, slice.stride = job.unpacked;
+        }
+    });
+    return slice;
 }
 
-void store_row(const Job& job, long row, long channel, vec::F value) {
-    long left = job.linear.n - channel, at = row * job.linear.n + channel;
-    if (left <= 0) return;
-    int lanes = int(std::min<long>(left, vec::LANES));
-    if (job.y_dtype == FLOAT32)
-        vec::store_some((float*)job.y + at, value, lanes);
+void prefetch(const char* at, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+void start_sums(const Job& job, long panel, int rows, float* c) {
+    if (!job.linear.bias)
+        memset(c, 0, rows * PANEL * sizeof(float));
     else
-        vec::store_some((bf16*)job.y + at, value, lanes);
+        for (int r = 0; r < rows; r++) memcpy(c + r * PANEL, job.linear.bias + panel * PANEL, PANEL * sizeof(float));
 }
 
-// R rows from `row` on times units [from, to) of one panel.
-template <class K, int R>
-__attribute__((noinline)) void multiply(const Job& job, long row, long panel, long from, long to, float* partial,
-                                        Prefetch prefetch) {
-    const float* bias = job.linear.bias ? job.linear.bias + panel * PANEL : nullptr;
-    vec::F c[R][2];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++)
-            c[r][v] = from ? vec::load(partial + r * PANEL + v * vec::LANES)
-                           : bias ? vec::load(bias + v * vec::LANES) : vec::zero();
-    const char* weights = job.linear.weights + (panel * job.units + from) * K::PANEL_BYTES;
-    const char* activations = job.tiles + (row * job.units + from * R) * K::ROW_BYTES;
-    K::template accumulate<R>(activations, weights, to - from, c, prefetch);
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++)
-            if (to < job.units)
-                vec::store(partial + r * PANEL + v * vec::LANES, c[r][v]);
-            else
-                store_row(job, row + r, panel * PANEL + v * vec::LANES, c[r][v]);
-}
-
-// A lone tile prefetches 4 KiB ahead in its own stream; of several, the first two fetch the next panel between them.
-Prefetch plan_prefetch(const char* slice, long slice_bytes, long panel_bytes, long tile, bool alone) {
-    if (alone) return {slice + 4096, 128};
-    return tile < 2 ? Prefetch{slice + panel_bytes + tile * slice_bytes / 2, 64} : Prefetch{slice, 0};
-}
-
-template <class K>
-void multiply_block(const Job& job, long first_tile, long first_panel, float* partials) {
-    long last_tile = std::min(first_tile + job.block, job.tiling.num_tiles);
-    long last_panel = std::min(first_panel + job.chunk, job.num_panels);
-    long first_row = job.tiling.start(first_tile), num_rows = job.tiling.start(last_tile) - first_row;
-    for (long from = 0; from < job.units; from += job.slice) {
-        long to = std::min(from + job.slice, job.units);
-        for (long panel = first_panel; panel < last_panel; panel++)
-            for (long tile = first_tile; tile < last_tile; tile++) {
-                const char* slice = job.linear.weights + (panel * job.units + from) * K::PANEL_BYTES;
-                Prefetch prefetch = plan_prefetch(slice, (to - from) * K::PANEL_BYTES, job.units * K::PANEL_BYTES,
-                                                  tile - first_tile, job.tiling.num_tiles == 1);
-                long row = job.tiling.start(tile);
-                float* partial = partials + ((panel - first_panel) * num_rows + row - first_row) * PANEL;
-                with_rows(job.tiling.height(tile), [&](auto height) {
-                    multiply<K, height.value>(job, row, panel, from, to, partial, prefetch);
-                });
-            }
+template <class Y>
+void store_sums(const Job& job, long panel, long row, int rows, const float* c) {
+    for (int r = 0; r < rows; r++) {
+        Y* y = (Y*)job.call.y + (row + r) * job.call.y_stride + panel * PANEL;
+        for (int v = 0; v < PANEL; v += vec::LANES)
+            if (long left = job.linear.n - panel * PANEL - v; left > 0)
+                vec::store_some(y + v, vec::load(c + r * PANEL + v), int(std::min<long>(left, vec::LANES)));
     }
 }
 
-template <class K>
-void pack_tile(const Job& job, long tile) {
-    long row = job.tiling.start(tile), k = job.linear.k;
-    int height = job.tiling.height(tile);
-    char* out = job.tiles + row * job.units * K::ROW_BYTES;
-    if (job.x_dtype == FLOAT32)
-        K::pack_tile((const float*)job.x + row * k, k, height, out);
-    else
-        K::pack_tile((const bf16*)job.x + row * k, k, height, out);
+// The slice [from, to) of one panel times the tiles of a block; `ahead` bytes on lies what is wanted next.
+void multiply(const Job& job, const Slice& slice, long panel, long from, long to, long first_tile, float* sums,
+              long ahead) {
+    long last_tile = std::min(first_tile + job.block, job.tiling.num_tiles);
+    long bytes = (to - from) * job.layout.unit_bytes, share = bytes / (last_tile - first_tile) + 1;
+    const char* next = job.panel(panel) + job.layout.offset_of(from) + ahead;
+    for (long tile = first_tile; tile < last_tile; tile++, next += share) {
+        int rows = job.tiling.height(tile);
+        float* c = sums + (tile - first_tile) * MAX_TILE_ROWS * PANEL;
+        if (from == 0) start_sums(job, panel, rows, c);
+        prefetch(next, share);
+        find_tile(job.layout.format.bits, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes,
+                                                c);
+        if (to < job.layout.units) continue;
+        if (job.call.y_dtype == FLOAT32)
+            store_sums<float>(job, panel, job.tiling.start(tile), rows, c);
+        else
+            store_sums<bf16>(job, panel, job.tiling.start(tile), rows, c);
+    }
 }
 
-template <class K>
+void multiply_block(const Job& job, long first_tile, long first_panel, long last_panel, char* scratch) {
+    float* sums = (float*)scratch;
+    long panel_sums = job.block * MAX_TILE_ROWS * PANEL;
+    long ahead = job.stream ? STREAM_AHEAD : job.layout.panel_bytes();
+    for (long from = 0; from < job.layout.units; from += job.slice) {
+        long to = std::min(from + job.slice, job.layout.units);
+        for (long panel = first_panel; panel < last_panel; panel++) {
+            Slice slice = unpack(job, panel, from, to, scratch + job.sums_bytes());
+            multiply(job, slice, panel, from, to, first_tile, sums + (panel - first_panel) * panel_sums, ahead);
+        }
+    }
+}
+
+template <class X>
+void pack_tile(const Job& job, long tile) {
+    const Format& f = job.layout.format;
+    int rows = job.tiling.height(tile), zero = f.offsets == NONE ? 1 << (f.bits - 1) : 0;
+    long k = job.linear.k;
+    const X* x = (const X*)job.call.x + job.tiling.start(tile) * k;
+    char* out = job.tiles + tile * job.tile_bytes();
+    if (f.bits == 32 || (f.bits == 16 && WIDENS_BF16))
+        pack_floats(x, k, rows, (float*)out);
+    else if (f.bits == 16)
+        pack_words((const bf16*)x, k, rows, (uint32_t*)out);
+    else if (f.bits == 8)
+        pack_groups<ByteDot<8>::WORDS>(x, k, rows, f.group, zero, out);
+    else
+        pack_groups<1>(x, k, rows, f.group, zero, out);
+}
+
 void run(const Job& job) {
-    if (job.tiles != job.x)
-        parallel_for(job.threads, job.tiling.num_tiles, 1, [&](long tile, int) { pack_tile<K>(job, tile); });
+    int threads = job.call.threads;
+    parallel_for(threads, job.tiling.num_tiles, 1, [&](long tile, int) {
+        if (job.call.x_dtype == FLOAT32)
+            pack_tile<float>(job, tile);
+        else
+            pack_tile<bf16>(job, tile);
+    });
     long num_blocks = (job.tiling.num_tiles + job.block - 1) / job.block;
-    long num_chunks = (job.num_panels + job.chunk - 1) / job.chunk;
-    parallel_for(job.threads, num_blocks * num_chunks, 1, [&](long item, int thread) {
-        float* partials = job.partials + job.partials_per_thread * thread;
-        multiply_block<K>(job, item / num_chunks * job.block, item % num_chunks * job.chunk, partials);
+    long at_once = job.panels_at_once(), num_chunks = (job.num_panels + at_once - 1) / at_once;
+    parallel_for(threads, num_blocks * num_chunks, job.stream ? job.chunk : 1, [&](long item, int thread) {
+        long first = item % num_chunks * at_once;
+        multiply_block(job, item / num_chunks * job.block, first, std::min(first + at_once, job.num_panels),
+                       job.scratch + thread * job.per_thread);
     });
 }
 
-template <class K>
-int plan_and_run(Job& job) {
-    job.units = job.linear.k / K::UNIT;
-    plan<K>(job);
-    constexpr bool DENSE = K::ROW_BYTES == 4;
-    bool in_place = DENSE && job.tiling.m == 1;  // one dense row already is its own tile
-    long packed = in_place ? 0 : (job.tiling.m * job.units * K::ROW_BYTES + 63) / 64 * 64;
-    Scratch scratch(packed + job.partials_per_thread * job.threads * sizeof(float));
-    if (!in_place && !scratch.data) return OUT_OF_MEMORY;
-    job.tiles = in_place ? (char*)job.x : (char*)scratch.data;
-    job.partials = (float*)((char*)scratch.data + packed);
-    run<K>(job);
-    return OK;
-}
+long aligned(long bytes) { return (bytes + 63) / 64 * 64; }
 }  // namespace
 
-// x [m, k] contiguous, in the kind's dtype (the grouped kinds take both); y [m, n] in either dtype.
-EXPORT int blade_linear(const Linear* linear, const void* x, int x_dtype, int64_t m, void* y, int y_dtype,
-                        int threads) {
-    Job job{*linear, x, y, x_dtype, y_dtype, threads, {m, (m + vec::MAX_ROWS - 1) / vec::MAX_ROWS},
-            (linear->n + PANEL - 1) / PANEL};
-    switch (linear->kind) {
-        case DENSE_F32: return plan_and_run<Dense<float>>(job);
-        case DENSE_BF16: return plan_and_run<Dense<bf16>>(job);
-        case GROUPED_INT8: return plan_and_run<Grouped<8>>(job);
-        default: return plan_and_run<Grouped<4>>(job);
-    }
+EXPORT int blade_linear(const LinearCall* call) {
+    if (call->m == 0) return OK;
+    Job job(*call);
+    job.per_thread = aligned(job.per_thread);
+    long tiles = aligned(job.tiling.num_tiles * job.tile_bytes());
+    Scratch scratch(tiles + call->threads * job.per_thread);
+    if (!scratch.data) return OUT_OF_MEMORY;
+    job.tiles = (char*)scratch.data;
+    job.scratch = job.tiles + tiles;
+    run(job);
+    return OK;
 }

@@ -1,163 +1,141 @@
-// Weights [n, k] as checkpoints have them become panels (linear_kinds.h), once, when a model is loaded; and rows of a
-// packed dense matrix are read back, which lets a tied embedding share its head's memory.
+// Weights [n, k] as checkpoints have them become panels (linear_format.h), once, when a model is loaded; and rows of a
+// packed matrix are read back, which lets a tied embedding share its head's memory.
 #include <algorithm>
-#include <cmath>
 
-#include "linear_kinds.h"
+#include "linear_tile.h"
 #include "parallel.h"
+#include "unpack.h"
 
 namespace {
-// [n, k] -> [n / 32][k / P][32][P]; channels from n on are zeros.
-template <class E>
-void pack_dense(const E* weight, int64_t n, int64_t k, uint32_t* out, int threads) {
-    constexpr int P = Word<E>::ELEMENTS;
-    long words = k / P, num_panels = (n + PANEL - 1) / PANEL;
-    parallel_for(threads, num_panels, 1, [=](long panel, int) {
+// [n][words] -> [n / 32][words][32]; channels from n on are zeros.
+void pack_dense(const char* weight, int64_t n, long words, uint32_t* out, int threads) {
+    parallel_for(threads, (n + PANEL - 1) / PANEL, 1, [=](long panel, int) {
         for (long u = 0; u < words; u++)
             for (long lane = 0; lane < PANEL; lane++) {
                 long channel = panel * PANEL + lane;
                 uint32_t* word = out + (panel * words + u) * PANEL + lane;
                 *word = 0;
-                if (channel < n) memcpy(word, weight + channel * k + u * P, 4);
+                if (channel < n) memcpy(word, weight + (channel * words + u) * 4, 4);
             }
     });
 }
 
-uint16_t to_half(float x) {  // IEEE binary16, round to nearest even; too large becomes infinite
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-    if (magnitude >= 0x47800000) return uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (magnitude < 0x38800000) return uint16_t(sign | uint32_t(lrintf(fabsf(x) * 0x1p24f)));
-    return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
-}
-
-// One group of one channel: q[UNIT] quants, scale and (4 bits) minimum, all at the channel's lane of the panel's unit.
+// One channel's q of a group, at its lane of the unit's bits.
 template <int BITS>
-void put_group(char* unit, int lane, const uint8_t* q, uint16_t scale, uint16_t least) {
-    typedef Grouped<BITS> G;
-    memcpy(unit + 2 * lane, &scale, 2);
-    if (BITS == 4) memcpy(unit + 64 + 2 * lane, &least, 2);
-    for (int i = 0; i < G::UNIT; i++) {
-        int step = i / 4;
-        char* byte = unit + G::HEADER + (BITS == 8 ? step : step / 2) * PANEL * 4 + lane * 4 + i % 4;
-        if (BITS == 8 || step % 2 == 0)
-            *byte = char(q[i]);
-        else
-            *byte = char(uint8_t(*byte) | q[i] << 4);
+void put_bits(const uint8_t* q, int steps, int lane, uint32_t* low) {
+    constexpr int EXTRA = BITS - 4, SPAN = BITS == 8 ? 1 : EXTRA ? 8 / EXTRA : 2;
+    uint32_t *high = low + steps / 2 * PANEL, extra = 0, nibbles = 0;
+    for (int s = 0; s < steps; s++) {
+        uint32_t word;
+        memcpy(&word, q + 4 * s, 4);
+        if constexpr (BITS == 8) {
+            low[s * PANEL + lane] = word;
+            continue;
+        }
+        nibbles |= (word & 0x0f0f0f0f) << s % 2 * 4;
+        extra |= (word >> 4 & 0x0f0f0f0f) << s % SPAN * EXTRA;
+        if (s % 2) low[s / 2 * PANEL + lane] = nibbles, nibbles = 0;
+        if (EXTRA && s % SPAN == SPAN - 1) high[s / SPAN * PANEL + lane] = extra, extra = 0;
     }
 }
 
-template <int BITS, class Group>
-void pack_grouped(int64_t n, int64_t k, char* out, int threads, Group group) {
-    typedef Grouped<BITS> G;
-    long units = k / G::UNIT, num_panels = (n + PANEL - 1) / PANEL;
-    parallel_for(threads, num_panels, 1, [=](long panel, int) {
-        for (long u = 0; u < units; u++)
-            for (int lane = 0; lane < PANEL; lane++) {
-                long channel = panel * PANEL + lane;
-                uint8_t q[G::UNIT] = {};
-                uint16_t scale = 0, least = 0;
-                if (channel < n) group(channel, u, q, scale, least);
-                put_group<BITS>(out + (panel * units + u) * G::PANEL_BYTES, lane, q, scale, least);
-            }
+// Entry i of one channel's scales or offsets.
+void put_number(int numbers, const void* values, long i, int lane, char* out) {
+    if (numbers == HALF)
+        memcpy(out + 2 * lane, (const uint16_t*)values + i, 2);
+    else if (numbers != NONE)
+        out[lane] = ((const char*)values)[i];
+}
+
+void put_unit(const Layout& layout, const Grouped& from, long channel, long u, char* panel) {
+    const Format& f = layout.format;
+    int lane = int(channel % PANEL);
+    long i = channel * layout.units + u;
+    char* unit = panel + layout.offset_of(u);
+    put_number(f.scales, from.scales, i, lane, unit);
+    put_number(f.offsets, from.offsets, i, lane, unit + layout.offsets);
+    with_bits(f.bits, [&](auto bits) {
+        put_bits<bits>(from.q + i * f.group, layout.steps, lane, (uint32_t*)(unit + layout.quants));
     });
+    if (!layout.block_header || u % layout.block) return;
+    char* header = panel + layout.header_of(u);
+    long block = channel * (layout.units / layout.block) + u / layout.block;
+    if (block_bytes_of(f.scales)) put_number(HALF, from.block_scales, block, lane, header);
+    if (block_bytes_of(f.offsets))
+        put_number(HALF, from.block_offsets, block, lane, header + block_bytes_of(f.scales));
 }
 
-// Symmetric: w ~ scale * (q - 128), the largest magnitude becoming 127.
 template <class E>
-void quantize_int8(const E* w, uint8_t* q, uint16_t& scale) {
-    float bound = 0;
-    for (int i = 0; i < Grouped<8>::UNIT; i++) bound = std::max(bound, fabsf(vec::to_float(w[i])));
-    scale = to_half(bound / 127);
-    float step = vec::half_to_float(scale);
-    float inverse = step > 0 ? 1 / step : 0;
-    for (int i = 0; i < Grouped<8>::UNIT; i++)
-        q[i] = uint8_t(128 + std::clamp(lrintf(vec::to_float(w[i]) * inverse), -127L, 127L));
+void copy_dense(const Layout& layout, const char* panel, int lane, E* out) {
+    for (long u = 0; u < layout.units; u++)
+        memcpy((char*)out + 4 * u, panel + layout.offset_of(u) + 4 * lane, 4);
 }
 
-// With a minimum: w ~ scale * q + least, q in 0..15.
+// One channel of a panel, dequantised: one rounding in float32 (products fit it, but for codes with 6 and 8 bits).
 template <class E>
-void quantize_int4(const E* w, uint8_t* q, uint16_t& scale, uint16_t& least) {
-    float low = vec::to_float(w[0]), high = low;
-    for (int i = 1; i < Grouped<4>::UNIT; i++) {
-        low = std::min(low, vec::to_float(w[i]));
-        high = std::max(high, vec::to_float(w[i]));
+void dequantize(const Layout& layout, const char* panel, int lane, E* out) {
+    const Format& f = layout.format;
+    for (long u = 0; u < layout.units; u++, out += f.group) {
+        uint32_t words[PANEL * 32];  // of 128 numbers
+        float scales[PANEL], offsets[PANEL] = {};
+        const char* unit = panel + layout.offset_of(u);
+        unpack_scales(layout, unit, panel + layout.header_of(u), scales, offsets);
+        const uint32_t *quants = (const uint32_t*)(unit + layout.quants), *q = words;
+        with_bits(f.bits, [&](auto bits) {
+            if constexpr (bits == 8)
+                q = quants;
+            else
+                unpack_bits<bits>(quants, layout.steps, words);
+        });
+        float zero = f.offsets == NONE ? float(1 << (f.bits - 1)) : 0;
+        for (int i = 0; i < f.group; i++) {
+            float number = ((const uint8_t*)(q + i / 4 * PANEL + lane))[i % 4];
+            vec::from_float((number - zero) * scales[lane] + offsets[lane], out[i]);
+        }
     }
-    scale = to_half((high - low) / 15);
-    least = to_half(low);
-    float step = vec::half_to_float(scale), zero = vec::half_to_float(least);
-    float inverse = step > 0 ? 1 / step : 0;
-    for (int i = 0; i < Grouped<4>::UNIT; i++)
-        q[i] = uint8_t(std::clamp(lrintf((vec::to_float(w[i]) - zero) * inverse), 0L, 15L));
-}
-
-template <class E>
-void pack(int kind, const E* weight, int64_t n, int64_t k, char* out, int threads) {
-    if (kind == GROUPED_INT8)
-        pack_grouped<8>(n, k, out, threads, [=](long channel, long u, uint8_t* q, uint16_t& scale, uint16_t&) {
-            quantize_int8(weight + channel * k + u * Grouped<8>::UNIT, q, scale);
-        });
-    else if (kind == GROUPED_INT4)
-        pack_grouped<4>(n, k, out, threads, [=](long channel, long u, uint8_t* q, uint16_t& scale, uint16_t& least) {
-            quantize_int4(weight + channel * k + u * Grouped<4>::UNIT, q, scale, least);
-        });
-    else
-        pack_dense(weight, n, k, (uint32_t*)out, threads);
 }
 
 template <class E>
 void unpack_rows(const Linear& linear, const int64_t* rows, int64_t num_rows, E* out, int threads) {
-    constexpr int P = Word<E>::ELEMENTS;
-    long words = linear.k / P;
-    parallel_for(threads, num_rows, 8, [=, &linear](long i, int) {
-        const uint32_t* lane = (const uint32_t*)linear.weights + rows[i] / PANEL * words * PANEL + rows[i] % PANEL;
-        for (long u = 0; u < words; u++) memcpy(out + i * linear.k + u * P, lane + u * PANEL, 4);
+    Layout layout(linear.format, linear.k);
+    parallel_for(threads, num_rows, 8, [&](long i, int) {
+        const char* panel = linear.weights + rows[i] / PANEL * layout.panel_bytes();
+        if (linear.format.bits >= 16)
+            copy_dense(layout, panel, int(rows[i] % PANEL), out + i * linear.k);
+        else
+            dequantize(layout, panel, int(rows[i] % PANEL), out + i * linear.k);
     });
 }
 }  // namespace
 
 // Bytes of the packed weights.
-EXPORT int64_t blade_packed_bytes(int kind, int64_t n, int64_t k) {
-    int64_t num_panels = (n + PANEL - 1) / PANEL;
-    switch (kind) {
-        case DENSE_F32: return num_panels * k * Dense<float>::PANEL_BYTES;
-        case DENSE_BF16: return num_panels * (k / 2) * Dense<bf16>::PANEL_BYTES;
-        case GROUPED_INT8: return num_panels * (k / Grouped<8>::UNIT) * Grouped<8>::PANEL_BYTES;
-        default: return num_panels * (k / Grouped<4>::UNIT) * Grouped<4>::PANEL_BYTES;
-    }
+EXPORT int64_t blade_packed_bytes(const Linear* linear) {
+    return (linear->n + PANEL - 1) / PANEL * Layout(linear->format, linear->k).panel_bytes();
 }
 
-// weight [n, k] contiguous, in the dtype of a dense kind or either dtype for a grouped one, quantised here.
-EXPORT int blade_pack(int kind, const void* weight, int dtype, int64_t n, int64_t k, void* out, int threads) {
+// Fills linear->weights from weight [n, k], contiguous, in the dtype of the dense format.
+EXPORT int blade_pack_dense(const Linear* linear, const void* weight, int threads) {
+    pack_dense((const char*)weight, linear->n, linear->k * linear->format.bits / 32, (uint32_t*)linear->weights,
+               threads);
+    return OK;
+}
+
+// Fills linear->weights, which are zeros, from grouped weights.
+EXPORT int blade_pack_grouped(const Linear* linear, const Grouped* from, int threads) {
+    Layout layout(linear->format, linear->k);
+    parallel_for(threads, (linear->n + PANEL - 1) / PANEL, 1, [&](long panel, int) {
+        char* to = (char*)linear->weights + panel * layout.panel_bytes();
+        long last = std::min<long>(linear->n, (panel + 1) * PANEL);
+        for (long u = 0; u < layout.units; u++)
+            for (long channel = panel * PANEL; channel < last; channel++) put_unit(layout, *from, channel, u, to);
+    });
+    return OK;
+}
+
+// out [num_rows, k] in `dtype` = rows of a packed matrix; dense ones come in their own dtype.
+EXPORT int blade_unpack_rows(const Linear* linear, const int64_t* rows, int64_t num_rows, void* out, int dtype,
+                             int threads) {
     if (dtype == FLOAT32)
-        pack(kind, (const float*)weight, n, k, (char*)out, threads);
-    else
-        pack(kind, (const bf16*)weight, n, k, (char*)out, threads);
-    return OK;
-}
-
-// Weights that are quantised already, repacked without loss. q [n, k] holds w = scale * (q - 128) for int8 and
-// w = scale * q + least, q in 0..15, for int4; scales and minima [n, k / group] are halves.
-EXPORT int blade_pack_quants(int kind, const uint8_t* q, const uint16_t* scales, const uint16_t* minima, int64_t n,
-                             int64_t k, void* out, int threads) {
-    auto copy = [=](int unit) {
-        return [=](long channel, long u, uint8_t* to, uint16_t& scale, uint16_t& least) {
-            memcpy(to, q + channel * k + u * unit, unit);
-            scale = scales[channel * (k / unit) + u];
-            if (minima) least = minima[channel * (k / unit) + u];
-        };
-    };
-    if (kind == GROUPED_INT8)
-        pack_grouped<8>(n, k, (char*)out, threads, copy(Grouped<8>::UNIT));
-    else
-        pack_grouped<4>(n, k, (char*)out, threads, copy(Grouped<4>::UNIT));
-    return OK;
-}
-
-// out [num_rows, k] = rows of a packed dense matrix.
-EXPORT int blade_unpack_rows(const Linear* linear, const int64_t* rows, int64_t num_rows, void* out, int threads) {
-    if (linear->kind == DENSE_F32)
         unpack_rows(*linear, rows, num_rows, (float*)out, threads);
     else
         unpack_rows(*linear, rows, num_rows, (bf16*)out, threads);

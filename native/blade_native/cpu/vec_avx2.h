@@ -20,6 +20,16 @@ INLINE __m256 widen(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 INLINE F load(const bf16* p) { return {widen(p), widen(p + 8)}; }
+INLINE F load(const uint8_t* p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+INLINE F load(const int8_t* p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 INLINE void store(float* p, F x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
@@ -35,6 +45,12 @@ INLINE __m256i narrow(__m256 x) {
 INLINE void store(bf16* p, F x) {
     __m256i both = _mm256_packus_epi32(narrow(x.a), narrow(x.b));  // interleaves the 128-bit halves
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+INLINE void store(int8_t* p, F x) {  // whole numbers that fit
+    __m256i shorts = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // interleaves halves
+    shorts = _mm256_permute4x64_epi64(shorts, 0xd8);
+    _mm_storeu_si128((__m128i*)p,
+                     _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
 }
 INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -83,7 +99,22 @@ INLINE W splat(const void* p) {
 }
 INLINE W both(W w, __m256i mask) { return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)}; }
 INLINE W low_halves(W w) { return both(w, _mm256_set1_epi32(0xffff)); }
+INLINE W high_halves(W w) { return both(w, _mm256_set1_epi32(0xffff0000)); }
 INLINE W low_nibbles(W w) { return both(w, _mm256_set1_epi8(15)); }
+INLINE W keep_bits(W w, int byte) { return both(w, _mm256_set1_epi8(char(byte))); }
+INLINE W either(W x, W y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+// Every lane shifted left by N bits, or right by -N.
+template <int N>
+INLINE W shift(W w) {
+    if constexpr (N < 0)
+        return {_mm256_srli_epi32(w.a, -N), _mm256_srli_epi32(w.b, -N)};
+    else
+        return {_mm256_slli_epi32(w.a, N), _mm256_slli_epi32(w.b, N)};
+}
+INLINE void store_word(void* p, W w) {
+    _mm256_storeu_si256((__m256i*)p, w.a);
+    _mm256_storeu_si256((__m256i*)p + 1, w.b);
+}
 INLINE W high_nibbles(W w) { return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)}); }
 INLINE F as_float(W w) { return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)}; }
 INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -98,12 +129,17 @@ INLINE F dot_bf16(F c, W w, W a) {
     const __m256i high = _mm256_set1_epi32(0xffff0000);
     return fma(as_float(both(w, high)), as_float(both(a, high)), fma(w_low, a_low, c));
 }
-INLINE __m256i dot_bytes8(__m256i c, __m256i w, __m256i a) {
-    __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)),
-                                     _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
-    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8));
-    return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
-}
-// c + sum over the four bytes of w (unsigned) times a (signed); exact, where vpmaddubsw alone would saturate.
-INLINE I dot_bytes(I c, W w, W a) { return {dot_bytes8(c.a, w.a, a.a), dot_bytes8(c.b, w.b, a.b)}; }
+
+// The steps of a dot product of bytes, where no instruction does all of it (byte_dot.h).
+#define BLADE_DOT_BY_PAIRS
+INLINE W zero_word() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE W even_bytes(W w) { return both(w, _mm256_set1_epi16(0xff)); }
+INLINE W odd_bytes(W w) { return {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}; }
+INLINE W add_shorts(W x, W y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+INLINE I add_ints(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+// Sums of two products of int16, in int32.
+INLINE I dot_shorts(W w, W a) { return {_mm256_madd_epi16(w.a, a.a), _mm256_madd_epi16(w.b, a.b)}; }
+// Sums of two products of w's unsigned bytes with a's signed ones, in int16: the caller sees to it that they fit.
+INLINE W dot_byte_pairs(W w, W a) { return {_mm256_maddubs_epi16(w.a, a.a), _mm256_maddubs_epi16(w.b, a.b)}; }
+INLINE W one_shorts() { return {_mm256_set1_epi16(1), _mm256_set1_epi16(1)}; }
 }  // namespace vec

@@ -15,6 +15,12 @@ INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE F load(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+INLINE F load(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+INLINE F load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 INLINE void store(bf16* p, F x) {
 #ifdef __AVX512BF16__
@@ -27,6 +33,9 @@ INLINE void store(bf16* p, F x) {
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
+}
+INLINE void store(int8_t* p, F x) {  // whole numbers that fit
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -52,7 +61,19 @@ INLINE W splat(const void* p) {
     return _mm512_set1_epi32(w);
 }
 INLINE W low_halves(W w) { return _mm512_and_si512(w, _mm512_set1_epi32(0xffff)); }
+INLINE W high_halves(W w) { return _mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)); }
 INLINE W low_nibbles(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+INLINE W keep_bits(W w, int byte) { return _mm512_and_si512(w, _mm512_set1_epi8(char(byte))); }
+INLINE W either(W x, W y) { return _mm512_or_si512(x, y); }
+// Every lane shifted left by N bits, or right by -N.
+template <int N>
+INLINE W shift(W w) {
+    if constexpr (N < 0)
+        return _mm512_srli_epi32(w, -N);
+    else
+        return _mm512_slli_epi32(w, N);
+}
+INLINE void store_word(void* p, W w) { _mm512_storeu_si512(p, w); }
 INLINE W high_nibbles(W w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
 INLINE F as_float(W w) { return _mm512_castsi512_ps(w); }
 INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
@@ -67,17 +88,30 @@ INLINE F dot_bf16(F c, W w, W a) {
     return fma(as_float(_mm512_and_si512(w, high)), as_float(_mm512_and_si512(a, high)), c);
 #endif
 }
+
+#ifdef __AVX512VNNI__
 // c + sum over the four bytes of w (unsigned) times a (signed); exact.
 INLINE I dot_bytes(I c, W w, W a) {
-#ifdef __AVX512VNNI__
+#ifdef BLADE_NO_INLINE_ASM
+    return _mm512_dpbusd_epi32(c, w, a);
+#else
     // Inline assembly: GCC 12 copies registers around its intrinsic, which halves the speed.
     asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(w), "v"(a));
     return c;
-#else
-    const W low = _mm512_set1_epi16(0xff);
-    W even = _mm512_madd_epi16(_mm512_and_si512(w, low), _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8));
-    W odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(a, 8));
-    return _mm512_add_epi32(c, _mm512_add_epi32(even, odd));
 #endif
 }
+#else
+// The steps of a dot product of bytes, where no instruction does all of it (byte_dot.h).
+#define BLADE_DOT_BY_PAIRS
+INLINE W zero_word() { return _mm512_setzero_si512(); }
+INLINE W even_bytes(W w) { return _mm512_and_si512(w, _mm512_set1_epi16(0xff)); }
+INLINE W odd_bytes(W w) { return _mm512_srli_epi16(w, 8); }
+INLINE W add_shorts(W x, W y) { return _mm512_add_epi16(x, y); }
+INLINE I add_ints(I x, I y) { return _mm512_add_epi32(x, y); }
+// Sums of two products of int16, in int32.
+INLINE I dot_shorts(W w, W a) { return _mm512_madd_epi16(w, a); }
+// Sums of two products of w's unsigned bytes with a's signed ones, in int16: the caller sees to it that they fit.
+INLINE W dot_byte_pairs(W w, W a) { return _mm512_maddubs_epi16(w, a); }
+INLINE W one_shorts() { return _mm512_set1_epi16(1); }
+#endif
 }  // namespace vec

@@ -28,7 +28,8 @@ INLINE F load(const float* p) {
     memcpy(&x, p, sizeof x);
     return x;
 }
-INLINE F load(const bf16* p) {
+template <class E>
+INLINE F load(const E* p) {  // of bf16, uint8_t or int8_t
     float lanes[LANES];
     for (int i = 0; i < LANES; i++) lanes[i] = to_float(p[i]);
     return load(lanes);
@@ -38,6 +39,11 @@ INLINE void store(bf16* p, F x) {
     float lanes[LANES];
     store(lanes, x);
     for (int i = 0; i < LANES; i++) from_float(lanes[i], p[i]);
+}
+INLINE void store(int8_t* p, F x) {  // whole numbers that fit
+    float lanes[LANES];
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) p[i] = int8_t(lanes[i]);
 }
 INLINE F add(F a, F b) { QUARTERS(F, a.v[q] + b.v[q]) }
 INLINE F sub(F a, F b) { QUARTERS(F, a.v[q] - b.v[q]) }
@@ -82,7 +88,20 @@ INLINE W splat(const void* p) {
     return set_int(w);
 }
 INLINE W low_halves(W w) { QUARTERS(W, w.v[q] & 0xffff) }
+INLINE W high_halves(W w) { QUARTERS(W, w.v[q] & -65536) }
 INLINE W low_nibbles(W w) { QUARTERS(W, w.v[q] & 0x0f0f0f0f) }
+INLINE W keep_bits(W w, int byte) { QUARTERS(W, w.v[q] & byte * 0x01010101) }
+INLINE W either(W x, W y) { QUARTERS(W, x.v[q] | y.v[q]) }
+// Every lane shifted left by N bits, or right by -N (the sign comes along).
+template <int N>
+INLINE W shift(W w) {
+    if constexpr (N < 0) {
+        QUARTERS(W, w.v[q] >> -N)
+    } else {
+        QUARTERS(W, w.v[q] << N)
+    }
+}
+INLINE void store_word(void* p, W w) { memcpy(p, &w, sizeof w); }
 INLINE W high_nibbles(W w) { QUARTERS(W, (w.v[q] >> 4) & 0x0f0f0f0f) }
 INLINE F as_float(W w) { QUARTERS(F, bits_to_float(w.v[q])) }
 INLINE F to_float(I x) { QUARTERS(F, __builtin_convertvector(x.v[q], F4)) }

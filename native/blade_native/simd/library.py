@@ -17,10 +17,43 @@ class Unavailable(ConfigError):
     """The compiled kernels are missing or stale; the torch op set serves instead."""
 
 
+class CFormat(ctypes.Structure):
+    """`Format` of api.h."""
+
+    _fields_ = (
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("scales", c_int32),
+        ("offsets", c_int32),
+        ("block", c_int64),
+    )
+
+
 class CLinear(ctypes.Structure):
     """`Linear` of api.h."""
 
-    _fields_ = (("kind", c_int32), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
+    _fields_ = (("format", CFormat), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
+
+
+class CLinearCall(ctypes.Structure):
+    """`LinearCall` of api.h."""
+
+    _fields_ = (
+        ("linear", POINTER(CLinear)),
+        ("x", c_void_p),
+        ("x_dtype", c_int32),
+        ("m", c_int64),
+        ("y", c_void_p),
+        ("y_dtype", c_int32),
+        ("y_stride", c_int64),
+        ("threads", c_int32),
+    )
+
+
+class CGrouped(ctypes.Structure):
+    """`Grouped` of api.h."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("q", "scales", "offsets", "block_scales", "block_offsets"))
 
 
 class CPagedKV(ctypes.Structure):
@@ -40,10 +73,10 @@ class CPagedKV(ctypes.Structure):
 PTR, INT, LONG = c_void_p, c_int, c_int64
 LINEAR, KV = POINTER(CLinear), POINTER(CPagedKV)
 PROTOTYPES = {
-    "linear": (LINEAR, PTR, INT, LONG, PTR, INT, INT),
-    "pack": (INT, PTR, INT, LONG, LONG, PTR, INT),
-    "pack_quants": (INT, PTR, PTR, PTR, LONG, LONG, PTR, INT),
-    "unpack_rows": (LINEAR, PTR, LONG, PTR, INT),
+    "linear": (POINTER(CLinearCall),),
+    "pack_dense": (LINEAR, PTR, INT),
+    "pack_grouped": (LINEAR, POINTER(CGrouped), INT),
+    "unpack_rows": (LINEAR, PTR, LONG, PTR, INT, INT),
     "rms_norm": (INT, PTR, LONG, LONG, LONG, LONG, PTR, c_float, PTR, INT),
     "add_rms_norm": (INT, PTR, PTR, LONG, LONG, PTR, c_float, PTR, INT),
     "silu_mul": (INT, PTR, LONG, LONG, PTR, INT),
@@ -61,8 +94,8 @@ class Library:
     """The kernels of one instruction-set level. Calls release the GIL."""
 
     linear: Kernel
-    pack: Kernel
-    pack_quants: Kernel
+    pack_dense: Kernel
+    pack_grouped: Kernel
     unpack_rows: Kernel
     rms_norm: Kernel
     add_rms_norm: Kernel
@@ -83,7 +116,7 @@ class Library:
                 function.errcheck = check_status
             setattr(self, name, function)
         self.packed_bytes = self._dll.blade_packed_bytes
-        self.packed_bytes.argtypes, self.packed_bytes.restype = (INT, LONG, LONG), LONG
+        self.packed_bytes.argtypes, self.packed_bytes.restype = (LINEAR,), LONG
 
 
 def check_status(status: int, function: object, arguments: object) -> int:

@@ -11,14 +11,15 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade.contracts import Linear, Ops
 from blade_native.simd.check import DTYPES, check
+from blade_native.simd.grouped import pack_grouped
 from blade_native.simd.library import Library
-from blade_native.simd.linear import PackedLinear, pack_dense, quantize
+from blade_native.simd.linear import PackedLinear, StackedLinear, pack_dense
 
 
 class SimdOps:
     """bf16 and f32 on a CPU. `base` answers for the memory, for embeddings that nothing shares and for float16."""
 
-    grouped_dtypes: Collection[torch.dtype] = ()
+    grouped_dtypes: Collection[torch.dtype] = tuple(DTYPES)
 
     def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
         self.base = base
@@ -41,19 +42,24 @@ class SimdOps:
             return self.base.linear(weight, bias)
         return pack_dense(self.library, weight, bias, self.threads)
 
-    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
-        return self.base.grouped_linear(weights, bias)
+    def grouped_linear(self, weights: GroupedWeight | Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        """Linears over quantised matrices stacked along N, each in its own format, or over one; bias [sum of N].
 
-    def quantized_linear(self, weight: Tensor, bias: Tensor | None, bits: int) -> Linear:
-        """Quantise weight [N, K] to 8 or 4 bits in groups and pack it; see linear.quantize."""
-        return quantize(self.library, weight, bias, bits, self.threads)
+        Raises ValueError naming the field that no kernel covers; see grouped.covers.
+        """
+        if isinstance(weights, GroupedWeight):
+            return pack_grouped(self.library, weights, bias, self.threads)
+        sizes = [len(weight.q) for weight in weights]
+        biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
+        parts = [pack_grouped(self.library, *part, self.threads) for part in zip(weights, biases, strict=True)]
+        return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return self.base.embedding(weight)
 
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, PackedLinear):
-            return None if linear.dtype is None else linear.rows  # quantised rows cannot be read back
+            return linear.rows
         return self.base.embedding_of(linear)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,43 @@
+// How packed weights lie in memory. A panel is 32 output channels; along K it is a run of units:
+//   dense    unit = one 32-bit word of K (a float, two bf16):  {[32] words}
+//   grouped  unit = a group:  {[32] scales, [32] offsets, low bits, high bits}
+//            low bits   8-bit weights: [steps][32] words, a step being four numbers of K
+//                       else: [steps / 2][32] words of nibbles, the low ones of a word are one step, the high the next
+//            high bits  5-bit weights: [steps / 8][32] words, bit i of a byte belongs to step i of eight
+//                       6-bit weights: [steps / 4][32] words, two bits for each of four steps
+//            Where scales or offsets are codes, each block of units is preceded by {[32] halves, [32] halves} of those.
+#pragma once
+#include "api.h"
+#include "vec.h"
+
+constexpr int PANEL = 32;  // output channels
+
+// Bytes that 32 channels' scales or offsets take in a unit, and in a block.
+INLINE long bytes_of(int numbers) { return numbers == NONE ? 0 : numbers == HALF ? 2 * PANEL : PANEL; }
+INLINE long block_bytes_of(int numbers) {
+    return numbers == UNSIGNED_CODES || numbers == SIGNED_CODES ? 2 * PANEL : 0;
+}
+
+struct Layout {
+    Format format;
+    long units;            // of a panel
+    int steps;             // of a group; 1 for dense weights
+    long offsets, quants;  // where they start in a unit
+    long unit_bytes, block_header;
+    long block;  // units; all of a panel where there are no codes
+
+    Layout(const Format& f, long k) : format(f) {
+        bool dense = f.bits >= 16;
+        units = dense ? k * f.bits / 32 : k / f.group;
+        steps = dense ? 1 : f.group / 4;
+        offsets = dense ? 0 : bytes_of(f.scales);
+        quants = dense ? 0 : offsets + bytes_of(f.offsets);
+        unit_bytes = dense ? 4 * PANEL : quants + long(f.group) * f.bits / 8 * PANEL;
+        block_header = dense ? 0 : block_bytes_of(f.scales) + block_bytes_of(f.offsets);
+        block = block_header ? f.block / f.group : units;
+    }
+    long panel_bytes() const { return offset_of(units - 1) + unit_bytes; }
+    // From the start of a panel to its block's header, and to its unit.
+    long header_of(long unit) const { return unit / block * (block_header + block * unit_bytes); }
+    long offset_of(long unit) const { return (unit / block + 1) * block_header + unit * unit_bytes; }
+};

@@ -1,0 +1,138 @@
+// The inner loops of linears: a tile of R rows of activations times a slice of a panel of 32 channels, accumulated onto
+// floats c [R][32]. Products are summed in the order of K whatever R is, so a row does not depend on its tile.
+#pragma once
+#include "byte_dot.h"
+#include "linear_format.h"
+
+#if defined(__AVX512F__)
+constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and an activation fit 32 registers
+constexpr int NARROW_TILE_ROWS = 0;
+#elif defined(__AVX2__)
+constexpr int MAX_TILE_ROWS = 4;
+constexpr int NARROW_TILE_ROWS = 2;  // taller tiles take the panel half by half, for 16 registers hold no more
+#else
+constexpr int MAX_TILE_ROWS = 2;
+constexpr int NARROW_TILE_ROWS = 1;
+#endif
+template <int R>
+constexpr int TILE_VECTORS = NARROW_TILE_ROWS && R > NARROW_TILE_ROWS ? 1 : 2;  // of 16 channels at a time
+
+// Units of one panel, ready to be multiplied.
+struct Slice {
+    const char* words;     // dense: [units][32] floats or bf16 words. Grouped: [steps][32] words of bytes per unit
+    long stride;           // bytes from unit to unit
+    const float *scales, *offsets;  // grouped: [units][32]; offsets may be null
+    long units;
+    int steps;
+};
+typedef void (*Tile)(const Slice& slice, const char* activations, float* c);
+
+// Activations [units][R] words.
+template <class E, int R>
+void dense_tile(const Slice& slice, const char* activations, float* c) {
+    constexpr int NV = TILE_VECTORS<R>;
+    for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+        const uint32_t *w = (const uint32_t*)slice.words + first, *a = (const uint32_t*)activations;
+        vec::F sums[R][NV];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
+        for (long u = 0; u < slice.units; u++, w += PANEL, a += R) {
+            vec::W weights[NV];
+            for (int v = 0; v < NV; v++) weights[v] = vec::word(w + v * vec::LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                vec::W activation = vec::splat(a + r);
+                for (int v = 0; v < NV; v++) sums[r][v] = E::dot(sums[r][v], weights[v], activation);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
+    }
+}
+
+// What one group of a tile's rows looks like: {[R] scales, [R] starts of the sum, [R] factors of the offsets,
+// [steps][R][WORDS] words of int8 activations}. x ~ scale * q, factor = scale * sum of q.
+template <int R, int WORDS>
+struct ActivationGroup {
+    const float* scales;
+    const int32_t* starts;
+    const float* factors;
+    const uint32_t* words;
+    explicit ActivationGroup(const char* at)
+        : scales((const float*)at), starts((const int32_t*)at + R), factors((const float*)at + 2 * R),
+          words((const uint32_t*)at + 3 * R) {}
+};
+INLINE long activation_bytes(int steps, int words) { return 12 + 4L * steps * words; }  // of a row and group
+
+// The integer sums of one group: sums[r][v] += q of the weights . q of the activations.
+template <int BITS, int R, int NV>
+INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&sums)[R][NV]) {
+    typedef ByteDot<BITS> Dot;
+    auto step = [&](auto& into, int s) {
+        typename Dot::Weights weights[NV];
+        for (int v = 0; v < NV; v++) weights[v] = Dot::weights(w + s * PANEL + v * vec::LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) into[r][v] = Dot::dot(into[r][v], weights[v], x + (s * R + r) * Dot::WORDS);
+    };
+    if constexpr (Dot::FIT == 0) {
+        for (int s = 0; s < steps; s++) step(sums, s);
+    } else {
+        for (int s = 0; s < steps; s += Dot::FIT) {
+            typename Dot::Partial partial[R][NV];
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < NV; v++) partial[r][v] = Dot::zero();
+#pragma GCC unroll 8
+            for (int i = 0; i < Dot::FIT; i++) step(partial, s + i);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < NV; v++) sums[r][v] = Dot::flush(sums[r][v], partial[r][v]);
+        }
+    }
+}
+
+template <int BITS, int R>
+void byte_tile(const Slice& slice, const char* activations, float* c) {
+    constexpr int NV = TILE_VECTORS<R>, WORDS = ByteDot<BITS>::WORDS;
+    long group_bytes = R * activation_bytes(slice.steps, WORDS);
+    for (long u = 0; u < slice.units; u++) {
+        ActivationGroup<R, WORDS> group(activations + u * group_bytes);
+        for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+            vec::I sums[R][NV];
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
+            dot_group<BITS>((const uint32_t*)(slice.words + u * slice.stride) + first, group.words, slice.steps, sums);
+            for (int v = 0; v < NV; v++) {
+                long channel = first + v * vec::LANES;
+                vec::F scale = vec::load(slice.scales + u * PANEL + channel);
+                vec::F offset = slice.offsets ? vec::load(slice.offsets + u * PANEL + channel) : vec::zero();
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    float* at = c + r * PANEL + channel;
+                    vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
+                    vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(at));
+                    vec::store(at, vec::fma(offset, vec::set(group.factors[r]), sum));
+                }
+            }
+        }
+    }
+}
+
+struct F32 {
+    INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::fma(vec::as_float(w), vec::as_float(a), c); }
+};
+struct BF16 {
+    INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::dot_bf16(c, w, a); }
+};
+
+// The tile of `rows` rows, 1 to MAX_TILE_ROWS. Kind<R>::tile is the function.
+template <template <int> class Kind, int R = MAX_TILE_ROWS>
+Tile tile_of(int rows) {
+    if constexpr (R > 1)
+        if (rows < R) return tile_of<Kind, R - 1>(rows);
+    return Kind<R>::tile;
+}

@@ -1,0 +1,91 @@
+"""Quantised weights for the packed linears: which formats the kernels cover, and repacking them without loss."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from blade import GroupedWeight
+from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
+from blade_native.simd.linear import PackedLinear, bias_at, pad_bias
+from blade_native.simd.memory import allocate
+
+GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
+NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
+CODES = {torch.uint8: 2, torch.int8: 3}
+
+
+def covers(weight: GroupedWeight) -> bool:
+    """Whether the kernels multiply by this weight as it is."""
+    return problem(weight) is None
+
+
+def problem(weight: GroupedWeight) -> str | None:
+    """What the kernels do not cover, beginning with the field's name."""
+    if weight.bits not in GROUPS:
+        return f"bits is {weight.bits}, not one of {list(GROUPS)}"
+    if weight.group not in GROUPS[weight.bits]:
+        return f"group is {weight.group}, not one of {list(GROUPS[weight.bits])} for {weight.bits} bits"
+    if weight.q.dtype is not torch.uint8 or weight.q.dim() != 2:
+        return f"q is {weight.q.dtype} {list(weight.q.shape)}, not torch.uint8 [N, K]"
+    if weight.q.shape[1] % weight.group:
+        return f"group of {weight.group} does not divide K = {weight.q.shape[1]}"
+    return _problem_of_numbers(weight) or _problem_of_blocks(weight)
+
+
+def _problem_of_numbers(weight: GroupedWeight) -> str | None:
+    shape = (weight.q.shape[0], weight.q.shape[1] // weight.group)
+    if weight.zeros is not None and (weight.minima is not None or weight.zeros.dtype is not torch.uint8):
+        return "zeros stand beside minima" if weight.minima is not None else f"zeros are {weight.zeros.dtype}"
+    for name, blocks in (("scales", weight.block_scales), ("minima", weight.block_minima), ("zeros", None)):
+        numbers: Tensor | None = getattr(weight, name)
+        if numbers is None:
+            continue
+        wanted = [torch.uint8] if name == "zeros" else [torch.float16] if blocks is None else list(CODES)
+        if numbers.dtype not in wanted or numbers.shape != shape:
+            return f"{name} are {numbers.dtype} {list(numbers.shape)}, not {wanted} {list(shape)}"
+    return None
+
+
+def _problem_of_blocks(weight: GroupedWeight) -> str | None:
+    if weight.block_minima is not None and weight.minima is None:
+        return "block_minima without minima"
+    n, k = weight.q.shape
+    for name in ("block_scales", "block_minima"):
+        blocks: Tensor | None = getattr(weight, name)
+        if blocks is None:
+            continue
+        if blocks.dtype is not torch.float16 or blocks.dim() != 2 or len(blocks) != n:
+            return f"{name} are {blocks.dtype} {list(blocks.shape)}, not torch.float16 [{n}, K / block]"
+        if k % blocks.shape[1] or k // blocks.shape[1] % weight.group:
+            return f"{name} divide K = {k} into {blocks.shape[1]} blocks, not whole groups of {weight.group}"
+    shapes = {blocks.shape for blocks in (weight.block_scales, weight.block_minima) if blocks is not None}
+    return "block_minima have another shape than block_scales" if len(shapes) > 1 else None
+
+
+def pack_grouped(library: Library, weight: GroupedWeight, bias: Tensor | None, threads: int) -> PackedLinear:
+    """Raises ValueError naming the field that no kernel covers."""
+    if reason := problem(weight):
+        raise ValueError(reason)
+    bias = pad_bias(bias)
+    linear = CLinear(_format(weight), *weight.q.shape, None, bias_at(bias))
+    weights = allocate(library.packed_bytes(ctypes.byref(linear)))
+    linear.weights = weights.data_ptr()
+    offsets = weight.zeros if weight.minima is None else weight.minima
+    sources = [weight.q, weight.scales, offsets, weight.block_scales, weight.block_minima]
+    kept = [None if source is None else source.contiguous() for source in sources]
+    pointers = CGrouped(*(None if source is None else source.data_ptr() for source in kept))
+    library.pack_grouped(ctypes.byref(linear), ctypes.byref(pointers), threads)
+    return PackedLinear(library, linear, None, weights, bias, threads)
+
+
+def _format(weight: GroupedWeight) -> CFormat:
+    blocks = weight.block_scales if weight.block_scales is not None else weight.block_minima
+    block = 0 if blocks is None else weight.q.shape[1] // blocks.shape[1]
+    scales = HALF if weight.block_scales is None else CODES[weight.scales.dtype]
+    offsets = NONE if weight.zeros is None else ZEROS
+    if weight.minima is not None:
+        offsets = HALF if weight.block_minima is None else CODES[weight.minima.dtype]
+    return CFormat(weight.bits, weight.group, scales, offsets, block)

@@ -1,0 +1,174 @@
+"""Linears over quantised weights against their torch twin, in every format that checkpoints bring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from blade import GroupedWeight
+from blade_native.reference import TorchOps, dequantize
+from blade_native.simd.grouped import covers
+from blade_native.simd.linear import StackedLinear
+from blade_native.simd.ops import SimdOps
+
+# bits, group, scales, offsets, groups per block (0: the whole row)
+FORMATS = {
+    "q4_0": (4, 32, "half", "none", 1),
+    "q4_1": (4, 32, "half", "minima", 1),
+    "q4_k": (4, 32, "uint8", "code minima", 8),
+    "rows4": (4, 32, "uint8", "code minima", 0),
+    "awq64": (4, 64, "half", "zeros", 1),
+    "gptq128": (4, 128, "half", "none", 1),
+    "q5_0": (5, 32, "half", "none", 1),
+    "q5_1": (5, 32, "half", "minima", 1),
+    "q5_k": (5, 32, "uint8", "code minima", 8),
+    "five128": (5, 128, "int8", "code minima", 2),
+    "q6_k": (6, 16, "int8", "none", 16),
+    "six32": (6, 32, "half", "zeros", 1),
+    "q8_0": (8, 32, "half", "none", 1),
+    "int8": (8, 64, "half", "none", 1),
+    "eight16": (8, 16, "uint8", "none", 0),
+}
+K = 512
+ROWS = [1, 2, 3, 5, 16, 33]
+
+
+def weight_of(name: str, n: int, k: int = K) -> GroupedWeight:
+    bits, group, scales, offsets, per_block = FORMATS[name]
+    groups, blocks = k // group, k // group // (per_block or k // group)
+    generator = torch.Generator().manual_seed(n)
+
+    def halves(columns: int) -> Tensor:
+        return torch.randn(n, columns, generator=generator).half()
+
+    def codes(dtype: torch.dtype) -> Tensor:
+        low = -128 if dtype is torch.int8 else 0
+        return torch.randint(low, low + 256, (n, groups), generator=generator).to(dtype)
+
+    weight = GroupedWeight(bits, group, torch.randint(0, 2**bits, (n, k), generator=generator).byte(), halves(groups))
+    if scales != "half":
+        weight = replace(weight, scales=codes(getattr(torch, scales)), block_scales=halves(blocks))
+    if offsets == "minima":
+        weight = replace(weight, minima=halves(groups))
+    elif offsets == "code minima":
+        weight = replace(weight, minima=codes(torch.uint8), block_minima=halves(blocks))
+    elif offsets == "zeros":
+        weight = replace(weight, zeros=codes(torch.uint8) % 2**bits)
+    return weight
+
+
+def quantised(x: Tensor, group: int) -> Tensor:
+    """x as the kernels see it: int8 with a scale for each group of a row."""
+    groups = x.float().view(*x.shape[:-1], -1, group)
+    bound = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.tensor(127.0) / bound  # as the kernels round it: 127 / bound would multiply by a reciprocal
+    return ((groups * inverse).round().double() * (bound / 127).double()).reshape(x.shape)
+
+
+def require_close(y: Tensor, x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> None:
+    """But for float32's rounding of the sums, and that of y's dtype."""
+    w = dequantize(weight, torch.float32).double()
+    x = quantised(x, weight.group)
+    want = x @ w.T + (0 if bias is None else bias.double())
+    room = (x.abs() @ w.abs().T + 1) * 2**-20 + want.abs() * torch.finfo(y.dtype).eps
+    assert ((y.double() - want).abs() <= room).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_grouped_linear_equals_its_twin(ops: SimdOps, name: str) -> None:
+    for n in (70, 32):
+        weight, bias = weight_of(name, n), torch.randn(n)
+        linear, without_bias = ops.grouped_linear(weight, bias), ops.grouped_linear(weight, None)
+        for m in ROWS:
+            x = torch.randn(m, K)
+            require_close(linear(x), x, weight, bias)
+            require_close(without_bias(x), x, weight, None)
+            x = x.bfloat16()
+            require_close(linear(x, torch.float32), x, weight, bias)
+            require_close(linear(x), x, weight, bias)
+
+
+def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
+    """Without emulating how activations are rounded: they lose half a percent."""
+    weight, bias, x = weight_of("q4_1", 70), torch.randn(70), torch.randn(5, K)
+    want = TorchOps().grouped_linear([weight], bias)(x)
+    error = (ops.grouped_linear([weight], bias)(x) - want).norm() / want.norm()
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) -> None:
+    linear = ops.grouped_linear(weight_of(name, 70, 4096), None)
+    x = torch.randn(300, 4096)
+    whole = linear(x)
+    for m in (1, 2, 3, 7, 13, 17, 50):
+        assert linear(x[:m]).equal(whole[:m])
+    assert linear(x[299:]).equal(whole[299:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, dtype: torch.dtype) -> None:
+    ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
+    weight = weight_of(name, 70)
+    linear = ops.grouped_linear(weight, None)
+    linear.row_dtype = dtype
+    assert ops.embedding_of(linear)(ids).equal(dequantize(weight, dtype)[ids])
+
+
+def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
+    weights = [weight_of("q4_k", 70), weight_of("q6_k", 33), weight_of("int8", 1)]
+    bias, x = torch.randn(104), torch.randn(3, 5, K)
+    stacked = ops.grouped_linear(weights, bias)
+    assert isinstance(stacked, StackedLinear)
+    biases = bias.split([70, 33, 1])
+    parts = [ops.grouped_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
+    assert stacked(x).equal(torch.cat(parts, dim=-1))
+    assert stacked(x.bfloat16(), torch.float32).shape == (3, 5, 104)
+    assert ops.embedding_of(stacked) is None
+
+
+def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
+    linear, x = ops.grouped_linear(weight_of("q8_0", 70), None), torch.randn(9, K)
+    y = torch.full((9, 75), 7.0)
+    linear.write(x, y[:, 2:72])
+    assert y[:, 2:72].equal(linear(x))
+    assert (y[:, :2] == 7).all()
+    assert (y[:, 72:] == 7).all()
+
+
+def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
+    weight, codes = weight_of("q4_1", 33), weight_of("q4_k", 33)
+    refused = {
+        "bits is 3": replace(weight, bits=3),
+        "group is 16": replace(weight, group=16),
+        "group of 32 does not divide K = 500": replace(weight, q=weight.q[:, :500]),
+        "q is torch.int8": replace(weight, q=weight.q.to(torch.int8)),
+        "scales are torch.float32": replace(weight, scales=weight.scales.float()),
+        "scales are .*uint8": replace(codes, block_scales=None),
+        r"minima are torch.float16 \[33, 15\]": replace(weight, minima=weight.minima[:, 1:]),
+        "zeros stand beside minima": replace(weight, zeros=codes.scales),
+        "zeros are torch.float16": replace(weight, minima=None, zeros=weight.scales),
+        "block_minima without minima": replace(codes, minima=None),
+        "block_minima have another shape": replace(codes, block_minima=codes.block_minima[:, :1]),
+        "block_scales divide K = 512 into 3": replace(codes, block_scales=torch.zeros(33, 3).half()),
+        "block_scales are torch.float32": replace(codes, block_scales=codes.block_scales.float()),
+    }
+    for message, wrong in refused.items():
+        assert not covers(wrong)
+        with pytest.raises(ValueError, match=message):
+            ops.grouped_linear(wrong, None)
+    assert covers(weight)
+    assert covers(codes)
+
+
+def test_a_dtype_that_nothing_gives_is_refused(ops: SimdOps) -> None:
+    linear = ops.grouped_linear(weight_of("q4_1", 33), None)
+    with pytest.raises(TypeError, match="float16"):
+        linear(torch.zeros(1, K).half())
+    linear.row_dtype = torch.float16
+    with pytest.raises(TypeError, match=r"row_dtype is torch\.float16"):
+        linear.rows(torch.tensor([0]))
