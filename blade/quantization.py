@@ -82,7 +82,9 @@ def _blocks(
 
     if asked is None and dtype in ops.grouped_dtypes:
         return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
-    reason = "as --quantize none asks" if asked else f"for {ops.name} has no kernels for blocks in {_name(dtype)}"
+    reason = (
+        "as --quantize none asks" if asked else f"the device ({ops.name}) has no kernels for blocks in {_name(dtype)}"
+    )
     return WeightForm(None, f"{_name(dtype)}: dequantised from the file's {size(checkpoint.num_bytes)}, {reason}")
 
 

@@ -77,7 +77,7 @@ def weights_line(assembly: Assembly) -> str:
 def test_without_kernels_blocks_are_dequantised_with_a_word(blocks: Path) -> None:
     plain = assembled(blocks, ops=TorchOps())
     assert plain.form.quantization is None
-    assert "torch has no kernels for blocks in float32" in plain.form.label
+    assert "the device (torch) has no kernels for blocks in float32" in plain.form.label
     assert logits(plain).equal(logits(assembled(blocks, "none")))
 
 
@@ -105,7 +105,9 @@ def test_an_unknown_form_names_the_closest() -> None:
 
 
 def test_without_kernels_a_form_that_was_asked_for_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ConfigError, match=r"torch has no kernels for quantised weights\. Leave --quantize out"):
+    with pytest.raises(
+        ConfigError, match=r"The device \(torch\) has no kernels for quantised weights\. Leave --quantize out"
+    ):
         load_model(assembled(tiny_llama, "int8", TorchOps()))
     with pytest.raises(ConfigError, match="Leave --quantize out"):
         _ = assembled(tiny_llama, "int8", TorchOps()).weight_bytes

@@ -63,6 +63,6 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"no tensor gone\.weight"):
         loader().linear("gone")
     with pytest.raises(
-        ConfigError, match=r"torch has no kernels for quantised weights in bfloat16\. Use --dtype float32"
+        ConfigError, match=r"torch\) has no kernels for quantised weights in bfloat16\. Use --dtype float32"
     ):
         loader(torch.bfloat16).linear("a")
