@@ -6,6 +6,8 @@ import shlex
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from blade.engine.memory import size
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from blade.assembly import Assembly
     from blade.config import Config
     from blade.engine.memory import MemoryPlan
-
-UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
@@ -24,10 +24,10 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
     return [
         f"model   {assembly.model_name}: {assembly.model_config.architecture} by plugin {assembly.family!r}, "
         f"{checkpoint.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
-        f"weights {_size(assembly.weight_bytes)}, {assembly.form.label}",
+        f"weights {size(assembly.weight_bytes)}, {assembly.form.label}",
         f"device  {assembly.ops.name}, {str(assembly.dtype).removeprefix('torch.')}, "
         f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
-        f"memory  KV cache of {_size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "
+        f"memory  KV cache of {size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "
         f"{memory.num_full_requests:.1f} requests of the full context of {memory.max_context:,}",
     ]
 
@@ -64,10 +64,3 @@ def _flags(options: object) -> Iterator[str]:
             yield f"--{flag}" if value else f"--no-{flag}"
         else:
             yield from (f"--{flag}", str(value))
-
-
-def _size(num_bytes: int) -> str:
-    for size, unit in UNITS:
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes} B"

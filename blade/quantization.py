@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blade.engine.memory import size
 from blade.errors import CheckpointError, ConfigError
 from blade.registry import suggest
 
@@ -81,9 +82,10 @@ def _blocks(
 
     if asked is None and dtype in ops.grouped_dtypes:
         return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
-    reason = "as --quantize none asks" if asked else f"for {ops.name} has no kernels for blocks in {_name(dtype)}"
-    size = f"{checkpoint.num_bytes / (1 << 20):.1f} MiB"
-    return WeightForm(None, f"{_name(dtype)}: dequantised from the file's {size}, {reason}")
+    reason = (
+        "as --quantize none asks" if asked else f"the device ({ops.name}) has no kernels for blocks in {_name(dtype)}"
+    )
+    return WeightForm(None, f"{_name(dtype)}: dequantised from the file's {size(checkpoint.num_bytes)}, {reason}")
 
 
 def _name(dtype: torch.dtype) -> str:

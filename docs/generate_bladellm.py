@@ -21,6 +21,8 @@ runs `blade serve` with the equivalent ones. What follows a lone `--` goes to `b
 * **accepted**: the values listed ask for what blade does, and change nothing; other values are refused;
 * **refused**: the start ends with exit status 2 and a sentence that names the option.
 
+There is no `blade_llm_quantize`: models of floats are rounded at load, by `-- --quantize int8` or `-- --quantize int4`.
+
 An option that BladeLLM does not have is refused with the closest one that it has. Where blade's default differs from
 BladeLLM's, or BladeLLM's is not documented, blade's holds; `blade serve --help` lists them.
 """

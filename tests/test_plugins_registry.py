@@ -125,3 +125,12 @@ def test_two_default_checkpoints_in_one_plugin() -> None:
 
     with pytest.raises(PluginError, match=r"'toy' has several default checkpoints: A, B. Pass --model"):
         plugins(toy={"register_models": register_models}).default_checkpoint("toy")
+
+
+def test_only_quantizations_are_made_of_plain_weights() -> None:
+    registry = Registry("register_quantizations")
+    registry.add("toy", "a", object)
+    registry.add("toy", "b", object, plain=True)
+    assert (registry.entry("a").plain, registry.entry("b").plain) == (False, True)
+    with pytest.raises(PluginError, match="'lifo' says plain=True, which only quantizations may"):
+        Registry("register_schedulers").add("toy", "lifo", object, plain=True)

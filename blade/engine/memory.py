@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from blade.config import EngineConfig
 
 GIB = 1 << 30
+UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 CPU_DEFAULT_BYTES = 4 * GIB  # RAM is everybody's: the share below is not taken of all of it unasked
 
 
@@ -75,3 +76,11 @@ def _remedy(num_tokens: int, needed: int, available: int, config: EngineConfig) 
     if not shorter:
         return "Free some memory, or choose a smaller model."
     return f"The largest context that fits is --max-model-len {num_tokens}."
+
+
+def size(num_bytes: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit, name in UNITS:
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} B"

@@ -51,11 +51,15 @@ def check_kernels(ops: Ops, dtype: torch.dtype) -> None:
     """Raise ConfigError where the op set cannot compute on grouped weights."""
     if dtype in ops.grouped_dtypes:
         return
-    known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in ops.grouped_dtypes))
+    known = ", ".join(sorted(_name(known) for known in ops.grouped_dtypes))
     raise ConfigError(
-        f"{ops.name} has no kernels for quantised weights{f' in {dtype}'.replace('torch.', '') if known else ''}.",
+        f"The device ({ops.name}) has no kernels for quantised weights{f' in {_name(dtype)}' if known else ''}.",
         f"Use --dtype {known}." if known else "Leave --quantize out, or choose another --device.",
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class StoredWeights(Weights, Protocol):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade import ConfigError
-from blade_native.host import available_cores, keep_freed_memory
+from blade_native.host import available_cores, keep_freed_memory, release_freed_memory
 from blade_native.reference import TorchOps
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class CpuOps(TorchOps):
     def default_dtype(self) -> torch.dtype:
         """bfloat16 where oneDNN has kernels for it (AVX-512 and up); elsewhere it would be emulated, slowly."""
         return torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
+
+    def available_memory(self) -> int:
+        release_freed_memory()  # what loading left behind is free as well
+        return super().available_memory()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return PackedLinear(weight, bias) if can_pack(weight.dtype) else super().linear(weight, bias)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blade_native.host import available_cores, available_memory
+from blade_native.host import available_cores, available_memory, keep_freed_memory, release_freed_memory
 
 GIB = 1 << 30
 
@@ -81,3 +81,17 @@ def test_a_machine_without_cgroups(tmp_path: Path) -> None:
 def test_this_machine() -> None:
     assert available_cores() >= 1
     assert available_memory() > 0
+
+
+def test_freed_memory_is_returned_when_asked() -> None:
+    keep_freed_memory()
+    parts = [bytes([i]) * (1 << 20) for i in range(64)]
+    resident = _resident()
+    del parts
+    release_freed_memory()
+    assert _resident() < resident - (48 << 20)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

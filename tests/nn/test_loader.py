@@ -32,6 +32,7 @@ class DictWeights:
 WEIGHTS = DictWeights(
     {
         "a.weight": torch.arange(12.0).view(3, 4),
+        "own.weight": torch.arange(12.0).view(3, 4),
         "b.weight": torch.arange(8.0).view(2, 4) - 4,
         "b.bias": torch.tensor([10.0, 20.0]),
         "c.weight": torch.ones(2, 5),
@@ -84,6 +85,16 @@ def test_progress_counts_each_tensor_once_in_bytes() -> None:
     it.linear("a", "b")
     it.linear("a")
     assert told == [16, 48, 32, 8]
+
+
+def test_an_embedding_shares_the_memory_of_the_linear_it_is_tied_to() -> None:
+    it = loader()
+    linear: Any = it.linear("own")
+    ids = torch.tensor([2, 0])
+    assert it.embedding("own", (3, 4), linear)(ids).tolist() == [[8.0, 9, 10, 11], [0, 1, 2, 3]]
+    linear.weight.zero_()
+    assert it.embedding("own", (3, 4), linear)(ids).tolist() == [[0.0] * 4] * 2
+    assert it.embedding("a", (3, 4))(ids).tolist() == [[8.0, 9, 10, 11], [0, 1, 2, 3]]
 
 
 class Doubling:

@@ -39,7 +39,7 @@ class PackedLinear:
         self.n: int = linear.n
         self.k: int = k or linear.k  # features of x; the weights may have a column more
         self.dtype = dtype
-        self.row_dtype = dtype or torch.bfloat16
+        self.row_dtype = dtype or torch.float32
         self.weights, self.bias = weights, bias  # kept alive for the kernels
         self._library, self._linear, self._threads = library, linear, threads
         self._address = ctypes.addressof(linear)

@@ -1,0 +1,66 @@
+"""Rounding to 8 and to 4 bits: how far off it is, what it keeps exactly, and its odd corners."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blade_native.reference import dequantize
+from blade_native.simd.grouped import covers
+from blade_rtn import int4, int8
+from blade_rtn.int4 import quantize_int4
+from blade_rtn.int8 import quantize_int8
+
+
+def normal(n: int, k: int) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def relative_error(weight: torch.Tensor, found: torch.Tensor) -> float:
+    return float((found - weight).norm() / weight.norm())
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_8_bits_are_off_by_half_a_step_at_most(group: int) -> None:
+    weight = normal(70, 192)
+    found = quantize_int8(weight, group)
+    assert (found.bits, found.group, found.scales.shape) == (8, group, (70, 192 // group))
+    assert covers(found)
+    off = (dequantize(found, torch.float32) - weight).abs().view(70, -1, group)
+    assert bool((off <= found.scales.float().unsqueeze(2) * 0.51 + weight.abs().max() / 2000).all())
+    assert 0 < relative_error(weight, dequantize(found, torch.float32)) < 0.0065
+
+
+def test_4_bits_come_closer_than_the_range_of_a_group_alone_would() -> None:
+    weight = normal(70, 192)
+    found = quantize_int4(weight, 32)
+    assert (found.bits, found.group, found.scales.shape) == (4, 32, (70, 6))
+    assert found.scales.dtype == found.minima.dtype == torch.uint8
+    assert found.block_scales.shape == found.block_minima.shape == (70, 1)
+    assert covers(found)
+    groups = weight.view(70, 6, 32)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step = (high - low) / 15
+    plain = (((groups - low) / step).round() * step + low).view(70, 192)
+    assert relative_error(weight, dequantize(found, torch.float32)) < 0.95 * relative_error(weight, plain)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+def test_rows_do_not_depend_on_chunks_or_dtype(quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(37, 64).bfloat16()
+    whole = dequantize(quantize(weight, 32), torch.float32)
+    assert dequantize(quantize(weight.float(), 32), torch.float32).equal(whole)
+    for module in (int8, int4):
+        monkeypatch.setattr(module, "CHUNK", 64 * 5)
+    assert dequantize(quantize(weight, 32), torch.float32).equal(whole)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+def test_zeros_stay_zeros_and_alike_numbers_alike(quantize) -> None:
+    weight = torch.zeros(4, 64)
+    weight[1] = 0.5
+    weight[2] = -0.5
+    weight[3, 7] = 3.0
+    found = dequantize(quantize(weight, 32), torch.float32)
+    assert found[0].eq(0).all()
+    torch.testing.assert_close(found[1:], weight[1:], rtol=2e-3, atol=1e-3)
