@@ -1,0 +1,7 @@
+"""CUDA: own kernels through CuPy where they are worth it, torch's for the rest."""
+
+from __future__ import annotations
+
+from blade_native.cuda.ops import CudaOps
+
+__all__ = ["CudaOps"]
