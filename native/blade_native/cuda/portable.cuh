@@ -8,7 +8,11 @@
 // DYN_SMEM(T, name): T* name = the block's dynamic shared memory, 128-byte aligned. Its size is the launch's.
 #ifdef BLADE_EMULATOR
 #define DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(emulator::dynamic_shared())
+#define CALL_SITE emulator::Site site = emulator::Site::here()  // last parameter: where reports say a function was called
+#define AND_CALL_SITE , CALL_SITE
 #else
+#define CALL_SITE
+#define AND_CALL_SITE
 #define DYN_SMEM(T, name)                                              \
   extern __shared__ __align__(128) unsigned char blade_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(blade_dynamic_shared)
@@ -32,9 +36,9 @@ __device__ __forceinline__ float ex2(float x) {
 }
 
 // 16 bytes of data that is read once and by nobody else during the launch: kept out of L1.
-__device__ __forceinline__ uint4 ldg_stream(const void* p) {
+__device__ __forceinline__ uint4 ldg_stream(const void* p AND_CALL_SITE) {
 #ifdef BLADE_EMULATOR
-  return *reinterpret_cast<const uint4*>(p);
+  return __ldg(static_cast<const uint4*>(p), site);
 #else
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -45,9 +49,9 @@ __device__ __forceinline__ uint4 ldg_stream(const void* p) {
 
 // Start copying 16 bytes from global to shared memory, or storing 16 zero bytes where !valid (gmem is not read then).
 // They are there after cp_async_wait by the thread that started them and a barrier among those that read them.
-__device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool valid = true) {
+__device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool valid = true AND_CALL_SITE) {
 #ifdef BLADE_EMULATOR
-  emulator::cp_async(smem, gmem, 16, valid ? 16 : 0);
+  emulator::cp_async(smem, gmem, 16, valid ? 16 : 0, site);
 #else
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(smem))), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
@@ -55,9 +59,9 @@ __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool va
 }
 
 // Close the group of copies started since the last commit; an empty group counts.
-__device__ __forceinline__ void cp_async_commit() {
+__device__ __forceinline__ void cp_async_commit(CALL_SITE) {
 #ifdef BLADE_EMULATOR
-  emulator::cp_commit();
+  emulator::cp_commit(site);
 #else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -76,9 +80,9 @@ __device__ __forceinline__ void cp_async_wait() {
 // Four 8x8 tiles of 16-bit elements, one register each. Lane l gives the address of row l % 8 of tile l / 8 (16 bytes,
 // aligned) and receives elements (row l / 4, columns 2 * (l % 4) and + 1) of every tile, of its transpose with TRANS.
 template <bool TRANS>
-__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row AND_CALL_SITE) {
 #ifdef BLADE_EMULATOR
-  emulator::ldmatrix(r, row, 4, TRANS);
+  emulator::ldmatrix(r, row, 4, TRANS, site);
 #else
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
   if constexpr (TRANS)
@@ -93,16 +97,15 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 // C[16, 8] += A[16, 16] B[16, 8] on the tensor cores; T is __half or __nv_bfloat16, C is float. With g = lane / 4 and
 // t = lane % 4 a lane holds: A at (g + 8 * (i & 1), 2 * t + 8 * (i >> 1)) and the next column in a[i];
 // B at (2 * t + 8 * i, g) and the next row in b_i; C at (g + 8 * (i >> 1), 2 * t + (i & 1)) in c[i].
-template <class T>
-__device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
-
 #ifdef BLADE_EMULATOR
 template <class T>
-__device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, CALL_SITE) {
   const unsigned b[2] = {b0, b1};
-  emulator::mma16816<T>(c, a, b, c);
+  emulator::mma16816<T>(c, a, b, site);
 }
 #else
+template <class T>
+__device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 #define BLADE_MMA16816(T, NAME)                                                                                       \
   template <>                                                                                                         \
   __device__ __forceinline__ void mma16816<T>(float(&c)[4], const unsigned(&a)[4], unsigned b0, unsigned b1) {        \

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blade import ConfigError
@@ -18,9 +20,8 @@ from blade_native.cuda.launch import cache_folder
 
 HEADERS = Path(__file__).parent / "include"
 FLAGS = (
-    "-std=gnu++17", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing",
-    "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-Wno-attributes",
-    "-Wno-class-memaccess", "-Wno-dangling-pointer", "-Wno-misleading-indentation",
+    "-std=gnu++17", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing",
+    "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused",
 )  # fmt: skip
 SANITIZERS = {
     "": ("-O2",),
@@ -28,10 +29,18 @@ SANITIZERS = {
     "undefined": ("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"),
     "thread": ("-O1", "-fsanitize=thread"),
 }
+ANCHOR = "emulator_info"  # the function that emulator_anchor() returns the address of
+STATIC_IN_KERNEL = re.compile(r"^([0-9a-f]+) ([0-9a-f]+) [bBdDuV] _ZZ(?!N8emulator)", re.MULTILINE)
 
 
 class CompileError(Exception):
     """g++ refused the source; the message holds its output."""
+
+
+class Region(ctypes.Structure):
+    """`Region` of emulator/launch.h."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("bytes", ctypes.c_size_t))
 
 
 def include_folders() -> list[Path]:
@@ -44,39 +53,87 @@ def include_folders() -> list[Path]:
     return folders
 
 
-def build(code: str, names: Sequence[str], options: Sequence[str], sanitize: str) -> Path:
-    """The library of the named kernels. Raises CompileError, and ConfigError where this machine cannot."""
+def compiler() -> str:
+    """Raises ConfigError where this machine cannot run the emulator."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         raise ConfigError(f"The CUDA emulator switches stacks by hand and knows x86-64 only, not {platform.machine()}.")
-    cxx = shutil.which(os.environ.get("CXX", "g++"))
-    if cxx is None:
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
         raise ConfigError("The CUDA emulator needs a C++ compiler.", "Install g++ or name one in $CXX.")
-    body = code + '\n#line 1 "registrations"\n' + "".join(f"EMULATOR_KERNEL({i}, {n})\n" for i, n in enumerate(names))
+    return found
+
+
+def build(code: str, names: Sequence[str], options: Sequence[str], sanitize: str) -> Path:
+    """The library of the named kernels. Raises CompileError, and ConfigError where this machine cannot."""
+    kernels = (f"EMULATOR_KERNEL({i}, {json.dumps(name)}, {name})\n" for i, name in enumerate(names))
+    body = code + '\n#line 1 "registrations"\n' + "".join(kernels)
     kept = [option for option in options if option.startswith(("-D", "-I"))]
-    command = [cxx, *FLAGS, *SANITIZERS[sanitize], *kept, *(f"-I{folder}" for folder in include_folders())]
+    includes = [f"-I{HEADERS}", *(f"-isystem{folder}" for folder in include_folders())]
+    command = [compiler(), *FLAGS, *SANITIZERS[sanitize], *kept, *includes, "-include", "cuda_emulator.h"]
     digest = hashlib.sha256(repr((body, command)).encode())
-    for header in sorted(HEADERS.glob("*.h")):
+    for header in sorted(HEADERS.rglob("*.h")):
         digest.update(header.read_bytes())
     library = cache_folder("emulator") / f"{digest.hexdigest()[:32]}.so"
     if not library.exists():
-        compile_into(library, [*command, f"-I{HEADERS}", "-include", "cuda_emulator.h"], body)
+        compile_into(library, command, body)
     return library
 
 
 def compile_into(library: Path, command: list[str], body: str) -> None:
+    """Put the library in place atomically: several processes may compile it at a time."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        text = Path(scratch, "kernels.cpp")
+        text, built = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
         text.write_text(body, encoding="utf-8")
-        built = Path(scratch, "kernels.so")
         done = subprocess.run([*command, "-o", str(built), str(text)], capture_output=True, text=True)
         if done.returncode:
             raise CompileError(done.stderr)
         os.replace(built, library)
 
 
-def load(library: Path) -> ctypes.CDLL:
-    dll = ctypes.CDLL(str(library))
-    text, pointer, size = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
-    dll.emulator_launch.argtypes = [text, pointer, pointer, size, pointer, ctypes.c_uint, text, size]
-    dll.emulator_info.argtypes = [text, pointer, pointer, pointer]
-    return dll
+class Library:
+    """A compiled module in this process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.dll = ctypes.CDLL(str(path))
+        text, pointer, size = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
+        self.launch = self.dll.emulator_launch
+        self.launch.restype = text
+        self.launch.argtypes = [
+            text, pointer, pointer, size, pointer, ctypes.c_uint, ctypes.c_double, ctypes.POINTER(Region), size
+        ]  # fmt: skip
+        self.dll.emulator_info.argtypes = [text, pointer, pointer, pointer]
+        self.dll.emulator_anchor.restype = pointer
+        found = list(self._static_shared())
+        self.regions = (Region * len(found))(*found)
+
+    def _static_shared(self) -> Iterator[Region]:
+        """The __shared__ variables of the kernels: in C++ they are variables static in a function."""
+        symbols = subprocess.run(["nm", "-S", str(self.path)], capture_output=True, text=True, check=True).stdout
+        anchor = re.search(rf"^([0-9a-f]+) [0-9a-f]+ \w {ANCHOR}$", symbols, re.MULTILINE)
+        if anchor is None:
+            raise RuntimeError(f"{self.path} has no {ANCHOR}")
+        base = self.dll.emulator_anchor() - int(anchor[1], 16)
+        for address, size in STATIC_IN_KERNEL.findall(symbols):
+            yield Region(base + int(address, 16), int(size, 16))
+
+    def parameters(self, name: str) -> list[tuple[int, str]] | None:
+        """Size and kind of each of the kernel's parameters; None when there is no such kernel."""
+        count, sizes, kinds = ctypes.c_int(), (ctypes.c_int * 64)(), ctypes.create_string_buffer(64)
+        if self.dll.emulator_info(name.encode(), ctypes.byref(count), sizes, kinds):
+            return None
+        return list(zip(sizes[: count.value], kinds.raw[: count.value].decode(), strict=True))
+
+
+def with_source_lines(report: str) -> str:
+    """Replace {library+offset} in a report by the place in the source, where addr2line is there to tell."""
+
+    def locate(match: re.Match[str]) -> str:
+        command = ["addr2line", "-e", match[1], "-i", "-s", match[2]]
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+        except (OSError, subprocess.CalledProcessError):
+            return match[0]
+        return " < ".join(line.partition(" (")[0] for line in lines if line)
+
+    return re.sub(r"\{([^{}+]+)\+(0x[0-9a-f]+)\}", locate, report)

@@ -7,8 +7,9 @@ import ctypes
 import re
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,7 @@ class CupyDouble:
 
     def __init__(self, sanitize: str = "", seed: int = 0) -> None:
         self.sanitize, self.seed = sanitize, seed
+        self.time_limit_s = 60.0  # of CPU time per launch
         self.launches: list[Launch] = []
         self.capture: list[Launch] | None = None
         self.pool = ThreadPoolExecutor(2)  # g++ runs beside the caller
@@ -110,24 +112,28 @@ class RawModule:
     def __init__(self, cupy: CupyDouble, code: str, options: tuple[str, ...], names: Sequence[str] | None) -> None:
         self.cupy = cupy
         found = tuple(EXTERN_C.findall(code)) if names is None else tuple(names)
-        self._library: Future[Any] = cupy.pool.submit(build.build, code, found, options, cupy.sanitize)
+        self._built = cupy.pool.submit(build.build, code, found, options, cupy.sanitize)
         self._lock = threading.Lock()
 
     def compile(self) -> None:
-        self._library.result()
+        self._built.result()
+
+    @cached_property
+    def _library(self) -> build.Library:
+        return build.Library(self._built.result())
 
     def get_function(self, name: str) -> RawKernel:
-        return RawKernel(self.cupy, name, build.load(self._library.result()), self._lock)
+        return RawKernel(self.cupy, name, self._library, self._lock)
 
 
 class RawKernel:
-    def __init__(self, cupy: CupyDouble, name: str, dll: ctypes.CDLL, lock: threading.Lock) -> None:
-        self.cupy, self.name, self._dll, self._lock = cupy, name, dll, lock
+    def __init__(self, cupy: CupyDouble, name: str, library: build.Library, lock: threading.Lock) -> None:
+        self.cupy, self.name, self._library, self._lock = cupy, name, library, lock
         self._max_shared = DEFAULT_SHARED
-        count, sizes, kinds = ctypes.c_int(), (ctypes.c_int * 64)(), ctypes.create_string_buffer(64)
-        if dll.emulator_info(name.encode(), ctypes.byref(count), sizes, kinds):
+        parameters = library.parameters(name)
+        if parameters is None:
             raise CUDADriverError(f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}")
-        self.parameters = list(zip(sizes[: count.value], kinds.raw[: count.value].decode(), strict=True))
+        self.parameters = parameters
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
@@ -181,15 +187,14 @@ class RawKernel:
     def run(self, launch: Launch) -> None:
         blobs = [ctypes.create_string_buffer(data, len(data)) for data in launch.arguments]
         arguments = (ctypes.c_void_p * max(1, len(blobs)))(*map(ctypes.addressof, blobs))
-        grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block)
-        error = ctypes.create_string_buffer(1024)
-        name = self.name.encode()
+        grid, block, regions = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block), self._library.regions
         with self._lock:
-            failed = self._dll.emulator_launch(
-                name, grid, block, launch.shared_bytes, arguments, self.cupy.seed, error, len(error)
-            )
-        if failed:
-            raise EmulatorError(f"{self.name}: {error.value.decode()}")
+            report = self._library.launch(
+                self.name.encode(), grid, block, launch.shared_bytes, arguments, self.cupy.seed,
+                self.cupy.time_limit_s, regions, len(regions),
+            )  # fmt: skip
+        if report is not None:
+            raise EmulatorError(f"{self.name}: {build.with_source_lines(report.decode())}")
 
 
 def dims(what: str, given: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, int, int]:
