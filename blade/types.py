@@ -180,6 +180,24 @@ class KVSpec:
 
 
 @dataclass(slots=True, frozen=True)
+class GroupedWeight:
+    """A quantised matrix [N, K]: w = scale * (q - zero) + minimum, with a scale (zero, minimum) per group of a row.
+
+    A group's scale and minimum are float16 themselves, or 8-bit codes that count multiples of a block's: one float16
+    for `block` numbers of a row, as in GGUF's K-quants.
+    """
+
+    bits: int  # 4, 5, 6 or 8
+    group: int  # numbers of a row that share a scale: 16, 32, 64 or 128, a divisor of K
+    q: Tensor  # [N, K] uint8, below 2**bits
+    scales: Tensor  # [N, K / group] float16; uint8 or int8 codes with block_scales
+    minima: Tensor | None = None  # as scales; codes with block_minima. None: 0
+    zeros: Tensor | None = None  # [N, K / group] uint8. None: 2**(bits - 1) without minima, 0 with them
+    block_scales: Tensor | None = None  # [N, K / block] float16
+    block_minima: Tensor | None = None  # [N, K / block] float16
+
+
+@dataclass(slots=True, frozen=True)
 class ModelConfig:
     """What the core must know of a model before its weights are loaded. Families subclass it with what they need."""
 

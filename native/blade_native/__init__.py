@@ -28,9 +28,16 @@ def cpu_ops(threads: int | None) -> Ops:
 
 
 def cuda_ops(threads: int | None) -> Ops:
-    from blade_native.cuda import CudaOps
+    """Own kernels through CuPy; where they cannot be had, torch's, with a word on what that costs."""
+    from blade_native.cuda import CudaOps, TorchCudaOps
+    from blade_native.cuda.launch import Launcher, import_cupy
 
-    return CudaOps()
+    base = TorchCudaOps()
+    try:
+        return CudaOps(base, Launcher(import_cupy(), base.device))
+    except Exception as error:  # no CuPy, no headers, a compiler's or a driver's refusal: each has a class of its own
+        log.warning("%s Serving on torch: quantised weights become dense, decoding is slower.", str(error).strip())
+        return base
 
 
 def paged_attention(ops: Ops) -> Attention:

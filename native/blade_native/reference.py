@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +12,12 @@ from torch.nn import functional as F
 from blade_native.host import available_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+    from collections.abc import Sequence as Seq
 
     from torch import Tensor
 
+    from blade import GroupedWeight
     from blade.contracts import Linear
 
 
@@ -28,10 +32,80 @@ class TorchLinear:
         return F.linear(x, self.weight, self.bias).to(out_dtype or x.dtype)
 
 
+class TorchGroupedLinear:
+    """y = x W^T + b over grouped weights, dequantised to x's dtype on every call."""
+
+    def __init__(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> None:
+        self.weights = weights
+        self.bias = bias
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        weight = torch.cat([dequantize(weight, x.dtype) for weight in self.weights])
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype)).to(out_dtype or x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Of a single weight: ids [T] int64 -> [T, K] float32."""
+        (weight,) = self.weights
+        tensors = {name: value[ids] for name in _TENSORS if (value := getattr(weight, name)) is not None}
+        return dequantize(replace(weight, **tensors), torch.float32)
+
+
+class TorchFp8Linear:
+    """y = x (scale * W)^T + b with W in float8_e4m3fn, dequantised to x's dtype on every call."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        n, k = self.weight.shape
+        scales = expand_scales(self.scale, n, k, 1)
+        weight = (self.weight.float() * scales).to(x.dtype)
+        return F.linear(x, weight, self.bias).to(out_dtype or x.dtype)
+
+
+def expand_scales(scale: Tensor, n: int, k: int, group: int) -> Tensor:
+    """Scales of one number, [N, 1] or [ceil(N / 128), ceil(K / 128)] -> [N, K / group] float32. Raises ValueError for
+    another shape."""
+    blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+    if scale.numel() == 1:
+        return scale.float().reshape(1, 1).expand(n, k // group)
+    if scale.shape == (n, 1):
+        return scale.float().expand(n, k // group)
+    if scale.shape != blocks:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, not (1,), {(n, 1)} or {blocks}")
+    rows = scale.float().repeat_interleave(FP8_BLOCK, 0)[:n]
+    return rows.repeat_interleave(FP8_BLOCK // group, 1)[:, : k // group]
+
+
+FP8_BLOCK = 128
+_TENSORS = ("q", "scales", "minima", "zeros", "block_scales", "block_minima")
+
+
+def dequantize(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
+    """[N, K], computed in float32 and rounded once."""
+    n, k = weight.q.shape
+    zero = 0.0 if weight.minima is not None else 2.0 ** (weight.bits - 1)
+    w = weight.q.view(n, -1, weight.group).float()
+    w -= zero if weight.zeros is None else weight.zeros.unsqueeze(2).float()
+    w *= _per_group(weight.scales, weight.block_scales)
+    if weight.minima is not None:
+        w += _per_group(weight.minima, weight.block_minima)
+    return w.view(n, k).to(dtype)
+
+
+def _per_group(values: Tensor, blocks: Tensor | None) -> Tensor:
+    """A scale or minimum for each group: [N, K / group, 1] float32. Codes count multiples of their block's."""
+    if blocks is None:
+        return values.float().unsqueeze(2)
+    n, num_blocks = blocks.shape
+    return (values.float().view(n, num_blocks, -1) * blocks.float().unsqueeze(2)).view(n, -1, 1)
+
+
 class TorchOps:
     """contracts.Ops on any torch device. Subclasses replace what their device does faster."""
 
     name = "torch"
+    grouped_dtypes: Collection[torch.dtype] = ()  # grouped_linear is the kernels' twin, too slow to serve with
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -48,11 +122,16 @@ class TorchOps:
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(self.to_device(weight), None if bias is None else self.to_device(bias))
 
+    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        return TorchGroupedLinear(weights, bias)
+
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         table = self.to_device(weight)
         return lambda ids: F.embedding(ids, table)
 
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        if isinstance(linear, TorchGroupedLinear):
+            return linear.rows if len(linear.weights) == 1 else None
         return self.embedding(linear.weight) if isinstance(linear, TorchLinear) else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,3 +146,52 @@ class TorchOps:
         """SwiGLU's gate (Shazeer 2020)."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
+        """weight [N, K] float8_e4m3fn times scale: of one number, [N, 1], or [ceil(N / b), ceil(K / b)] of blocks of
+        b = 128 rows and columns."""
+        return TorchFp8Linear(self.to_device(weight), self.to_device(scale), None if bias is None else self.to_device(bias))
+
+    def delta_step(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+        """One decode step of the gated delta rule; see `delta_step`."""
+        return delta_step(q, k, v, g, beta, state, slots)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """logits [R, V] float32 -> ids [R] int64, the first of the largest; NaN counts as -inf."""
+        return torch.nan_to_num(logits, nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1)
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [R, V] float32 -> argmax's ids [R], their logits and the log of the sum of exp of all logits, [R] each:
+        a token's logprob is its logit less that, and min_p keeps what is at most -log(min_p) below the peak."""
+        ids = self.argmax(logits)
+        return ids, logits.gather(1, ids[:, None]).squeeze(1), logits.logsumexp(-1)
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
+        if not 1 <= k <= logits.shape[1]:
+            raise ValueError(f"k = {k} is not in 1..{logits.shape[1]}")
+        ordered = torch.nan_to_num(logits, nan=-math.inf, posinf=math.inf, neginf=-math.inf).sort(-1, descending=True, stable=True)
+        return ordered.values[:, :k], ordered.indices[:, :k]
+
+
+def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+    """The gated delta rule (Yang, Kautz & Hatamizadeh 2024) for one token of each of B sequences, as Qwen3-Next has it:
+    q and k are brought to length 1, q is then scaled by DK^-0.5.
+
+    q, k [B, HK, DK] and v [B, HV, DV] in the model's dtype, HK a divisor of HV; g (log of the decay) and beta [B, HV]
+    float32; state [num_slots, HV, DK, DV] float32, changed in place at slots [B] int32. A slot below 0 is no sequence:
+    its output is 0. Returns [B, HV, DV].
+    """
+    groups = v.shape[1] // k.shape[1]
+    q, k = (unit(x.float()).repeat_interleave(groups, dim=1).unsqueeze(-1) for x in (q, k))  # [B, HV, DK, 1]
+    held = state[slots.long().clamp(min=0)] * g.exp()[..., None, None]
+    delta = (v.float() - (held * k).sum(-2)) * beta.unsqueeze(-1)
+    held += k * delta.unsqueeze(-2)
+    live = slots >= 0
+    state[slots[live].long()] = held[live]
+    out = (held * q).sum(-2) * k.shape[-2] ** -0.5
+    return (out * live[:, None, None]).to(v.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

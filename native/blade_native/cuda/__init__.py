@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from blade_native.cuda.ops import CudaOps
+from blade_native.cuda.torch_ops import TorchCudaOps
 
-__all__ = ["CudaOps"]
+__all__ = ["CudaOps", "TorchCudaOps"]

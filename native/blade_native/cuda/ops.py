@@ -1,27 +1,117 @@
-"""CUDA through torch's own kernels."""
+"""The CUDA op set: own kernels where they cover the tensors, torch's elsewhere."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
 import torch
 
-from blade import ConfigError
+from blade_native.cuda import packing
+from blade_native.cuda.linear import DTYPES, LinearKernels, PackedLinear
+from blade_native.cuda.rows import RowKernels
+from blade_native.cuda.select import MAX_K, DeltaKernels, SelectKernels
 from blade_native.reference import TorchOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade import GroupedWeight
+    from blade.contracts import Linear
+    from blade_native.cuda.launch import Launcher
+    from blade_native.cuda.packing import Packed
+
+log = logging.getLogger("blade.native")
+NUM_SMS = 132  # an H100's, where there is no device to ask
 
 
 class CudaOps(TorchOps):
-    """contracts.Ops on the current CUDA device."""
+    """contracts.Ops over the kernels. `base` answers for the device's memory and the default dtype."""
 
-    name = "cuda"
+    grouped_dtypes: Collection[torch.dtype] = DTYPES
 
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise ConfigError("torch finds no CUDA device.", "Use --device cpu, or install a CUDA build of torch.")
-        super().__init__(torch.device("cuda", torch.cuda.current_device()))
+    def __init__(self, base: TorchOps, launcher: Launcher) -> None:
+        """Compiles the kernels that every model needs; raises what the compiler raises."""
+        super().__init__(base.device)
+        self.base = base
+        self.launcher = launcher
+        self.name = "cuda, own kernels"
+        self._rows = RowKernels(launcher)
+        self._linears = LinearKernels(launcher, num_sms(base.device))
+        self._select: SelectKernels | None = None
+        self._delta: dict[tuple[torch.dtype, int], DeltaKernels] = {}
 
     def default_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return self.base.default_dtype()
 
     def available_memory(self) -> int:
-        torch.cuda.empty_cache()  # what loading left behind is free as well
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free
+        return self.base.available_memory()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._rows.norm(x, weight, eps) if self._rows.covers_norm(x, weight) else super().rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Works in place on residual."""
+        if not self._rows.covers_add(x, residual, weight):
+            return super().add_rms_norm(x, residual, weight, eps)
+        return self._rows.add_norm(x, residual, weight, eps), residual
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._rows.gate(gate_up) if self._rows.covers_gate(gate_up) else super().silu_mul(gate_up)
+
+    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        """Kernels for all formats with K in multiples of 64, but for minima and zeros together; those become dense."""
+        if not all(map(packing.covers, weights)):
+            return super().linear(torch.cat([self._dequantized(weight) for weight in weights]), bias)
+        return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
+
+    def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
+        if weight.shape[1] % packing.TILE_K:
+            return super().fp8_linear(weight, scale, bias)
+        return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
+
+    def _packed(self, parts: Seq[Packed], bias: Tensor | None) -> Linear:
+        dtype = self.default_dtype() if self.default_dtype() in DTYPES else torch.bfloat16
+        return PackedLinear(self._linears, parts, None if bias is None else self.to_device(bias), dtype)
+
+    def _dequantized(self, weight: GroupedWeight) -> Tensor:
+        from blade_native.reference import dequantize
+
+        return dequantize(weight, self.default_dtype())
+
+    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        if isinstance(linear, PackedLinear):
+            return linear.rows if len(linear.parts) == 1 else None
+        return super().embedding_of(linear)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return self.peaks(logits)[0]
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        select = self._selection()
+        return select.peaks(logits) if select.covers(logits) else super().peaks(logits)
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        select = self._selection()
+        if not select.covers(logits) or not 1 <= k <= min(MAX_K, logits.shape[1]):
+            return super().top_k(logits, k)
+        return select.top_k(logits, k)
+
+    def delta_step(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+        if not DeltaKernels.covers(q, k, v, state):
+            return super().delta_step(q, k, v, g, beta, state, slots)
+        key = (q.dtype, q.shape[-1])
+        if key not in self._delta:
+            self._delta[key] = DeltaKernels(self.launcher, *key)
+        return self._delta[key].step(q, k, v, g, beta, state, slots)
+
+    def _selection(self) -> SelectKernels:
+        if self._select is None:
+            self._select = SelectKernels(self.launcher)
+        return self._select
+
+
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else NUM_SMS

@@ -1,0 +1,27 @@
+"""CUDA through torch's own kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from blade import ConfigError
+from blade_native.reference import TorchOps
+
+
+class TorchCudaOps(TorchOps):
+    """contracts.Ops on the current CUDA device."""
+
+    name = "cuda, torch kernels"
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("torch finds no CUDA device.", "Use --device cpu, or install a CUDA build of torch.")
+        super().__init__(torch.device("cuda", torch.cuda.current_device()))
+
+    def default_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    def available_memory(self) -> int:
+        torch.cuda.empty_cache()  # what loading left behind is free as well
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free
