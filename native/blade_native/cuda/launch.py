@@ -52,7 +52,7 @@ class TorchStream:
     def __init__(self, handle: int) -> None:
         self.handle = handle
 
-    def __cuda_stream__(self) -> tuple[int, int]:  # noqa: PLW3201
+    def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
 
 

@@ -24,7 +24,8 @@ KERNEL = re.compile(
     rf"(?:__launch_bounds__\s*{PARENTHESES}\s*)?(?P<name>\w+)\s*\((?P<parameters>{PARENTHESES[2:-2]})\)"
 )
 PARAMETER = re.compile(r"\s*(?:(?:const|__grid_constant__)\s+)*(\w+)\s*(?:<[^<>]*>)?\s*(?:const\s+)?\w+\s*")
-MEMBER = re.compile(r"(?:const\s+)?((?:unsigned\s+|signed\s+)?\w+(?:\s+long)?(?:\s*<[^<>]*>)?)\s*(\**)\s*(.*)", re.DOTALL)
+TYPE = r"(?:unsigned\s+|signed\s+)?\w+(?:\s+long)?(?:\s*<[^<>]*>)?"
+MEMBER = re.compile(rf"(?:const\s+)?({TYPE})\s*(\**)\s*(.*)", re.DOTALL)
 DECLARATOR = re.compile(r"(\**)\s*(?:__restrict__\s+)?(\w+)")
 SCALARS = {
     "int": "i4", "unsigned": "u4", "unsigned int": "u4", "long long": "i8", "unsigned long long": "u8",
@@ -114,6 +115,6 @@ def _fields(struct: str, body: str) -> Iterator[Field]:
 
 
 def template_arguments(expression: str) -> tuple[str, Sequence[str]]:
-    """"decode<__half, 128>" -> ("decode", ["__half", "128"])."""
+    """ "decode<__half, 128>" -> ("decode", ["__half", "128"])."""
     name, _, rest = expression.partition("<")
     return name.strip(), [part.strip() for part in rest.rpartition(">")[0].split(",") if part.strip()]

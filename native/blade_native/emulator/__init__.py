@@ -1,8 +1,8 @@
 """Run CUDA kernels on the CPU: a stand-in for cupy that compiles the very same source for this machine.
 
-    launcher = emulated()                                   # takes the place of Launcher(import_cupy(), device)
-    module = launcher.load(path, ["add<float>"])
-    module.kernel("add<float>")((1,), (32,), out=out, x=x)  # on CPU tensors
+launcher = emulated()                                   # takes the place of Launcher(import_cupy(), device)
+module = launcher.load(path, ["add<float>"])
+module.kernel("add<float>")((1,), (32,), out=out, x=x)  # on CPU tensors
 """
 
 from __future__ import annotations

@@ -187,7 +187,11 @@ class RawKernel:
     def run(self, launch: Launch) -> None:
         blobs = [ctypes.create_string_buffer(data, len(data)) for data in launch.arguments]
         arguments = (ctypes.c_void_p * max(1, len(blobs)))(*map(ctypes.addressof, blobs))
-        grid, block, regions = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block), self._library.regions
+        grid, block, regions = (
+            (ctypes.c_uint * 3)(*launch.grid),
+            (ctypes.c_uint * 3)(*launch.block),
+            self._library.regions,
+        )
         with self._lock:
             report = self._library.launch(
                 self.name.encode(), grid, block, launch.shared_bytes, arguments, self.cupy.seed,
