@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from blade.engine.engine import Engine
     from blade.engine.memory import MemoryPlan
     from blade.plugins import Plugins
-    from blade.types import DefaultCheckpoint, ModelConfig
+    from blade.types import DefaultCheckpoint, KVCache, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine
 
     plugins, config = assembly.plugins, assembly.config.engine
     kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
+    model = _recorded(assembly, model, kv)
     executor = plugins.registry("register_executors").create(
         config.executor, lambda: ModelRunner(model, kv, assembly.ops, config.block_size), config
     )
@@ -124,6 +125,17 @@ def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine
         drafter = plugins.registry("register_drafters").create(config.drafter, config)
     limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
     return Engine(executor, scheduler, blocks, config, limits, drafter)
+
+
+def _recorded(assembly: Assembly, model: Model, kv: KVCache) -> Model:
+    """The model with its decode steps recorded, where the device can and nothing forbids it."""
+    from blade.contracts import Recording
+
+    config, ops = assembly.config.engine, assembly.ops
+    sizes = [size for size in config.cuda_graph_batch_sizes if size <= config.max_num_seqs]
+    if config.disable_cuda_graph or not sizes or not isinstance(ops, Recording):
+        return model
+    return ops.recorded(model, kv, sizes, config.block_size, assembly.max_context)
 
 
 def _check_names(config: Config, plugins: Plugins) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from blade.types import (
     Batch,
@@ -141,6 +141,16 @@ class Ops(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[T, 2I] -> [T, I]: silu(first half) * second half."""
+        ...
+
+
+@runtime_checkable
+class Recording(Protocol):
+    """An op set of a device on which a step's launches can be recorded and replayed (CUDA graphs)."""
+
+    def recorded(self, model: Model, kv: KVCache, sizes: Seq[int], block_size: int, max_context: int) -> Model:
+        """The model with its decode steps recorded for batches of `sizes` sequences with up to max_context tokens each;
+        the model itself where this cannot be done."""
         ...
 
 

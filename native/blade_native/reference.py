@@ -150,19 +150,23 @@ class TorchOps:
     def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
         """weight [N, K] float8_e4m3fn times scale: of one number, [N, 1], or [ceil(N / b), ceil(K / b)] of blocks of
         b = 128 rows and columns."""
-        return TorchFp8Linear(self.to_device(weight), self.to_device(scale), None if bias is None else self.to_device(bias))
+        return TorchFp8Linear(
+            self.to_device(weight), self.to_device(scale), None if bias is None else self.to_device(bias)
+        )
 
-    def delta_step(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+    def delta_step(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor
+    ) -> Tensor:
         """One decode step of the gated delta rule; see `delta_step`."""
         return delta_step(q, k, v, g, beta, state, slots)
 
     def argmax(self, logits: Tensor) -> Tensor:
         """logits [R, V] float32 -> ids [R] int64, the first of the largest; NaN counts as -inf."""
-        return torch.nan_to_num(logits, nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1)
+        return without_nan(logits).argmax(-1)
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [R, V] float32 -> argmax's ids [R], their logits and the log of the sum of exp of all logits, [R] each:
-        a token's logprob is its logit less that, and min_p keeps what is at most -log(min_p) below the peak."""
+        """logits [R, V] float32 -> argmax's ids, their logits, and the log of the sum of exp of all logits, [R] each: a
+        token's logprob is its logit less that, and min_p keeps what is at most -log(min_p) below the peak."""
         ids = self.argmax(logits)
         return ids, logits.gather(1, ids[:, None]).squeeze(1), logits.logsumexp(-1)
 
@@ -170,8 +174,8 @@ class TorchOps:
         """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
         if not 1 <= k <= logits.shape[1]:
             raise ValueError(f"k = {k} is not in 1..{logits.shape[1]}")
-        ordered = torch.nan_to_num(logits, nan=-math.inf, posinf=math.inf, neginf=-math.inf).sort(-1, descending=True, stable=True)
-        return ordered.values[:, :k], ordered.indices[:, :k]
+        values, ids = torch.sort(without_nan(logits), dim=-1, descending=True, stable=True)
+        return values[:, :k], ids[:, :k]
 
 
 def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
@@ -189,9 +193,13 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
     held += k * delta.unsqueeze(-2)
     live = slots >= 0
     state[slots[live].long()] = held[live]
-    out = (held * q).sum(-2) * k.shape[-2] ** -0.5
+    out: Tensor = (held * q).sum(-2) * k.shape[-2] ** -0.5
     return (out * live[:, None, None]).to(v.dtype)
 
 
 def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def without_nan(logits: Tensor) -> Tensor:
+    return logits.masked_fill(logits.isnan(), -math.inf)

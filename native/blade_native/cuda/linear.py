@@ -8,20 +8,24 @@ import torch
 from torch.nn import functional as F
 
 from blade_native.cuda.launch import CUDA_NAMES
+from blade_native.cuda.packing import Format
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
 
-    from blade_native.cuda.launch import Kernel, Launcher
-    from blade_native.cuda.packing import Format, Packed
+    from blade_native.cuda.launch import Kernel, Launcher, Module
+    from blade_native.cuda.packing import Packed
 
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK_N, MAX_BLOCK_ROWS = 128, 16
 MAX_ROWS = 64  # beyond, reading the weights once more per 16 rows costs more than writing them out in 16 bits
 MAX_SLICE, MIN_SLICE = 512, 128  # numbers of K for one block
 BLOCKS_PER_SM = 3  # that should be there, where slices are not too short for it
+
+Key = tuple[Format, torch.dtype]
 
 
 class LinearKernels:
@@ -30,13 +34,23 @@ class LinearKernels:
     def __init__(self, launcher: Launcher, num_sms: int) -> None:
         self.launcher = launcher
         self.num_sms = num_sms
-        self._loaded: dict[tuple[Format, torch.dtype], FormatKernels] = {}
+        self._modules: dict[Key, Module] = {}
+        self._ready: dict[Key, FormatKernels] = {}
 
-    def load(self, chosen: Format, dtype: torch.dtype) -> FormatKernels:
-        """Compiles at the first call for the format and dtype."""
-        if (chosen, dtype) not in self._loaded:
-            self._loaded[chosen, dtype] = FormatKernels(self.launcher, chosen, dtype)
-        return self._loaded[chosen, dtype]
+    def add(self, keys: Iterable[Key]) -> None:
+        """Announce formats with the dtype of x; they share a compilation, at the first `get` of one of them."""
+        new = [key for key in dict.fromkeys(keys) if key not in self._modules]
+        names = [name for key in new for name in (*few_names(*key).values(), rows_name(*key))]
+        if new:
+            self._modules.update(dict.fromkeys(new, self.launcher.load("linear.cu", names)))
+
+    def get(self, chosen: Format, dtype: torch.dtype) -> FormatKernels:
+        """Compiles where that has not been done: call it while loading."""
+        key = (chosen, dtype)
+        if key not in self._ready:
+            self.add([key])
+            self._ready[key] = FormatKernels(self._modules[key], *key)
+        return self._ready[key]
 
     def slice_of(self, packed: Packed) -> int:
         """How many numbers of K a block takes. It follows from the matrix alone, so that sums are the same for any
@@ -50,23 +64,33 @@ class LinearKernels:
 class FormatKernels:
     """linear.cu for one format and dtype: `few[columns]` multiplies, `rows` dequantises."""
 
-    def __init__(self, launcher: Launcher, chosen: Format, dtype: torch.dtype) -> None:
-        arguments = f"{CUDA_NAMES[dtype]}, {chosen.bits}, {chosen.group}, {chosen.kind}"
-        few = {columns: f"grouped_linear<{arguments}, {columns}>" for columns in (1, 2)}
-        rows = f"dequantized_rows<{arguments}>"
-        module = launcher.load("linear.cu", [*few.values(), rows])
+    def __init__(self, module: Module, chosen: Format, dtype: torch.dtype) -> None:
         rings = 8 * chosen.num_stages * chosen.slot_bytes
         self.few: dict[int, Kernel] = {
-            columns: module.kernel(name, rings + 8 * columns * (MAX_SLICE + 16) * 2) for columns, name in few.items()
+            columns: module.kernel(name, rings + 8 * columns * (MAX_SLICE + 16) * 2)
+            for columns, name in few_names(chosen, dtype).items()
         }
-        self.rows = module.kernel(rows)
+        self.rows = module.kernel(rows_name(chosen, dtype))
+
+
+def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
+    """The multiplying kernel by how many times 8 rows of x a block takes."""
+    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in (1, 2)}
+
+
+def rows_name(chosen: Format, dtype: torch.dtype) -> str:
+    return f"dequantized_rows<{_arguments(chosen, dtype)}>"
+
+
+def _arguments(chosen: Format, dtype: torch.dtype) -> str:
+    return f"{CUDA_NAMES[dtype]}, {chosen.bits}, {chosen.group}, {chosen.kind}"
 
 
 class PackedLinear:
     """y = x W^T + b over matrices stacked along N, each packed in its own format."""
 
     def __init__(self, kernels: LinearKernels, parts: Seq[Packed], bias: Tensor | None, dtype: torch.dtype) -> None:
-        """`dtype`: of the activations that the kernels are compiled for now; another one's are when it comes. Also of the
+        """`dtype`: of the activations that the kernels are compiled for now, another one's when it comes; also of the
         rows, where the matrix is an embedding as well."""
         self.kernels = kernels
         self.dtype = dtype
@@ -78,7 +102,7 @@ class PackedLinear:
         num_counters = [-(-part.num_out // BLOCK_N) * (MAX_ROWS // MAX_BLOCK_ROWS) for part in parts]
         self.arrived = [torch.zeros(num, dtype=torch.int32, device=device) for num in num_counters]
         for part in parts:
-            kernels.load(part.format, dtype)
+            kernels.get(part.format, dtype)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [..., K] float16 or bfloat16 -> [..., N] in `out_dtype`: that of x or float32."""
@@ -102,7 +126,7 @@ class PackedLinear:
             num_slices = -(-part.num_in // length)
             shape = (num_slices, num_rows, part.num_out)
             out = y[:, first:end]
-            self.kernels.load(part.format, x.dtype).few[columns](
+            self.kernels.get(part.format, x.dtype).few[columns](
                 (-(-part.num_out // BLOCK_N), num_slices, -(-num_rows // (8 * columns))),
                 (256,),
                 y=out if y.dtype == x.dtype else None,
@@ -140,7 +164,7 @@ class PackedLinear:
         return out
 
     def _dequantize(self, part: Packed, ids: Tensor | None, out: Tensor) -> None:
-        self.kernels.load(part.format, out.dtype).rows(
+        self.kernels.get(part.format, out.dtype).rows(
             (len(out), -(-part.num_in // 1024)),
             (256,),
             out=out,

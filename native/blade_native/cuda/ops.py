@@ -12,14 +12,14 @@ import torch
 from blade_native.cuda import packing
 from blade_native.cuda.linear import DTYPES, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
-from blade_native.cuda.select import MAX_K, DeltaKernels, SelectKernels
+from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
 from blade_native.reference import TorchOps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blade import GroupedWeight
-    from blade.contracts import Linear
+    from blade import GroupedWeight, KVCache
+    from blade.contracts import Linear, Model
     from blade_native.cuda.launch import Launcher
     from blade_native.cuda.packing import Packed
 
@@ -39,7 +39,8 @@ class CudaOps(TorchOps):
         self.launcher = launcher
         self.name = "cuda, own kernels"
         self._rows = RowKernels(launcher)
-        self._linears = LinearKernels(launcher, num_sms(base.device))
+        self.num_sms = num_sms(base.device)
+        self._linears = LinearKernels(launcher, self.num_sms)
         self._select: SelectKernels | None = None
         self._delta: dict[tuple[torch.dtype, int], DeltaKernels] = {}
 
@@ -50,7 +51,9 @@ class CudaOps(TorchOps):
         return self.base.available_memory()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._rows.norm(x, weight, eps) if self._rows.covers_norm(x, weight) else super().rms_norm(x, weight, eps)
+        return (
+            self._rows.norm(x, weight, eps) if self._rows.covers_norm(x, weight) else super().rms_norm(x, weight, eps)
+        )
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Works in place on residual."""
@@ -99,13 +102,25 @@ class CudaOps(TorchOps):
             return super().top_k(logits, k)
         return select.top_k(logits, k)
 
-    def delta_step(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+    def delta_step(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor
+    ) -> Tensor:
         if not DeltaKernels.covers(q, k, v, state):
             return super().delta_step(q, k, v, g, beta, state, slots)
         key = (q.dtype, q.shape[-1])
         if key not in self._delta:
             self._delta[key] = DeltaKernels(self.launcher, *key)
         return self._delta[key].step(q, k, v, g, beta, state, slots)
+
+    def recorded(self, model: Model, kv: KVCache, sizes: Seq[int], block_size: int, max_context: int) -> Model:
+        """See contracts.Recording. Only our own attention goes by the lengths on the device, as a replay has to."""
+        from blade_native.cuda.attention import LayerKV
+        from blade_native.cuda.graphs import CudaRecorder, GraphedModel
+
+        if self.device.type != "cuda" or not all(isinstance(layer, LayerKV) for layer in kv):
+            log.warning("Steps run kernel by kernel: the attention kernels do not cover this model's KV cache.")
+            return model
+        return GraphedModel(model, kv, sizes, block_size, max_context, CudaRecorder(self.device), self.device)
 
     def _selection(self) -> SelectKernels:
         if self._select is None:

@@ -102,17 +102,17 @@ def _float16(name: str, codes: Tensor, blocks: Tensor | None, device: torch.devi
 
 def _packed(chosen: Format, q: Tensor, parameters: list[Tensor]) -> Packed:
     n, k = q.shape
-    q = _whole_tiles(q).view(-1, 2, 8, k // TILE_K, 4, 4, 2, 2)  # tile, j, g, tile of K, s, t, m, h
+    q, tiles_k = _whole_tiles(q), k // TILE_K
     if chosen.bits == 4:
-        nibbles = q.permute(0, 3, 2, 5, 4, 7, 6, 1)  # tile, tile of K, g, t, s, h, m, j
+        q = q.view(-1, 2, 8, tiles_k, 4, 4, 2, 2)  # tile, j, g, tile of K, s, t, m, h
+        nibbles = q.permute(0, 3, 2, 5, 4, 7, 6, 1)  # .., g, t, s, h, m, j
         weight = nibbles[..., 0] | nibbles[..., 1] << 4
     else:
-        weight = q.unflatten(4, (2, 2)).permute(0, 3, 4, 2, 6, 5, 7, 1, 8)  # .., s >> 1, g, t, s & 1, m, j, h
+        q = q.view(-1, 2, 8, tiles_k, 2, 2, 4, 2, 2)  # tile, j, g, tile of K, s >> 1, s & 1, t, m, h
+        weight = q.permute(0, 3, 4, 2, 6, 5, 7, 1, 8)  # .., s >> 1, g, t, s & 1, m, j, h
     params = torch.stack([_whole_tiles(parameter) for parameter in parameters])  # [parameters, N, K / group]
     params = params.view(len(parameters), -1, 2, 8, k // chosen.group).permute(1, 4, 0, 3, 2)
-    return Packed(
-        chosen, n, k, weight.reshape(weight.shape[0], k // TILE_K, -1).contiguous(), params.contiguous()
-    )
+    return Packed(chosen, n, k, weight.reshape(weight.shape[0], tiles_k, -1).contiguous(), params.contiguous())
 
 
 def _whole_tiles(rows: Tensor) -> Tensor:

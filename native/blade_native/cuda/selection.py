@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 BLOCK, TILE, MAX_K = 256, 4096, 1024
 DELTA_BLOCK, DELTA_COLUMNS = 128, 32
 KEY_DIMS = (64, 128, 256)
-PASSES = {(first, last): f"top_k<{str(first).lower()}, {str(last).lower()}>" for first in (True, False) for last in (True, False)}
+PASSES = [(first, last) for first in (True, False) for last in (True, False)]
 
 
 class SelectKernels:
     """Over rows of logits [R, V] float32, contiguous within a row."""
 
     def __init__(self, launcher: Launcher) -> None:
-        module = launcher.load("select.cu", ["tile_peaks", "merge_peaks", *PASSES.values()])
+        module = launcher.load("select.cu", ["tile_peaks", "merge_peaks", *map(top_k, PASSES)])
         self._tile_peaks = module.kernel("tile_peaks")
         self._merge_peaks = module.kernel("merge_peaks")
-        self._passes = {key: module.kernel(name) for key, name in PASSES.items()}
+        self._passes = {key: module.kernel(top_k(key)) for key in PASSES}
 
     def covers(self, logits: Tensor) -> bool:
         return logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1 and logits.numel() > 0
@@ -65,6 +65,11 @@ class SelectKernels:
             if last:
                 return values, ids
             keys, width = found, tiles * k
+
+
+def top_k(key: tuple[bool, bool]) -> str:
+    first, last = key
+    return f"top_k<{str(first).lower()}, {str(last).lower()}>"
 
 
 class DeltaKernels:
