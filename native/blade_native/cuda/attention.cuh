@@ -25,7 +25,8 @@ struct AttentionArgs {
   const int* cu_seqlens;      // [B + 1]
   const int* context_lens;    // [B]
   const int* partial_starts;  // [B]: the sequence's first row of P; null where that is its first token
-  const int* items;           // [num_items, 2]: sequence and row tile of a block of threads (paged_prefill)
+  const int* items;           // [num_items, 2]: sequence and row tile of a block of threads in paged_prefill; null
+                              // where every sequence is one tile
   long long q_stride;
   int table_stride, num_kv_heads, group, block_size, max_chunks, window, num_tiles;  // window 0: none
   float scale_log2;           // of the scores, times LOG2E

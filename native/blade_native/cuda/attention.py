@@ -14,6 +14,7 @@ from blade_native.cuda.attention_kernels import (
     PREFILL_WARPS,
     SIMT_ROWS,
     SIMT_WARPS,
+    SPLIT_ROWS,
     STORAGE,
     STORE_WARPS,
     AttentionKernels,
@@ -35,6 +36,7 @@ def shape_of(spec: KVSpec, storage: str | None = None) -> Shape | None:
         and spec.head_dim in HEAD_DIMS
         and spec.block_size in BLOCK_SIZES
         and spec.num_heads % spec.num_kv_heads == 0
+        and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
     )
     return Shape(dtype, STORAGE[storage] if storage else dtype, spec.head_dim) if covered else None
 
@@ -66,8 +68,10 @@ class CudaAttention:
     served by `base`. `storage` "int8" (a scale per token and head) or "fp8" (e4m3) halves a 16-bit cache.
 
     A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
-    step of decodes may be replayed with any lengths up to those it was captured with.
+    step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
     """
+
+    capturable = True
 
     def __init__(
         self, base: Attention, kernels: AttentionKernels, storage: str | None = None, num_sms: int | None = None
@@ -177,7 +181,7 @@ class CudaAttention:
         return out
 
     def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:
-        if self._plan is None or self._plan.batch is not batch:
+        if self._plan is None or self._plan.batch is not batch or self._plan.group != layer_kv.group:
             self._plan = Plan(batch, layer_kv.group, layer_kv.spec.num_kv_heads, self.num_sms)
         return self._plan
 

@@ -13,7 +13,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of a cache that is not in the model's dtype
 CHUNK, MAX_CHUNKS = 256, 32  # these four as in attention.cuh
 SPLIT_ROWS, DECODE_ROWS = 64, 16
-SIMT_ROWS = (1, 2, 4)
+SIMT_ROWS = (1, 4)
 STORE_WARPS = SIMT_WARPS = 4
 PREFILL_WARPS = 4
 
@@ -36,16 +36,16 @@ class Shape:
 
     @property
     def decode_ring(self) -> tuple[int, int]:
-        """(WARPS, STAGES) of paged_decode: 16 to 35 KB of keys and values under way per block, and room for a second
-        block on devices with 100 KB of shared memory wherever a head's rows allow it."""
-        if self.head_dim == 256:
+        """(WARPS, STAGES) of DecodeRing in paged_decode.cu: 16 to 35 KB of keys and values under way per block."""
+        if self.head_dim > 128:
             return 2, 2
         return 4, 2 if self.storage.itemsize == 2 and self.head_dim > 64 else 3
 
     @property
     def prefill_ring(self) -> tuple[int, int, int]:
-        """(WARPS, KEYS, STAGES) of paged_prefill."""
-        return (PREFILL_WARPS, 64, 2) if self.head_dim < 256 else (PREFILL_WARPS, 16, 3)
+        """(WARPS, KEYS, STAGES) of PrefillRing in paged_prefill.cu."""
+        keys = 16 if self.head_dim > 128 else 32 if self.storage.itemsize == 1 else 64
+        return PREFILL_WARPS, keys, 2 if keys == 64 else 3
 
     def stage_bytes(self, keys: int) -> int:
         """KeyStage<S, D, KEYS>::BYTES of kv_storage.cuh."""
@@ -72,8 +72,8 @@ class Shape:
         """Source -> the kernels this shape takes from it."""
         named = {"kv_store.cu": [f"rope_and_store<{self.types}>"], "paged_merge.cu": [f"merge_chunks<{self.types}>"]}
         if self.tensor_cores:
-            named["paged_decode.cu"] = [f"paged_decode<{self.types}, {', '.join(map(str, self.decode_ring))}>"]
-            named["paged_prefill.cu"] = [f"paged_prefill<{self.types}, {', '.join(map(str, self.prefill_ring))}>"]
+            named["paged_decode.cu"] = [f"paged_decode<{self.types}>"]
+            named["paged_prefill.cu"] = [f"paged_prefill<{self.types}>"]
         else:
             named["paged_simt.cu"] = [f"paged_simt<{self.types}, {rows}>" for rows in SIMT_ROWS]
         return named

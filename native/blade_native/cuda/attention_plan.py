@@ -27,7 +27,7 @@ class Plan:
     """Of one batch and one ratio of heads. Made from the lengths the host knows; the kernels read the device's."""
 
     def __init__(self, batch: Batch, group: int, num_kv_heads: int, num_sms: int) -> None:
-        self.batch = batch
+        self.batch, self.group = batch, group
         self.num_tokens, self.num_seqs = len(batch.positions), len(batch.context_lens)
         self.table_stride = batch.block_tables.shape[-1]
         check("positions", batch.positions, torch.int64, (self.num_tokens,))
@@ -48,10 +48,11 @@ class Plan:
         self.items, self.partial_starts = self._to_device(rows)
 
     def _to_device(self, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """(items [num_items, 2], partial_starts [B]) of AttentionArgs, in one copy; none for a batch of decodes."""
-        items = [
-            (tile, seq) for seq, n in enumerate(rows) if n > DECODE_ROWS for tile in range(-(-n // PREFILL_ROWS))
-        ]
+        """(items [num_items, 2], partial_starts [B]) of AttentionArgs, in one copy. Decodes need neither, so that a
+        step of them can be captured."""
+        items = [(tile, seq) for seq, n in enumerate(rows) if n > DECODE_ROWS for tile in range(-(-n // PREFILL_ROWS))]
+        if len(items) == len(rows) == len({seq for _, seq in items}):
+            items = []
         numbers = [number for tile, seq in sorted(items, reverse=True) for number in (seq, tile)]
         if not all(self._split):
             start = 0
@@ -61,20 +62,16 @@ class Plan:
         if not numbers:
             return None, None
         on_device = torch.tensor(numbers, dtype=torch.int32).to(self.batch.positions.device, non_blocking=True)
-        of_items, starts = on_device[: 2 * self.num_items], on_device[2 * self.num_items :]
+        of_items, starts = on_device[: 2 * len(items)], on_device[2 * len(items) :]
         return (of_items if len(of_items) else None), (starts if len(starts) else None)
 
     def split(self, window: int) -> Split:
-        """`window` 0 is none."""
+        """`window` 0 is none. Chunks are counted for the least favourable place of a window among the tiles of 16 keys,
+        so that they suffice wherever a replayed step has it."""
         if window not in self._splits:
             lens = zip(self.batch.query_lens, self.batch.kv_lens, self._split, strict=True)
-            spans = [kv_len - first_key(kv_len - query_len, window) for query_len, kv_len, split in lens if split]
+            spans = [min(kv, window + query + 14) if window else kv for query, kv, split in lens if split]
             max_chunks = min(MAX_CHUNKS, -(-max(spans, default=1) // CHUNK)) or 1
             grid = min(max_chunks, -(-self._blocks_wanted // (self.num_seqs * self._num_kv_heads)))
             self._splits[window] = Split(max_chunks, grid)
         return self._splits[window]
-
-
-def first_key(position: int, window: int) -> int:
-    """The first key that is read for the query at a position, at an even 16."""
-    return max(0, position + 1 - window) // 16 * 16 if window else 0

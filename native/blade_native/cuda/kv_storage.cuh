@@ -29,41 +29,58 @@ struct KeyStage {
   static_assert(D * sizeof(S) % 16 == 0 && KEYS % 16 == 0, "whole chunks, whole mma steps");
 };
 
-// Two 16-bit numbers times one, in a register.
+// Constants of a 16-bit type for making it out of 8-bit numbers by moving bits.
 template <class T>
-struct Packed;
+struct Widening;
 template <>
-struct Packed<__half> {
+struct Widening<__half> {
   using Pair = __half2;
-  static constexpr unsigned E4M3_SHIFT = 1, E4M3_FACTOR = 0x5c005c00;  // 2^8, twice: exponents are biased by 15, not 7
+  static constexpr unsigned UPPER = 0x64646464;  // bytes of 2^10, whose mantissa counts ones
+  static constexpr unsigned E4M3_SHIFT = 1, E4M3_FACTOR = 0x5c005c00;  // 2^8, twice: its exponent is biased by 15, not 7
 };
 template <>
-struct Packed<__nv_bfloat16> {
+struct Widening<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
+  static constexpr unsigned UPPER = 0x43434343;  // of 2^7
   static constexpr unsigned E4M3_SHIFT = 4, E4M3_FACTOR = 0x7b807b80;  // 2^120, twice
 };
 
-// The upper bytes of both halves of `bytes`, e4m3, as T: bits moved into place and the exponent's bias multiplied away,
-// which is exact, subnormal numbers included, and the same on every device. (NaN, the largest code, becomes 480.)
+template <class T>
+__device__ __forceinline__ typename Widening<T>::Pair as_pair(unsigned bits) {
+  return *reinterpret_cast<const typename Widening<T>::Pair*>(&bits);
+}
+
+template <class T>
+__device__ __forceinline__ unsigned minus(unsigned a, unsigned b) {
+  const auto difference = __hsub2(as_pair<T>(a), as_pair<T>(b));
+  return *reinterpret_cast<const unsigned*>(&difference);
+}
+
+// Four int8 as T: bytes 0 and 2 in `even`, 1 and 3 in `odd`. A number is its lower seven bits less 128 times the eighth:
+// both parts get an upper byte under which they count ones, and the difference is exact. (In bfloat16 the eighth bit is
+// the exponent's: 2^7 or 2^8.)
+template <class T>
+__device__ __forceinline__ void widen_int8(unsigned bytes, unsigned& even, unsigned& odd) {
+  constexpr unsigned UPPER = Widening<T>::UPPER;
+  const unsigned positive = bytes & 0x7f7f7f7fu, negative = bytes & 0x80808080u;
+  even = minus<T>(__byte_perm(positive, UPPER, 0x4240), __byte_perm(negative, UPPER, 0x4240));
+  odd = minus<T>(__byte_perm(positive, UPPER, 0x4341), __byte_perm(negative, UPPER, 0x4341));
+}
+
+// The upper bytes of both halves, e4m3, as T: bits moved into place and the exponent's bias multiplied away, which is
+// exact, subnormal numbers included, and the same on every device. (NaN, the largest code, becomes 480.)
 template <class T>
 __device__ __forceinline__ unsigned widen_e4m3(unsigned bytes) {
-  using Pair = typename Packed<T>::Pair;
-  const unsigned bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> Packed<T>::E4M3_SHIFT;
-  const unsigned factor = Packed<T>::E4M3_FACTOR;
-  const Pair product = __hmul2(*reinterpret_cast<const Pair*>(&bits), *reinterpret_cast<const Pair*>(&factor));
+  const unsigned bits = (bytes & 0x80008000u) | (bytes & 0x7f007f00u) >> Widening<T>::E4M3_SHIFT;
+  const auto product = __hmul2(as_pair<T>(bits), as_pair<T>(Widening<T>::E4M3_FACTOR));
   return *reinterpret_cast<const unsigned*>(&product);
 }
 
-__device__ __forceinline__ float byte_to_float(unsigned bytes, int index) {
-  return static_cast<float>(static_cast<signed char>(bytes >> 8 * index));
-}
-
-// Four 8-bit numbers as T: bytes 0 and 2 in `even`, 1 and 3 in `odd`.
+// Four 8-bit numbers of either storage.
 template <class T, class S>
 __device__ __forceinline__ void widen(unsigned bytes, unsigned& even, unsigned& odd) {
   if constexpr (SCALED<S>) {
-    even = pack2<T>(byte_to_float(bytes, 0), byte_to_float(bytes, 2));
-    odd = pack2<T>(byte_to_float(bytes, 1), byte_to_float(bytes, 3));
+    widen_int8<T>(bytes, even, odd);
   } else {
     even = widen_e4m3<T>(bytes << 8);
     odd = widen_e4m3<T>(bytes);

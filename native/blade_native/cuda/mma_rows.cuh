@@ -94,28 +94,17 @@ struct MmaRows {
     return BYTES ? j / 2 * 16 + 4 * t + 2 * (i & 1) + (j & 1) : j * 8 + 2 * t + (i & 1);
   }
 
-  // Attend to the stage's keys, the first of which has position key. With MASKED row h sees [from[h], to[h]) alone.
-  template <bool MASKED>
-  __device__ __forceinline__ void attend(const unsigned char* stage, int key, const int (&from)[2], const int (&to)[2],
-                                         float scale) {
+  // Attend to the stage's keys, the first of which has position key. If masked, row h sees [from[h], to[h]) alone.
+  __device__ __forceinline__ void attend(const unsigned char* stage, int key, bool masked, const int (&from)[2],
+                                         const int (&to)[2], float scale) {
     float s[SCORES][4] = {};
     add_scores(stage, s);
-    float top[2] = {m[0], m[1]};
+    if (masked) mask(key, from, to, s);
+    float top[2] = {m[0], m[1]}, base[2], shrink[2];
 #pragma unroll
-    for (int j = 0; j < SCORES; ++j) {
-      if constexpr (SCALED<S>) {
-        const float2 factor = scales(stage, 0, j);
+    for (int j = 0; j < SCORES; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[j][i] *= i & 1 ? factor.y : factor.x;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = key + j * 8 + t * 2 + (i & 1);
-        if (MASKED && (at < from[i >> 1] || at >= to[i >> 1])) s[j][i] = NEG_INF;
-        top[i >> 1] = fmaxf(top[i >> 1], s[j][i]);
-      }
-    }
-    float base[2], shrink[2];
+      for (int i = 0; i < 4; ++i) top[i >> 1] = fmaxf(top[i >> 1], s[j][i]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       top[h] = fmaxf(top[h], __shfl_xor_sync(FULL_WARP, top[h], 1));
@@ -134,7 +123,18 @@ struct MmaRows {
     add_values(stage, s, base, scale);
   }
 
-  // s += q k^T
+  __device__ __forceinline__ void mask(int key, const int (&from)[2], const int (&to)[2],
+                                       float (&s)[SCORES][4]) const {
+#pragma unroll
+    for (int j = 0; j < SCORES; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = key + j * 8 + t * 2 + (i & 1);
+        if (at < from[i >> 1] || at >= to[i >> 1]) s[j][i] = NEG_INF;
+      }
+  }
+
+  // s += q k^T, times the keys' scales
   __device__ __forceinline__ void add_scores(const unsigned char* stage, float (&s)[SCORES][4]) const {
     const int tile = lane / 8, in_tile = lane % 8;
     constexpr int AT_ONCE = BYTES ? 2 : 1;  // steps whose keys one ldmatrix brings
@@ -161,6 +161,14 @@ struct MmaRows {
           ptx::mma16816<T>(s[j], a[0], b[0], b[1]);
           ptx::mma16816<T>(s[j + 1], a[0], b[2], b[3]);
         }
+      }
+    }
+    if constexpr (SCALED<S>) {
+#pragma unroll
+      for (int j = 0; j < SCORES; ++j) {
+        const float2 factor = scales(stage, 0, j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[j][i] *= i & 1 ? factor.y : factor.x;
       }
     }
   }

@@ -1,6 +1,8 @@
+// The merge of what split sequences got chunk by chunk.
 #include "attention.cuh"
 
-// Merge the chunks of split sequences: grid (H, B), block (D).
+// grid (H, B), block (D).
+// check: merge_chunks<{__nv_bfloat16, __half, float}, signed char, {256, 64, 80, 96, 128}> | threads 256 | registers 40 | blocks 6
 template <class T, class S, int D>
 __global__ void __launch_bounds__(D) merge_chunks(const AttentionArgs<T, S> args) {
   const Sequence seq = find_sequence(args, blockIdx.y);

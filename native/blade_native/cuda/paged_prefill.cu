@@ -2,18 +2,33 @@
 // causal within the chunk and over all that is cached before it, and long verifications.
 #include "mma_rows.cuh"
 
+template <class S, int D>
+struct PrefillRing {
+  static constexpr int WARPS = 4, KEYS = D > 128 ? 16 : sizeof(S) == 1 ? 32 : 64;
+  static constexpr int STAGES = KEYS == 64 ? 2 : 3;
+};
+
 // grid (num_items, KV, any number), block (32 * WARPS): 16 rows a warp, whose keys the block shares in a ring of STAGES
 // stages of KEYS. Items name a sequence and which 16 * WARPS of its rows; the last ones have the most keys: they come
 // first, so that no long item starts late.
-template <class T, class S, int D, int WARPS, int KEYS, int STAGES>
-__global__ void __launch_bounds__(WARPS * 32) paged_prefill(const AttentionArgs<T, S> args) {
+// check: paged_prefill<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_prefill<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_prefill<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
+// check: paged_prefill<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+template <class T, class S, int D>
+__global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefill(const AttentionArgs<T, S> args) {
+  constexpr int WARPS = PrefillRing<S, D>::WARPS, KEYS = PrefillRing<S, D>::KEYS, STAGES = PrefillRing<S, D>::STAGES;
   using Rows = MmaRows<T, S, D, KEYS>;
   constexpr int STAGE = Rows::Stage::BYTES, SHARE = KEYS / WARPS;  // tokens that a warp copies
   static_assert(16 % SHARE == 0, "a warp's tokens lie in one block");
-  const int seq_index = args.items[blockIdx.x * 2];
+  const int seq_index = args.items ? args.items[blockIdx.x * 2] : blockIdx.x;
   const Sequence seq = find_sequence(args, seq_index);
+  if (seq.num_rows <= DECODE_ROWS) return;
   const int kv_head = blockIdx.y, warp = threadIdx.x / 32;
-  const int block_row = args.items[blockIdx.x * 2 + 1] * WARPS * 16, first_row = block_row + warp * 16;
+  const int block_row = (args.items ? args.items[blockIdx.x * 2 + 1] : 0) * WARPS * 16;
+  const int first_row = block_row + warp * 16;
   DYN_SMEM(unsigned char, shared);  // the ring, and once it is drained every warp's result; then parked q
   constexpr int RING = STAGES * STAGE, RESULT = 16 * ((D + 8) * 4 + 8);
   unsigned char* park = shared + max(RING, WARPS * RESULT) + warp * Rows::PARKED_BYTES;
@@ -61,10 +76,8 @@ __global__ void __launch_bounds__(WARPS * 32) paged_prefill(const AttentionArgs<
       const unsigned char* stage = shared + tile % STAGES * STAGE;
       const int first = begin + tile * KEYS;
       if (first >= any_to || first + KEYS <= any_from || num_rows <= 0) continue;
-      if (first < all_from || first + KEYS > min(all_to, end))
-        rows.template attend<true>(stage, first, from, to, args.scale_log2);
-      else
-        rows.template attend<false>(stage, first, from, to, args.scale_log2);
+      const bool masked = first < all_from || first + KEYS > min(all_to, end);
+      rows.attend(stage, first, masked, from, to, args.scale_log2);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // the ring becomes the results

@@ -55,8 +55,10 @@ struct SimtRows {
 };
 
 // grid (B * num_tiles, KV, any number), block (32 * SIMT_WARPS). A warp reads 32 / LANES tokens at once.
+// check: paged_simt<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
+// check: paged_simt<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
 template <class T, class S, int D, int ROWS>
-__global__ void __launch_bounds__(SIMT_WARPS * 32) paged_simt(const AttentionArgs<T, S> args) {
+__global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(const AttentionArgs<T, S> args) {
   constexpr int LANES = D / 4 <= 16 ? 16 : 32, PER = (D / 4 + LANES - 1) / LANES, TOKENS = 32 / LANES;
   constexpr int PARTS = SIMT_WARPS * TOKENS, STEP = PARTS, AHEAD = 4 / PER;
   __shared__ __align__(16) float shared_o[PARTS * ROWS * (D + 8)];
