@@ -6,26 +6,21 @@ The cupy module is an argument, so that the emulator's double (`blade_native.emu
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from blade import ConfigError
 from blade_native.cuda import source
+from blade_native.cuda.arguments import CUDA_NAMES, Arguments
+
+__all__ = ["CUDA_NAMES", "Kernel", "Launcher", "Module", "cache_folder", "import_cupy"]
 
 SOURCES = Path(__file__).parent
 OPTIONS = ("-std=c++17",)
 DEFAULT_SHARED_BYTES = 48 << 10  # what a launch may ask for without opting in
-DTYPES = {
-    "float": torch.float32, "__half": torch.float16, "__nv_bfloat16": torch.bfloat16, "int": torch.int32,
-    "long long": torch.int64, "signed char": torch.int8, "unsigned char": torch.uint8, "bool": torch.bool,
-    "__nv_fp8_e4m3": torch.float8_e4m3fn, "__nv_fp8_e5m2": torch.float8_e5m2,
-}  # fmt: skip
-CUDA_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # torch.bfloat16 -> "__nv_bfloat16"
 Dims = tuple[int, ...]
 
 
@@ -92,72 +87,19 @@ class Module:
         function = self._raw.get_function(expression)
         if shared_bytes > DEFAULT_SHARED_BYTES:
             function.max_dynamic_shared_size_bytes = shared_bytes
-        name, arguments = source.template_arguments(expression)
-        kernel = self._kernels[name]
-        types = {**DTYPES, **dict.fromkeys(kernel.parameters)}
-        types.update({key: DTYPES.get(value) for key, value in zip(kernel.parameters, arguments, strict=False)})
-        return Kernel(self._launcher, function, kernel, types, shared_bytes)
+        arguments = Arguments(self._kernels, expression, self._launcher.device)
+        return Kernel(self._launcher, function, arguments, shared_bytes)
 
 
 class Kernel:
     """kernel(grid, block, field=value, ...) launches; the fields are those of the kernel's argument struct."""
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        function: Any,
-        declared: source.Signature,
-        types: dict[str, torch.dtype | None],
-        shared_bytes: int,
-    ) -> None:
-        self.name = declared.name
+    def __init__(self, launcher: Launcher, function: Any, arguments: Arguments, shared_bytes: int) -> None:
+        self.name = arguments.kernel
         self.shared_bytes = shared_bytes
-        self._launcher, self._function = launcher, function
-        self._layout = declared.layout()
-        self._struct = packer(self._layout)
-        self._fields = [
-            (field.name, self._pointer(field, types.get(field.element)) if field.element else _as_is)
-            for field in declared.fields
-        ]
+        self._launcher, self._function, self._arguments = launcher, function, arguments
 
     def __call__(self, grid: Dims, block: Dims, /, **values: Any) -> None:
-        """Tensors for pointers (None: a null pointer), Python numbers for scalars. Raises TypeError for a missing or
-        unknown field, a tensor on another device or of another dtype, and a number that does not fit."""
-        if len(values) != len(self._fields):
-            raise TypeError(f"{self.name} takes {[name for name, _ in self._fields]}, not {list(values)}")
-        try:
-            packed = self._struct.pack(*[convert(values[name]) for name, convert in self._fields])
-        except (KeyError, struct.error) as error:
-            raise TypeError(f"{self.name}: {error} in {values}") from error
-        arguments = np.frombuffer(packed, self._layout)
-        self._function(grid, block, (arguments,), shared_mem=self.shared_bytes, stream=self._launcher.stream())
-
-    def _pointer(self, field: source.Field, dtype: torch.dtype | None) -> Callable[[Any], int]:
-        device = self._launcher.device
-
-        def address(tensor: Any) -> int:
-            if tensor is None:
-                return 0
-            if tensor.device != device or (dtype is not None and tensor.dtype != dtype):
-                wanted = f"{dtype or 'a tensor'} on {device}"
-                raise TypeError(f"{self.name}: {field.name} is {tensor.dtype} on {tensor.device}, not {wanted}")
-            return int(tensor.data_ptr())
-
-        return address
-
-
-def _as_is(value: Any) -> Any:
-    return value
-
-
-CODES = {"i4": "i", "u4": "I", "i8": "q", "u8": "Q", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "u1": "B"}
-
-
-def packer(layout: np.dtype[np.void]) -> struct.Struct:
-    """The layout as a Struct, which packs a launch's arguments ten times as fast as numpy."""
-    text, end = "<", 0
-    for name in layout.names or ():
-        dtype, offset = layout.fields[name][:2]  # type: ignore[index]
-        text += f"{offset - end}x{CODES[dtype.str[1:]]}"
-        end = offset + dtype.itemsize
-    return struct.Struct(f"{text}{layout.itemsize - end}x")
+        """Tensors for pointers (None: a null pointer), Python numbers for scalars. Raises TypeError, see Arguments."""
+        packed = self._arguments.pack(values)
+        self._function(grid, block, (packed,), shared_mem=self.shared_bytes, stream=self._launcher.stream())
