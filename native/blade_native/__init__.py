@@ -10,6 +10,7 @@ from blade import hookimpl
 if TYPE_CHECKING:
     from blade.contracts import Attention, Ops
 
+MIN_CAPABILITY = (8, 0)  # Ampere: the first with cp.async and bfloat16 on tensor cores, which the CUDA kernels use
 log = logging.getLogger("blade.native")
 
 
@@ -34,6 +35,7 @@ def cuda_ops(threads: int | None) -> Ops:
 
     base = TorchCudaOps()
     try:
+        base.require_capability(*MIN_CAPABILITY)
         return CudaOps(base, Launcher(import_cupy(), base.device))
     except Exception as error:  # no CuPy, no headers, a compiler's or a driver's refusal: each has a class of its own
         log.warning("%s Serving on torch: quantised weights become dense, decoding is slower.", str(error).strip())

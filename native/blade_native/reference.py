@@ -167,7 +167,7 @@ class TorchOps:
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [R, V] float32 -> argmax's ids, their logits, and the log of the sum of exp of all logits, [R] each: a
         token's logprob is its logit less that, and min_p keeps what is at most -log(min_p) below the peak."""
-        ids = self.argmax(logits)
+        ids = without_nan(logits).argmax(-1)
         return ids, logits.gather(1, ids[:, None]).squeeze(1), logits.logsumexp(-1)
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from blade import GroupedWeight
+from blade_native.cuda import linear as cuda_linear
 from blade_native.cuda import packing
-from blade_native.cuda.linear import LinearKernels, PackedLinear
+from blade_native.cuda.linear import MAX_ROWS, LinearKernels, PackedLinear
 from blade_native.cuda.packing import Format, format_of, pack, pack_fp8
 from blade_native.reference import TorchFp8Linear, TorchGroupedLinear, dequantize
 
@@ -33,7 +34,9 @@ CASES = [
 FP8 = Format(8, 128, "FP8")
 
 
-def make_weight(bits: int, group: int, kind: str, codes: bool = False, n: int = NUM_OUT, k: int = NUM_IN) -> GroupedWeight:
+def make_weight(
+    bits: int, group: int, kind: str, codes: bool = False, n: int = NUM_OUT, k: int = NUM_IN
+) -> GroupedWeight:
     """Random; with `codes` a scale is a code times a block's, as in GGUF's K-quants."""
     generator = torch.Generator().manual_seed(bits * group)
 
@@ -84,8 +87,8 @@ def test_formats(kernels: LinearKernels, bits: int, group: int, kind: str, dtype
         x = make_rows(num_rows, dtype)
         assert error(linear(x, torch.float32), exact(x.float())) < 2e-6  # the integers are exact, sums in float32
         assert error(linear(x), exact(x.float())) < 2 * torch.finfo(dtype).eps
-    assert torch.equal(linear.matrix(dtype), dequantize(weight, dtype))
-    x = make_rows(70, dtype)  # torch's GEMM on the matrix
+    assert torch.equal(linear.matrix(linear.parts[0], dtype, 16, 200), dequantize(weight, dtype)[16:])
+    x = make_rows(MAX_ROWS + 2, dtype)  # torch's GEMM on the matrix
     assert error(linear(x), exact(x)) < 2 * torch.finfo(dtype).eps
 
 
@@ -127,6 +130,15 @@ def test_stacked_formats_write_side_by_side(kernels: LinearKernels) -> None:
     assert linear(x[:0]).shape == (0, 2 * NUM_OUT + 7)
 
 
+def test_many_rows_take_the_matrix_in_pieces(kernels: LinearKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_linear, "MAX_MATRIX_BYTES", 64 * NUM_IN * 2)
+    weights = [make_weight(4, 32, "MINIMA"), make_weight(8, 64, "SYMMETRIC")]
+    bias = torch.arange(2 * NUM_OUT).to(BF16)
+    x = make_rows(MAX_ROWS + 1, BF16)
+    found = PackedLinear(kernels, [pack(weight, CPU) for weight in weights], bias, BF16)(x, torch.float32)
+    assert error(found, TorchGroupedLinear(weights, bias)(x)) < 0.01
+
+
 def test_rows_that_are_not_aligned(kernels: LinearKernels) -> None:
     linear = PackedLinear(kernels, [pack(make_weight(8, 64, "SYMMETRIC"), CPU)], None, BF16)
     wide = torch.randn(4, NUM_IN + 3, generator=torch.Generator().manual_seed(2)).to(BF16)
@@ -156,5 +168,5 @@ def test_what_has_no_kernel() -> None:
 
 def test_x_in_float32_is_refused(kernels: LinearKernels) -> None:
     linear = PackedLinear(kernels, [pack(make_weight(8, 64, "SYMMETRIC"), CPU)], None, BF16)
-    with pytest.raises(TypeError, match="float16 or bfloat16, not torch.float32"):
+    with pytest.raises(TypeError, match="float16 or bfloat16, not torch"):
         linear(torch.zeros(1, NUM_IN))

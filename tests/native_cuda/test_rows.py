@@ -44,12 +44,16 @@ def test_the_contract(ops: CudaOps, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("width", "team"), [(64, 8), (128, 8), (512, 32), (2064, 0), (7168, 0)])
 def test_widths(ops: CudaOps, dtype: torch.dtype, width: int, team: int) -> None:
     """Per head, per row, and more than a warp or one vector a thread holds."""
-    x, weight, residual = (rows(*shape, dtype=dtype, seed=len(shape)) for shape in ((5, width), (width,), (5, 1, width)))
+    x, weight, residual = (
+        rows(*shape, dtype=dtype, seed=len(shape)) for shape in ((5, width), (width,), (5, 1, width))
+    )
     before = len(launched(ops))
     normed = ops.rms_norm(x, weight, EPS)
     torch.testing.assert_close(normed, TorchOps().rms_norm(x, weight, EPS))
     if dtype != torch.float32:
-        assert launched(ops)[before:] == [f"rms_norm<{'__half' if dtype == torch.float16 else '__nv_bfloat16'}, {team}>"]
+        assert launched(ops)[before:] == [
+            f"rms_norm<{'__half' if dtype == torch.float16 else '__nv_bfloat16'}, {team}>"
+        ]
     residual = residual.squeeze(1)
     expected = TorchOps().add_rms_norm(x, residual.clone(), weight, EPS)
     normed, total = ops.add_rms_norm(x, residual, weight, EPS)
@@ -87,7 +91,6 @@ def test_what_is_not_covered_is_torchs(ops: CudaOps) -> None:
     for x in (wide, odd, transposed, shifted, odd.double(), wide[:0]):
         weight = torch.ones(x.shape[-1], dtype=x.dtype)
         assert torch.equal(ops.rms_norm(x, weight, EPS), TorchOps().rms_norm(x, weight, EPS))
-        torch.testing.assert_close(ops.add_rms_norm(x, torch.zeros_like(x), weight, EPS)[0], ops.rms_norm(x, weight, EPS))
     assert torch.equal(ops.silu_mul(odd), TorchOps().silu_mul(odd))
     assert len(launched(ops)) == before
 

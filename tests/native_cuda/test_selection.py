@@ -86,7 +86,7 @@ def test_the_op_set_leaves_the_rest_to_torch(launcher: Launcher) -> None:
     before = len(launcher.cupy.launches)
     assert torch.equal(ops.top_k(x, MAX_K + 1)[1], TWIN.top_k(x, MAX_K + 1)[1])
     assert torch.equal(ops.argmax(x.double()), TWIN.argmax(x))
-    with pytest.raises(ValueError, match="k = 0 is not in 1..3000"):
+    with pytest.raises(ValueError, match="k = 0 is not in"):
         ops.top_k(x, 0)
     assert len(launcher.cupy.launches) == before
     assert torch.equal(ops.argmax(x), TWIN.argmax(x))

@@ -118,7 +118,7 @@ struct LinearArgs {
   const unsigned char* weight;  // [ceil(N / 16), K / 64] tiles
   const unsigned char* params;  // [ceil(N / 16), K / GROUP] of a group each
   float* partial;               // [slices, M, N] float32, where K is cut into slices
-  int* arrived;                 // [ceil(M / rows of a block), ceil(N / 128)], 0 before and after
+  int* arrived;                 // [ceil(N / 128), ceil(M / rows of a block)], 0 before and after
   long long x_stride, y_stride;
   int num_rows, num_in, num_out;
   int slice;  // numbers of K that a block takes: a multiple of 64
@@ -137,7 +137,7 @@ __device__ __forceinline__ void store_result(const LinearArgs<T>& args, int row,
 template <class T, int ROWS>
 __device__ __forceinline__ void add_slices(const LinearArgs<T>& args, int first_row, int first_channel) {
   __shared__ int is_last;
-  const int counter = blockIdx.z * gridDim.x + blockIdx.x, num_slices = gridDim.y;
+  const int counter = blockIdx.y * gridDim.x + blockIdx.x, num_slices = gridDim.z;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) is_last = atomicAdd(&args.arrived[counter], 1) == num_slices - 1;
@@ -156,8 +156,9 @@ __device__ __forceinline__ void add_slices(const LinearArgs<T>& args, int first_
   if (threadIdx.x == 0) args.arrived[counter] = 0;
 }
 
-// Grid: (ceil(N / 128), slices, ceil(M / (8 * COLUMNS))). A warp owns one tile of channels and streams it through its
-// own ring in shared memory; x of the slice lies beside the rings, for all warps. COLUMNS: of 8 rows of x each.
+// Grid: (ceil(M / (8 * COLUMNS)), ceil(N / 128), slices): blocks with the same weights run side by side, so that these
+// come from memory once. A warp owns one tile of channels and streams it through its own ring in shared memory; x of the
+// slice lies beside the rings, for all warps. COLUMNS: of 8 rows of x each.
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, {2, 1}> | threads 256 | registers 64 | shared 41472 | blocks 2
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {64, 128, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, {2, 1}> | threads 256 | registers 64 | shared 47616 | blocks 2
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32}, FP8, {2, 1}> | threads 256 | registers 64 | shared 47616 | blocks 2
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(LINEAR_WARPS * 32, 4) grouped_linear(const Lin
   constexpr int ROWS = 8 * COLUMNS;
   DYN_SMEM(unsigned char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
-  const int first_row = blockIdx.z * ROWS, tile = blockIdx.x * LINEAR_WARPS + warp;
-  const int begin = blockIdx.y * args.slice, length = min(args.slice, args.num_in - begin);
+  const int first_row = blockIdx.x * ROWS, tile = blockIdx.y * LINEAR_WARPS + warp;
+  const int begin = blockIdx.z * args.slice, length = min(args.slice, args.num_in - begin);
   const int x_width = args.slice + 16;  // padded so that 4 rows lie on different banks
   unsigned char* ring = shared + warp * F::STAGES * F::SLOT_BYTES;
   T* xs = reinterpret_cast<T*>(shared + LINEAR_WARPS * F::STAGES * F::SLOT_BYTES);  // [ROWS][x_width]
@@ -255,13 +256,13 @@ __global__ void __launch_bounds__(LINEAR_WARPS * 32, 4) grouped_linear(const Lin
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + column * 8 + 2 * t + (i & 1), channel = tile * TILE_N + g + 8 * (i >> 1);
       if (row >= args.num_rows || channel >= args.num_out) continue;
-      if (gridDim.y == 1)
+      if (gridDim.z == 1)
         store_result(args, row, channel, sums[column][i]);
       else
-        args.partial[(static_cast<long long>(blockIdx.y) * args.num_rows + row) * args.num_out + channel] =
+        args.partial[(static_cast<long long>(blockIdx.z) * args.num_rows + row) * args.num_out + channel] =
             sums[column][i];
     }
-  if (gridDim.y > 1) add_slices<T, ROWS>(args, first_row, blockIdx.x * BLOCK_N);
+  if (gridDim.z > 1) add_slices<T, ROWS>(args, first_row, blockIdx.y * BLOCK_N);
 }
 
 template <class T>

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
 from blade_native.cuda.launch import CUDA_NAMES
-from blade_native.cuda.packing import Format
+from blade_native.cuda.packing import TILE_N, Format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK_N, MAX_BLOCK_ROWS = 128, 16
-MAX_ROWS = 64  # beyond, reading the weights once more per 16 rows costs more than writing them out in 16 bits
+MAX_ROWS = 128  # beyond, dequantising anew for every 16 rows should cost more than writing the weights out in 16 bits
+MAX_MATRIX_BYTES = 128 << 20  # of weights written out at once
 MAX_SLICE, MIN_SLICE = 512, 128  # numbers of K for one block
 BLOCKS_PER_SM = 3  # that should be there, where slices are not too short for it
 
@@ -112,7 +114,7 @@ class PackedLinear:
         rows = x.reshape(-1, x.shape[-1])
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if len(rows) > MAX_ROWS:
-            return F.linear(x, self.matrix(x.dtype), bias).to(out_dtype)
+            return self._multiply_dense(x, bias, out_dtype)
         y = torch.empty(len(rows), self.num_out, dtype=out_dtype, device=x.device)
         if len(rows):
             self._multiply(_aligned(rows), bias, y)
@@ -127,7 +129,7 @@ class PackedLinear:
             shape = (num_slices, num_rows, part.num_out)
             out = y[:, first:end]
             self.kernels.get(part.format, x.dtype).few[columns](
-                (-(-part.num_out // BLOCK_N), num_slices, -(-num_rows // (8 * columns))),
+                (-(-num_rows // (8 * columns)), -(-part.num_out // BLOCK_N), num_slices),
                 (256,),
                 y=out if y.dtype == x.dtype else None,
                 y_float=out if y.dtype != x.dtype else None,
@@ -146,13 +148,24 @@ class PackedLinear:
             )
             first = end
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """[N, K], dequantised."""
-        out = torch.empty(self.num_out, self.parts[0].num_in, dtype=dtype, device=self.parts[0].weight.device)
-        first = 0
+    def _multiply_dense(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """A piece of the matrix at a time: those of vocabularies have a gigabyte."""
+        y, first = torch.empty(*x.shape[:-1], self.num_out, dtype=out_dtype, device=x.device), 0
         for part in self.parts:
-            self._dequantize(part, None, out[first : first + part.num_out])
+            whole_tiles = max(1, MAX_MATRIX_BYTES // (2 * part.num_in * TILE_N)) * TILE_N
+            for start in range(0, part.num_out, whole_tiles):
+                end = min(start + whole_tiles, part.num_out)
+                piece = None if bias is None else bias[first + start : first + end]
+                y[..., first + start : first + end] = F.linear(x, self.matrix(part, x.dtype, start, end), piece)
             first += part.num_out
+        return y
+
+    def matrix(self, part: Packed, dtype: torch.dtype, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a part, dequantised: [end - start, K]. start is a multiple of 16."""
+        tile = start // TILE_N
+        rows = replace(part, weight=part.weight[tile:], params=part.params[tile:])
+        out = torch.empty(end - start, part.num_in, dtype=dtype, device=part.weight.device)
+        self._dequantize(rows, None, out)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:

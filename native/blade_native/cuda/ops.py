@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from blade_native.cuda import packing
 from blade_native.cuda.linear import DTYPES, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
-from blade_native.reference import TorchOps
+from blade_native.reference import TorchOps, dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from blade import GroupedWeight, KVCache
     from blade.contracts import Linear, Model
     from blade_native.cuda.launch import Launcher
-    from blade_native.cuda.packing import Packed
+    from blade_native.cuda.packing import Format, Packed
 
 log = logging.getLogger("blade.native")
 NUM_SMS = 132  # an H100's, where there is no device to ask
@@ -41,6 +41,7 @@ class CudaOps(TorchOps):
         self._rows = RowKernels(launcher)
         self.num_sms = num_sms(base.device)
         self._linears = LinearKernels(launcher, self.num_sms)
+        self._refused: set[Format] = set()
         self._select: SelectKernels | None = None
         self._delta: dict[tuple[torch.dtype, int], DeltaKernels] = {}
 
@@ -65,24 +66,37 @@ class CudaOps(TorchOps):
         return self._rows.gate(gate_up) if self._rows.covers_gate(gate_up) else super().silu_mul(gate_up)
 
     def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
-        """Kernels for all formats with K in multiples of 64, but for minima and zeros together; those become dense."""
-        if not all(map(packing.covers, weights)):
-            return super().linear(torch.cat([self._dequantized(weight) for weight in weights]), bias)
-        return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
+        """Kernels for all formats with K in multiples of 64, but for minima and zeros together; the others, and all of
+        them where a kernel cannot be compiled, become dense."""
+        if all(map(packing.covers, weights)) and self._compiled(packing.format_of(weight) for weight in weights):
+            return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
+        return self.linear(torch.cat([dequantize(weight, self._dtype) for weight in weights]), bias)
 
     def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
-        if weight.shape[1] % packing.TILE_K:
-            return super().fp8_linear(weight, scale, bias)
-        return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
+        if weight.shape[1] % packing.TILE_K == 0 and self._compiled([packing.fp8_format(weight.shape[1])]):
+            return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
+        return super().fp8_linear(weight, scale, bias)
 
     def _packed(self, parts: Seq[Packed], bias: Tensor | None) -> Linear:
-        dtype = self.default_dtype() if self.default_dtype() in DTYPES else torch.bfloat16
-        return PackedLinear(self._linears, parts, None if bias is None else self.to_device(bias), dtype)
+        return PackedLinear(self._linears, parts, None if bias is None else self.to_device(bias), self._dtype)
 
-    def _dequantized(self, weight: GroupedWeight) -> Tensor:
-        from blade_native.reference import dequantize
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the activations that kernels for quantised weights are compiled for while loading."""
+        return self.default_dtype() if self.default_dtype() in DTYPES else torch.bfloat16
 
-        return dequantize(weight, self.default_dtype())
+    def _compiled(self, formats: Iterable[Format]) -> bool:
+        """Whether the formats have their kernels; a warning says of one that cannot be compiled."""
+        for chosen in formats:
+            if chosen in self._refused:
+                return False
+            try:
+                self._linears.get(chosen, self._dtype)
+            except Exception as error:  # the compiler's and the driver's refusals have classes of their own
+                log.warning("%s becomes dense: its kernel cannot be compiled: %s", chosen, str(error).strip())
+                self._refused.add(chosen)
+                return False
+        return True
 
     def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, PackedLinear):
