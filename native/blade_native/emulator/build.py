@@ -24,7 +24,8 @@ FLAGS = (
     "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused",
 )  # fmt: skip
 SANITIZERS = {
-    "": ("-O2",),
+    # without a runtime to preload: what is found becomes a trap, which traps.h reports
+    "": ("-O2", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"),
     "address": ("-O1", "-fsanitize=address"),
     "undefined": ("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"),
     "thread": ("-O1", "-fsanitize=thread"),

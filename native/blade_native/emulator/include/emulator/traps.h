@@ -1,5 +1,5 @@
-// A kernel's memory fault, division by zero or endless loop ends the launch with a report, not the process. The signal's
-// handler sends the fiber into `report_trap` on its own, emptied stack.
+// A kernel's memory fault, division by zero, misaligned access or endless loop ends the launch with a report, not the
+// process. The signal's handler sends the fiber into `report_trap` on its own, emptied stack.
 #pragma once
 #include <dlfcn.h>
 #include <signal.h>
@@ -26,11 +26,12 @@ EMULATOR_CORE [[noreturn]] static void report_trap() {
   const size_t offset = static_cast<char*>(trap.instruction) - static_cast<char*>(library.dli_fbase);
   const char* where = library.dli_fname ? library.dli_fname : "?";
   switch (trap.signal) {
+    case SIGILL: fail("misaligned access, or an index outside of its array, at {%s+0x%zx}", where, offset);
     case SIGFPE: fail("integer division by zero at {%s+0x%zx}", where, offset);
     case SIGVTALRM: fail("the time limit is over: an endless loop? It was at {%s+0x%zx}", where, offset);
     default:
       if (trap.address) fail("memory fault: address %p at {%s+0x%zx}", trap.address, where, offset);
-      fail("memory fault: a misaligned vector access or a wild pointer at {%s+0x%zx}", where, offset);
+      fail("memory fault: a wild pointer at {%s+0x%zx}", where, offset);
   }
 }
 
@@ -40,7 +41,7 @@ EMULATOR_CORE static void on_signal(int number, siginfo_t* info, void* context) 
     return;
   }
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-  trap = {number, number == SIGVTALRM ? nullptr : info->si_addr, reinterpret_cast<void*>(registers[REG_RIP])};
+  trap = {number, info->si_addr, reinterpret_cast<void*>(registers[REG_RIP])};
   registers[REG_RSP] = reinterpret_cast<greg_t>(current->stack + STACK_BYTES - 128 - 8);  // as after a call
   registers[REG_RIP] = reinterpret_cast<greg_t>(&report_trap);
 }
@@ -73,8 +74,8 @@ class Traps {
   }
 
  private:
-  static constexpr int COUNT = 4;
-  static constexpr int SIGNALS[COUNT] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+  static constexpr int COUNT = 5;
+  static constexpr int SIGNALS[COUNT] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};
   alignas(16) char alternate[64 << 10];
   struct sigaction old[COUNT]{};
   stack_t old_stack{};
