@@ -9,7 +9,7 @@ import torch
 from native_cpu.batches import ragged
 
 from blade_native.cuda import attention_kernels, attention_plan
-from blade_native.cuda.attention_kernels import HEAD_DIMS, PREFILL_WARPS, SIMT_WARPS, STORE_WARPS, Shape
+from blade_native.cuda.attention_kernels import HEAD_DIMS, MERGE_WARPS, PREFILL_WARPS, SIMT_WARPS, STORE_WARPS, Shape
 from blade_native.cuda.attention_plan import Plan
 from blade_native.cuda.launch import CUDA_NAMES, SOURCES
 from blade_native.cuda.source import inline
@@ -30,6 +30,7 @@ def test_all_that_is_launched_is_checked(dtype: torch.dtype, storage: torch.dtyp
         "paged_simt.cu": 32 * SIMT_WARPS,
         "paged_decode.cu": 32 * shape.decode_ring[0],
         "paged_prefill.cu": 32 * PREFILL_WARPS,
+        "paged_merge.cu": 32 * MERGE_WARPS,
     }
     shared = {"paged_decode.cu": shape.decode_shared_bytes, "paged_prefill.cu": shape.prefill_shared_bytes}
     for source, names in shape.expressions().items():
@@ -37,14 +38,16 @@ def test_all_that_is_launched_is_checked(dtype: torch.dtype, storage: torch.dtyp
         for name in names:
             if source == "paged_merge.cu":  # the same machine code for every storage
                 name = f"merge_chunks<{CUDA_NAMES[dtype]}, signed char, {head_dim}>"
-            assert threads.get(source, head_dim) <= declared[name].threads
+            assert threads[source] == declared[name].threads
             assert shared.get(source, 0) <= declared[name].shared
 
 
 def test_constants_are_those_of_the_sources() -> None:
-    text = "".join(inline(SOURCES / name) for name in ("paged_decode.cu", "paged_simt.cu", "kv_store.cu"))
+    text = "".join(
+        inline(SOURCES / name) for name in ("paged_decode.cu", "paged_simt.cu", "kv_store.cu", "paged_merge.cu")
+    )
     found = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
-    for name in ("CHUNK", "MAX_CHUNKS", "SPLIT_ROWS", "DECODE_ROWS", "SIMT_WARPS", "STORE_WARPS"):
+    for name in ("CHUNK", "MAX_CHUNKS", "SPLIT_ROWS", "DECODE_ROWS", "SIMT_WARPS", "STORE_WARPS", "MERGE_WARPS"):
         assert found[name] == getattr(attention_kernels, name)
     assert attention_plan.PREFILL_ROWS == attention_kernels.SPLIT_ROWS  # a split sequence is one tile
 

@@ -65,22 +65,30 @@ __device__ __forceinline__ long long partial_row(const Args& args, int seq_index
   return (static_cast<long long>(start + query) * num_heads + head) * args.max_chunks + chunk;
 }
 
-// A running softmax-weighted sum: o / l, with weights relative to 2^m.
-struct Merged {
-  float m = NEG_INF, l = 0.f, o = 0.f;
+// Weight of a part whose scores' maximum is 2^m and whose weights sum to l, beside parts of at most 2^top. A part that saw
+// no key (l = 0) has none; NaN stays NaN.
+__device__ __forceinline__ float part_weight(float m, float l, float top) { return l == 0.f ? 0.f : ptx::ex2(m - top); }
 
-  __device__ __forceinline__ void add(float other_m, float other_l, float other_o) {
-    if (other_l == 0.f) return;  // no key was seen
-    const float top = fmaxf(m, other_m), mine = ptx::ex2(m - top), theirs = ptx::ex2(other_m - top);
-    l = l * mine + other_l * theirs;
-    o = o * mine + other_o * theirs;
-    m = top;
-  }
-  __device__ __forceinline__ float mean() const { return l == 0.f ? 0.f : o / l; }  // NaN stays NaN
-};
+__device__ __forceinline__ float4 scaled(float4 x, float by) {
+  return make_float4(x.x * by, x.y * by, x.z * by, x.w * by);
+}
+
+__device__ __forceinline__ void add_scaled(float4& sum, float4 x, float by) {
+  sum.x += x.x * by, sum.y += x.y * by, sum.z += x.z * by, sum.w += x.w * by;
+}
 
 template <class T>
-__device__ __forceinline__ void put(T* p, float x) { *p = from_float<T>(x); }
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+
+// Write the mean that a sum of weights l makes of o.
+template <class T>
+__device__ __forceinline__ void put_mean(T* out, float4 o, float l) {
+  const float4 mean = scaled(o, l == 0.f ? 0.f : 1.f / l);
+  *reinterpret_cast<Four<T>*>(out) = {from_float<T>(mean.x), from_float<T>(mean.y), from_float<T>(mean.z),
+                                      from_float<T>(mean.w)};
+}
 
 // Merge what PARTS warps found out about rows [first_row, first_row + count) of a sequence and write it: the result
 // where the sequence has one chunk, else this chunk's share. In shared memory: o [PARTS][ROWS][D + 8], ml [PARTS][ROWS].
@@ -88,23 +96,27 @@ template <int D, int PARTS, int ROWS, class Args>
 __device__ __forceinline__ void write_rows(const Args& args, int seq_index, const Sequence& seq, int kv_head, int chunk,
                                            int first_row, int count, const float* o, const float2* ml, int thread,
                                            int num_threads) {
-  for (int e = thread; e < count * D; e += num_threads) {
-    const int r = e / D, d = e % D, row = first_row + r;
+  for (int e = thread; e < count * (D / 4); e += num_threads) {
+    const int r = e / (D / 4), d = e % (D / 4) * 4, row = first_row + r;
     const int query = row / args.group, head = kv_head * args.group + row % args.group;
-    Merged sum;
+    float top = NEG_INF, l = 0.f;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p)
-      sum.add(ml[p * ROWS + r].x, ml[p * ROWS + r].y, o[(p * ROWS + r) * (D + 8) + d]);
+    for (int p = 0; p < PARTS; ++p) top = fmaxf(top, ml[p * ROWS + r].x);
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+      const float2 part = ml[p * ROWS + r];
+      const float weight = part_weight(part.x, part.y, top);
+      l += part.y * weight;
+      add_scaled(sum, *reinterpret_cast<const float4*>(o + (p * ROWS + r) * (D + 8) + d), weight);
+    }
     if (seq.num_chunks == 1) {
       const long long token = seq.first_token + query;
-      put(args.out + (token * args.num_kv_heads * args.group + head) * D + d, sum.mean());
+      put_mean(args.out + (token * args.num_kv_heads * args.group + head) * D + d, sum, l);
     } else {
       const long long at = partial_row(args, seq_index, query, head, chunk);
-      args.partial_out[at * D + d] = sum.o;
-      if (d == 0) {
-        args.partial_sum[at * 2] = sum.m;
-        args.partial_sum[at * 2 + 1] = sum.l;
-      }
+      *reinterpret_cast<float4*>(args.partial_out + at * D + d) = sum;
+      if (d == 0) *reinterpret_cast<float2*>(args.partial_sum + at * 2) = make_float2(top, l);
     }
   }
 }

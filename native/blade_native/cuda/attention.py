@@ -11,6 +11,7 @@ from blade import Batch, ConfigError, KVCache, KVSpec
 from blade.contracts import Attention
 from blade_native.cuda.attention_kernels import (
     HEAD_DIMS,
+    MERGE_WARPS,
     PREFILL_WARPS,
     SIMT_ROWS,
     SIMT_WARPS,
@@ -192,12 +193,13 @@ def _launch(layer_kv: LayerKV, plan: Plan, split: Split, simt_rows: int, argumen
         block = (32 * layer_kv.shape.decode_ring[0],)
         kernels.decode((split.grid, num_kv_heads, plan.num_seqs), block, **arguments)
     if kernels.prefill and plan.num_items:
-        kernels.prefill((plan.num_items, num_kv_heads, split.grid), (32 * PREFILL_WARPS,), **arguments)
+        grid = (plan.num_items, num_kv_heads, split.grid if plan.any_split_item else 1)
+        kernels.prefill(grid, (32 * PREFILL_WARPS,), **arguments)
     if kernels.simt and plan.max_rows:
         grid = (plan.num_seqs * arguments["num_tiles"], num_kv_heads, split.grid)
         kernels.simt[simt_rows](grid, (32 * SIMT_WARPS,), **arguments)
     if split.max_chunks > 1:
-        kernels.merge((layer_kv.spec.num_heads, plan.num_seqs), (layer_kv.spec.head_dim,), **arguments)
+        kernels.merge((-(-layer_kv.spec.num_heads // MERGE_WARPS), plan.num_seqs), (32 * MERGE_WARPS,), **arguments)
 
 
 def _simt_rows(plan: Plan, group: int) -> int:

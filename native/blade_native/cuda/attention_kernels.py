@@ -14,7 +14,7 @@ STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of a cache that is
 CHUNK, MAX_CHUNKS = 256, 32  # these four as in attention.cuh
 SPLIT_ROWS, DECODE_ROWS = 64, 16
 SIMT_ROWS = (1, 4)
-STORE_WARPS = SIMT_WARPS = 4
+STORE_WARPS = SIMT_WARPS = MERGE_WARPS = 4
 PREFILL_WARPS = 4
 
 

@@ -41,6 +41,7 @@ class Plan:
 
         rows = [length * group for length in batch.query_lens]
         self.max_rows = max(rows)
+        self.any_split_item = any(DECODE_ROWS < n <= SPLIT_ROWS for n in rows)
         self.any_short = any(0 < n <= DECODE_ROWS for n in rows)
         self._split = [n <= SPLIT_ROWS for n in rows]
         self.num_split_tokens = sum(n for n, split in zip(batch.query_lens, self._split, strict=True) if split)

@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreAr
   }
   if (is_q || slot < 0) return;
 
-  const long long row = cache_row(slot / args.block_size, is_v ? args.num_kv_heads + head : head, args.num_kv_heads,
-                                  args.block_size) + slot % args.block_size;
+  const long long block = slot >> (__ffs(args.block_size) - 1);  // a power of 2
+  const long long row = cache_row(block, is_v ? args.num_kv_heads + head : head, args.num_kv_heads, args.block_size) +
+                        (slot & (args.block_size - 1));
   float inverse = 1.f;
   if constexpr (SCALED<S>) {
     float largest = 0.f;

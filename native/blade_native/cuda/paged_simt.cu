@@ -7,8 +7,7 @@ constexpr int SIMT_WARPS = 4;
 // Four neighbouring channels as floats.
 template <class S>
 __device__ __forceinline__ float4 load4(const S* p) {
-  struct alignas(4 * sizeof(S)) Four { S x[4]; };
-  const Four four = *reinterpret_cast<const Four*>(p);
+  const auto four = *reinterpret_cast<const Four<S>*>(p);
   return make_float4(to_float(four.x[0]), to_float(four.x[1]), to_float(four.x[2]), to_float(four.x[3]));
 }
 
@@ -45,10 +44,8 @@ struct SimtRows {
       l[r] = l[r] * shrink + weight;
 #pragma unroll
       for (int i = 0; i < PER; ++i) {
-        o[r][i].x = o[r][i].x * shrink + weight * v[i].x;
-        o[r][i].y = o[r][i].y * shrink + weight * v[i].y;
-        o[r][i].z = o[r][i].z * shrink + weight * v[i].z;
-        o[r][i].w = o[r][i].w * shrink + weight * v[i].w;
+        o[r][i] = scaled(o[r][i], shrink);
+        add_scaled(o[r][i], v[i], weight);
       }
     }
   }
@@ -106,11 +103,7 @@ __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(c
           if (key < end && d < D) {
             k[a][i] = load4(args.kv + at * D + d);
             v[a][i] = load4(args.kv + (at + to_values) * D + d);
-            if constexpr (SCALED<S>) {
-              float4 &x = k[a][i], &y = v[a][i];
-              x.x *= k_scale, x.y *= k_scale, x.z *= k_scale, x.w *= k_scale;
-              y.x *= v_scale, y.y *= v_scale, y.z *= v_scale, y.w *= v_scale;
-            }
+            if constexpr (SCALED<S>) k[a][i] = scaled(k[a][i], k_scale), v[a][i] = scaled(v[a][i], v_scale);
           }
         }
       }
