@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from blade_native.cuda.launch import Launcher, import_cupy
 from blade_native.emulator import emulated
 from blade_native.emulator.kernel_double import EmulatorError
 
 if TYPE_CHECKING:
-    from blade_native.cuda.launch import Launcher, Module
+    from blade_native.cuda.launch import Module
 
 SOURCE = Path(__file__).parent / "kernels/probes.cu"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+our_traps = pytest.mark.skipif(
+    bool(os.environ.get("BLADE_EMULATOR_SANITIZE")), reason="the sanitizers report and end the process themselves"
+)
+RESULTS = ((320, torch.int32), (5, torch.int32), (7 * 32, torch.float32))
 NAMES = ["collectives", "barriers", "unwritten", "order", "divide", "deadlock", "conversions"]
 
 
@@ -69,6 +76,7 @@ def test_a_seed_permutes_blocks_and_threads_and_repeats(probes: Module) -> None:
     assert {i // 64 for i in order(1)[:64]} != set(range(4))  # one block at a time, still
 
 
+@our_traps
 def test_a_division_by_zero_is_reported_with_its_place(probes: Module) -> None:
     with pytest.raises(
         EmulatorError, match=r"block \(0,0,0\) thread \(0,0,0\): integer division by zero at probes.cu:"
@@ -82,6 +90,7 @@ def test_a_deadlock_names_who_waits_where(probes: Module) -> None:
     assert "__syncthreads at probes.cu:" in str(caught.value)
 
 
+@our_traps
 def test_the_emulator_works_after_a_report(probes: Module) -> None:
     with pytest.raises(EmulatorError):
         probes.kernel("divide")((1,), (32,), out=ints(32), x=ints(32))
@@ -101,3 +110,20 @@ def test_conversions_round_as_torch_does(probes: Module) -> None:
     assert torch.equal(out[4], x.to(torch.float8_e5m2).float())
     assert torch.equal(out[5], x.round().clamp(-127, 127))
     assert torch.allclose(out[6], torch.exp2(x))
+
+
+@needs_cuda
+def test_a_device_agrees_with_the_emulator(launcher: Launcher) -> None:
+    device = Launcher(import_cupy(), torch.device("cuda"))
+    x, floats = torch.arange(32, dtype=torch.int32), torch.linspace(-500, 500, 32)
+    found = []
+    for each in (launcher, device):
+        probes = each.load(SOURCE, ["collectives", "barriers", "conversions"])
+        ints_x, floats_x = x.to(each.device), floats.to(each.device)
+        lanes, block, converted = (torch.zeros(n, dtype=d, device=each.device) for n, d in RESULTS)
+        probes.kernel("collectives")((1,), (32,), out=lanes, x=ints_x)
+        probes.kernel("barriers")((3,), (32,), out=block, x=ints_x)
+        probes.kernel("conversions")((1,), (32,), out=converted, x=floats_x, n=32)
+        found.append([lanes.cpu(), block.cpu(), converted.cpu()])
+    for emulated_result, device_result in zip(*found, strict=True):
+        torch.testing.assert_close(emulated_result, device_result)

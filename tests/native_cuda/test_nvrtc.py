@@ -45,6 +45,28 @@ def test_the_main_loop_is_found_in_machine_code() -> None:
     assert limit == pytest.approx(loop.global_bytes / loop.cycles(row.device)[pipe] * 1.755 * 132)
 
 
+LISTING = """
+.text.f:
+.L_x_1:
+        /*0000*/                   LDG.E R0, [R2.64] ;
+.L_x_2:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0030*/                   FADD R4, R4, R5 ;
+        /*0040*/               @P0 BRA `(.L_x_3) ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+"""
+
+
+def test_the_main_loop_is_an_innermost_one() -> None:
+    loop = sass.main_loop(sass.parse(LISTING)["f"])
+    assert loop is not None
+    assert [one.opcode for one in loop.body] == ["LDG.E.128", "BRA"]
+    assert loop.global_bytes == 512
+    assert sass.main_loop(sass.parse(LISTING.replace("LDG", "LDS"))["f"]) is None
+
+
 def test_ptxas_reports_are_read() -> None:
     log = (
         "ptxas info    : Function properties for _Z1f\n"

@@ -124,20 +124,20 @@ def child(suite: Suite, name: str) -> int:
 def check(name: str) -> int:
     """Print what caught each fault of a suite; the number that nothing caught, or that the unbroken source has."""
     suite = load_suite(name)
-    failures = suite.survivors()
+    suite.run(emulated(), suite.source)
+    failures = 0
     for sanitize in sanitizer.NAMES:
-        if report := under_sanitizer(name, None, sanitize):
-            failures.append(f"unbroken, under {sanitize}: {report}")
+        report = under_sanitizer(name, None, sanitize)
+        failures += report is not None
+        print(f"{report or 'clean under ' + sanitize}", flush=True)
     for fault in suite.faults:
-        caught = fault.name not in failures
-        if fault.caught_by not in IN_PROCESS:
-            report = under_sanitizer(name, fault.name, fault.caught_by)
-            caught = report is not None
-            failures += [] if caught else [fault.name]
-        print(f"{'caught by ' + fault.caught_by if caught else 'SURVIVED':22} {fault.name}", flush=True)
-    for failure in failures:
-        print(f"FAILED: {failure}")
-    return len(failures)
+        if fault.caught_by in IN_PROCESS:
+            caught = suite.catches(fault)
+        else:
+            caught = under_sanitizer(name, fault.name, fault.caught_by) is not None
+        failures += not caught
+        print(f"{'caught by ' + fault.caught_by if caught else 'SURVIVED':20} {fault.name}", flush=True)
+    return failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Static rooflines from machine code: how fast a kernel's main loop can stream, were memory infinitely fast.
 
-The main loop is the backward branch whose body loads the most bytes from global memory: look at the listing before
-trusting a figure. An SM's cycles per iteration of one warp are the largest of what each pipe needs (four schedulers
+The main loop is the innermost one that loads the most bytes from global memory: look at the listing before trusting a
+figure. An SM's cycles per iteration of one warp are the largest of what each pipe needs (four schedulers
 issue one instruction each a cycle; integer and logic units do 64 lanes a cycle, special functions and conversions 16,
 shuffles 32, shared memory 128 bytes; float and tensor units by device). The limit is bytes per iteration over those
 cycles: an upper bound, as no pipe is ever full. A kernel that is to reach the memory's rate wants 1.5 to 2 times that.
@@ -15,7 +15,7 @@ import subprocess
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,16 +121,30 @@ def parse(listing: str) -> dict[str, list[Instruction]]:
 
 
 def main_loop(instructions: Sequence[Instruction]) -> Loop | None:
-    """The innermost backward branch whose body loads the most; None for a kernel without loads in a loop."""
+    """Of the innermost loops that load from global memory the one that loads the most; None where there is none."""
+    loading = [(start, end, size) for start, end in loops(instructions) if (size := loaded(instructions[start:end]))]
+    innermost = [
+        (size, start, end)
+        for start, end, size in loading
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in loading)
+    ]
+    if not innermost:
+        return None
+    size, start, end = max(innermost)
+    return Loop([one for one in instructions[start:end] if one.opcode], size)
+
+
+def loops(instructions: Sequence[Instruction]) -> Iterator[tuple[int, int]]:
+    """Begin and end of what lies between a label and a later branch to it."""
     labels: dict[str, int] = {}
-    best: Loop | None = None
     for i, one in enumerate(instructions):
         if not one.opcode:
             labels[one.operands] = i
         target = re.search(r"L_x_\d+", one.operands) if one.opcode.startswith("BRA") else None
         if target and target[0] in labels:
-            body = [inner for inner in instructions[labels[target[0]] : i + 1] if inner.opcode]
-            loaded = 32 * sum(inner.bytes_of("LDG", "LDGSTS") for inner in body)
-            if loaded and (best is None or loaded > best.global_bytes):
-                best = Loop(body, loaded)
-    return best
+            yield labels[target[0]], i + 1
+
+
+def loaded(instructions: Sequence[Instruction]) -> int:
+    """Bytes that a warp loads from global memory."""
+    return 32 * sum(one.bytes_of("LDG", "LDGSTS") for one in instructions)

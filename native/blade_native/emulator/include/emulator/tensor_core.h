@@ -18,22 +18,28 @@ struct MatrixLoad {
   bool transposed;
 };
 
-EMULATOR_CORE static inline void combine_ldmatrix(void** operands, unsigned) {
-  const auto load = [&](int lane) { return static_cast<const MatrixLoad*>(operands[lane]); };
-  const auto element = [&](int tile, int row, int column) {
-    uint16_t value;
-    move_bytes(&value, static_cast<const char*>(load(tile * 8 + row)->row) + column * 2, 2);
-    return uint32_t(value);
-  };
+// Element [row, column] of a tile of 8x8, of which lane 8 * tile + row has the row's address.
+EMULATOR_CORE static uint32_t tile_element(void** operands, int tile, int row, int column) {
+  const auto* owner = static_cast<const MatrixLoad*>(operands[tile * 8 + row]);
+  uint16_t value;
+  move_bytes(&value, static_cast<const char*>(owner->row) + column * 2, 2);
+  return value;
+}
+
+EMULATOR_CORE static void combine_ldmatrix(void** operands, unsigned) {
   uint32_t received[WARP][4];
   for (int lane = 0; lane < WARP; ++lane) {
+    const auto* mine = static_cast<const MatrixLoad*>(operands[lane]);
     const int i = lane / 4, j = lane % 4 * 2;
-    for (int tile = 0; tile < load(lane)->num_tiles; ++tile)
-      received[lane][tile] = load(lane)->transposed ? element(tile, j, i) | element(tile, j + 1, i) << 16
-                                                    : element(tile, i, j) | element(tile, i, j + 1) << 16;
+    for (int tile = 0; tile < mine->num_tiles; ++tile)
+      received[lane][tile] =
+          mine->transposed ? tile_element(operands, tile, j, i) | tile_element(operands, tile, j + 1, i) << 16
+                           : tile_element(operands, tile, i, j) | tile_element(operands, tile, i, j + 1) << 16;
   }
-  for (int lane = 0; lane < WARP; ++lane)
-    move_bytes(load(lane)->registers, received[lane], load(lane)->num_tiles * sizeof(uint32_t));
+  for (int lane = 0; lane < WARP; ++lane) {
+    const auto* mine = static_cast<const MatrixLoad*>(operands[lane]);
+    move_bytes(mine->registers, received[lane], mine->num_tiles * sizeof(uint32_t));
+  }
 }
 
 static inline void ldmatrix(uint32_t* registers, const void* row, int num_tiles, bool transposed, Site site) {
