@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from blade_native.cuda.launch import Launcher
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
 NUM_SEQS, NUM_K_HEADS, NUM_V_HEADS, VALUE_DIM, NUM_SLOTS = 3, 2, 4, 64, 5
 
 

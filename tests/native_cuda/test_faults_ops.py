@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from blade_native.cuda.launch import Module
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
 TWIN = TorchOps()
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from blade import Batch
     from blade_native.cuda.launch import Launcher
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
 BLOCK_SIZE, MAX_CONTEXT, SIZES = 16, 96, (1, 2, 4)
 PROMPTS = (20, 5, 33)  # tokens; each sequence lives in blocks of its own
 TABLES = [[7, 2, 4], [1], [6, 0, 3]]

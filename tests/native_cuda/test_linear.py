@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from blade_native.cuda.launch import Launcher
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
 BF16, FP16, CPU = torch.bfloat16, torch.float16, torch.device("cpu")
 NUM_OUT, NUM_IN = 200, 640  # neither whole blocks of channels nor whole slices
 # bits, group, how zeros are given, dtype of x

@@ -22,6 +22,8 @@ from .test_linear import make_weight
 if TYPE_CHECKING:
     from blade_native.cuda.launch import Launcher
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
+
 
 class Base(TorchOps):
     """Stands in for a device."""

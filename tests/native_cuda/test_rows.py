@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from blade_native.cuda.launch import Launcher
 
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 
