@@ -109,8 +109,22 @@ def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:
     linear = ops.grouped_linear([weight], None)
     assert isinstance(linear, TorchLinear)
     assert torch.equal(linear.weight, dequantize(weight, torch.bfloat16))
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(0)).half()
+    torch.testing.assert_close(linear(x), x @ dequantize(weight, torch.bfloat16).half().T)
     fp8 = torch.ones(16, 96).to(torch.float8_e4m3fn)
     assert isinstance(ops.fp8_linear(fp8, torch.ones(1), None), TorchFp8Linear)
+
+
+def test_numbers_that_the_kernels_cannot_hold(ops: CudaOps, caplog: pytest.LogCaptureFixture) -> None:
+    weight = make_weight(4, 128, "SYMMETRIC", codes=True, n=32, k=128)
+    assert weight.block_scales is not None
+    weight.block_scales.fill_(6e4)
+    assert isinstance(ops.grouped_linear([weight], None), TorchLinear)
+    assert "A linear becomes dense: scales: a group's value is beyond float16." in caplog.text
+    nan = torch.full((16, 128), float("nan")).to(torch.float8_e4m3fn)
+    assert isinstance(ops.fp8_linear(nan, torch.ones(1), None), TorchFp8Linear)
+    with pytest.raises(ValueError, match="scale has shape"):
+        ops.fp8_linear(torch.zeros(16, 128).to(torch.float8_e4m3fn), torch.ones(3), None)
 
 
 def test_a_format_that_does_not_compile_becomes_dense(

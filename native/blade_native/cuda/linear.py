@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from blade_native.cuda.launch import CUDA_NAMES
 from blade_native.cuda.packing import TILE_N, Format
+from blade_native.reference import TorchLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -186,6 +187,16 @@ class PackedLinear:
             params=part.params.view(torch.uint8),
             num_in=part.num_in,
         )
+
+
+class DenseLinear(TorchLinear):
+    """Of dequantised weights. Should x come in another dtype than the device's default, they follow once."""
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            self.weight = self.weight.to(x.dtype)
+            self.bias = None if self.bias is None else self.bias.to(x.dtype)
+        return super().__call__(x, out_dtype)
 
 
 def _aligned(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade_native.cuda import packing
-from blade_native.cuda.linear import DTYPES, LinearKernels, PackedLinear
+from blade_native.cuda.linear import DTYPES, DenseLinear, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
 from blade_native.reference import TorchOps, dequantize
@@ -52,9 +52,9 @@ class CudaOps(TorchOps):
         return self.base.available_memory()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return (
-            self._rows.norm(x, weight, eps) if self._rows.covers_norm(x, weight) else super().rms_norm(x, weight, eps)
-        )
+        if not self._rows.covers_norm(x, weight):
+            return super().rms_norm(x, weight, eps)
+        return self._rows.norm(x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Works in place on residual."""
@@ -69,12 +69,20 @@ class CudaOps(TorchOps):
         """Kernels for all formats with K in multiples of 64, but for minima and zeros together; the others, and all of
         them where a kernel cannot be compiled, become dense."""
         if all(map(packing.covers, weights)) and self._compiled(packing.format_of(weight) for weight in weights):
-            return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
-        return self.linear(torch.cat([dequantize(weight, self._dtype) for weight in weights]), bias)
+            try:
+                return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
+            except ValueError as error:
+                log.warning("A linear becomes dense: %s.", error)
+        weight = torch.cat([dequantize(weight, self._dtype) for weight in weights])
+        return DenseLinear(self.to_device(weight), None if bias is None else self.to_device(bias))
 
     def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
+        """Kernels where K is a multiple of 64; elsewhere, and where there is NaN, torch's way."""
         if weight.shape[1] % packing.TILE_K == 0 and self._compiled([packing.fp8_format(weight.shape[1])]):
-            return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
+            try:
+                return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
+            except packing.NotANumberError as error:
+                log.warning("A linear is dequantised at every call: %s.", error)
         return super().fp8_linear(weight, scale, bias)
 
     def _packed(self, parts: Seq[Packed], bias: Tensor | None) -> Linear:

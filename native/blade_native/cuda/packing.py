@@ -19,6 +19,10 @@ MAX_FLOAT16 = 65504.0
 Kind = Literal["SYMMETRIC", "ZEROS", "MINIMA", "FP8"]
 
 
+class NotANumberError(ValueError):
+    """A weight has NaN in it."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One instantiation of the kernels. 5 and 6 bits are kept as 8."""
@@ -79,12 +83,12 @@ def pack(weight: GroupedWeight, device: torch.device) -> Packed:
 
 
 def pack_fp8(weight: Tensor, scale: Tensor, device: torch.device) -> Packed:
-    """weight [N, K] float8_e4m3fn, K in whole tiles; scale as in TorchOps.fp8_linear. Raises ValueError for a weight
-    with NaN, which the kernel would take for a number."""
+    """weight [N, K] float8_e4m3fn, K in whole tiles; scale as in TorchOps.fp8_linear. Raises NotANumberError for a
+    weight with NaN, which the kernel would take for a number."""
     n, k = weight.shape
     bits = weight.view(torch.uint8).to(device)
     if bool(((bits & 0x7F) == 0x7F).any()):
-        raise ValueError("the weight has NaN in it")
+        raise NotANumberError("the weight has NaN in it")
     chosen = fp8_format(k)
     return _packed(chosen, bits, [expand_scales(scale.to(device), n, k, chosen.group)])
 
