@@ -66,15 +66,11 @@ class World:
         return torch.cat([x[len(x) - n :] for x, n in zip(xs, query_lens, strict=True)])
 
     def store_past(self, query_lens: list[int]) -> None:
-        """Store what earlier steps did: all but the owed tokens."""
-        past = [kv - n for kv, n in zip(self.kv_lens, query_lens, strict=True)]
-        batch = ragged(past, past, self.block_size)
-        batch.block_tables = self.whole.block_tables
-        slots = self.whole.slots.split(self.kv_lens)
-        batch.slots = torch.cat([s[:n] for s, n in zip(slots, past, strict=True)])
-        q, k, v = (torch.cat([x[:n] for x, n in zip(xs, past, strict=True)]) for xs in (self.q, self.k, self.v))
-        if len(q):
-            self.attention.rope_and_store(q, k, v, self.cos_sin, batch, self.layer_kv)
+        """Put what earlier steps stored, all but the owed tokens, into the cache."""
+        for k, v, slots, n in zip(self.k, self.v, self.whole.slots.split(self.kv_lens), query_lens, strict=True):
+            at = torch.arange(len(k) - n)
+            put(self.layer_kv, 0, rotated(k[: len(at)], self.cos_sin, at).to(k.dtype), slots[: len(at)])
+            put(self.layer_kv, 1, v[: len(at)], slots[: len(at)])
 
     def step(self, query_lens: list[int], window: int | None = None, batch: Batch | None = None) -> Tensor:
         """Store the owed tokens and attend with them."""
@@ -98,12 +94,27 @@ class World:
         return torch.cat(parts)
 
 
+def encoded(x: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """x [L, KV, D] in the cache's dtype, and int8's scales [L, KV]."""
+    if storage is not INT8:
+        return x.to(storage), None
+    scale = x.float().abs().amax(-1) / 127
+    return (x.float() * (1 / scale)[..., None]).round().clamp(-127, 127).to(INT8), scale
+
+
 def stored(x: Tensor, storage: torch.dtype) -> Tensor:
-    """x [L, KV, D] through the cache's dtype and back."""
-    if storage is INT8:
-        scale = x.float().abs().amax(-1, keepdim=True) / 127
-        return (x.float() * (1 / scale)).round().clamp(-127, 127) * scale
-    return x.float().to(storage).float() if storage is FP8 else x
+    """x [L, KV, D] as it comes back from the cache."""
+    codes, scale = encoded(x, storage)
+    return codes.float() if scale is None else codes.float() * scale[..., None]
+
+
+def put(layer_kv: LayerKV, kind: int, x: Tensor, slots: Tensor) -> None:
+    """The store of keys (kind 0) or values (1) x [L, KV, D], in torch."""
+    block, offset = slots // layer_kv.spec.block_size, slots % layer_kv.spec.block_size
+    codes, scale = encoded(x, layer_kv.shape.storage)
+    layer_kv.kv.view(torch.uint8)[block, kind, :, offset] = codes.contiguous().view(torch.uint8)
+    if scale is not None and layer_kv.scales is not None:
+        layer_kv.scales[block, kind, :, offset] = scale
 
 
 def spoil(layer_kv: LayerKV) -> None:

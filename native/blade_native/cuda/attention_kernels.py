@@ -36,10 +36,8 @@ class Shape:
 
     @property
     def decode_ring(self) -> tuple[int, int]:
-        """(WARPS, STAGES) of DecodeRing in paged_decode.cu: 16 to 35 KB of keys and values under way per block."""
-        if self.head_dim > 128:
-            return 2, 2
-        return 4, 2 if self.storage.itemsize == 2 and self.head_dim > 64 else 3
+        """(WARPS, STAGES) of DecodeRing in paged_decode.cu."""
+        return 2 if self.head_dim > 128 else 4, 2
 
     @property
     def prefill_ring(self) -> tuple[int, int, int]:
