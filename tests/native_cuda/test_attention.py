@@ -15,7 +15,7 @@ from blade_native.cuda.attention import CudaAttention
 from blade_native.cuda.attention_kernels import AttentionKernels, Shape
 from blade_native.cuda.launch import Launcher
 
-from .attention_world import BF16, F16, F32, FP8, INT8, World, attention, check, cos_sin
+from .attention_world import ATOL, BF16, F16, F32, FP8, INT8, World, attention, check, cos_sin
 
 SHAPES = [
     Shape(BF16, BF16, 64),
@@ -76,6 +76,26 @@ def test_larger_blocks(kernels: AttentionKernels, shape: Shape, block_size: int)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rotary_part_of_a_head(kernels: AttentionKernels, shape: Shape) -> None:
     check(world(kernels, shape, (4, 2), [20, 9], rotary_dim=18), [3, 1])
+
+
+@pytest.mark.parametrize("shape", [PLAIN, SIMT[0]], ids=str)
+def test_results_are_those_of_the_torch_twin(kernels: AttentionKernels, shape: Shape) -> None:
+    query_lens, window = [1, 20, 3], 30
+    w = world(kernels, shape, (4, 2), [40, 20, 35], rotary_dim=32)
+    whole, scale = [40, 20, 35], w.scale
+    twin = PagedAttention(torch.device("cpu"))
+    (twin_kv,) = twin.allocate(w.spec, int(w.whole.block_tables.max()) + 1)
+    q, k, v = (torch.cat(xs) for xs in (w.q, w.k, w.v))
+    twin.rope_and_store(q, k, v, w.cos_sin, w.owed(whole), twin_kv)
+    w.store_past(query_lens)
+    batch = w.owed(query_lens)
+    q, k, v = (w.last(xs, query_lens) for xs in (w.q, w.k, w.v))
+    twin_q, twin_k = twin.rope_and_store(q, k, v, w.cos_sin, batch, twin_kv)
+    want = twin.attend(twin_q, twin_k, v, batch, twin_kv, scale, window)
+    q, k = w.attention.rope_and_store(q, k, v, w.cos_sin, batch, w.layer_kv)
+    torch.testing.assert_close((q, k), (twin_q, twin_k))
+    out = w.attention.attend(q, k, v, batch, w.layer_kv, scale, window)
+    torch.testing.assert_close(out, want, rtol=0, atol=ATOL[shape.dtype])
 
 
 @pytest.mark.parametrize("owed", [1, 8, 17])
