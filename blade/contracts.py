@@ -169,7 +169,7 @@ class Attention(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Rotate q [T, H, D] and k [T, KV, D] by cos_sin [max_context, rotary_dim] float32 at batch.positions (cos in
         the first half of a row, sin in the second; halves of the head pair up, as in GPT-NeoX), write k and v
-        [T, KV, D] to batch.slots, return the rotated (q, k)."""
+        [T, KV, D] to batch.slots, return the rotated (q, k); may work in place on q and k."""
         ...
 
     def attend(
