@@ -24,7 +24,7 @@ KERNEL = re.compile(
     rf"(?:__launch_bounds__\s*{PARENTHESES}\s*)?(?P<name>\w+)\s*\((?P<parameters>{PARENTHESES[2:-2]})\)"
 )
 PARAMETER = re.compile(r"\s*(?:(?:const|__grid_constant__)\s+)*(\w+)\s*(?:<[^<>]*>)?\s*(?:const\s+)?\w+\s*")
-TYPE = r"(?:unsigned\s+|signed\s+)?\w+(?:\s+long)?(?:\s*<[^<>]*>)?"
+TYPE = r"(?:(?:un)?signed\b(?:\s+(?:int|char|short|long\s+long)\b)?|long\s+long\b|\w+(?:\s*<[^<>]*>)?)"
 MEMBER = re.compile(rf"(?:const\s+)?({TYPE})\s*(\**)\s*(.*)", re.DOTALL)
 DECLARATOR = re.compile(r"(\**)\s*(?:__restrict__\s+)?(\w+)")
 SCALARS = {
