@@ -18,7 +18,7 @@ enum Kind {
   FP8         // scale * e4m3
 };
 
-constexpr int LINEAR_WARPS = 8, TILE_N = 16, TILE_K = 64, BLOCK_N = LINEAR_WARPS * TILE_N;
+constexpr int LINEAR_WARPS = 8, TILE_N = 16, TILE_K = 64, BLOCK_N = LINEAR_WARPS * TILE_N, MAX_SLICE = 512;
 
 template <class T>
 constexpr bool IS_BF16 = false;
@@ -78,27 +78,27 @@ template <class T>
 constexpr float MAGIC_VALUE = IS_BF16<T> ? 128.f : 1024.f;
 constexpr float FLOAT_MAGIC_VALUE = 8388608.f;  // 0x4b000000 | q in float32, for bfloat16's 8 bits
 
-// bytes 0 and 1 of w as the low bytes of two 16-bit halves
-__device__ __forceinline__ unsigned spread(unsigned w) { return (w & 0xffu) | (w & 0xff00u) << 8; }
-
-// Element i of a step from its words, one with 4 bits, two with 8. `zero` is what Format's zero is made into by `zero_of`, for the element's channel.
+// Element i of a step from its words, one with 4 bits, two with 8. `zero` is what `zero_of` made for its channel, `magic`
+// is MAGIC<T>.
 template <class T, int BITS, int KIND>
-__device__ __forceinline__ unsigned weight_pair(const unsigned* words, int i, float zero) {
+__device__ __forceinline__ unsigned weight_pair(const unsigned* words, int i, float zero, unsigned magic) {
   if constexpr (BITS == 4) {
-    const unsigned bits = (words[0] >> (4 * i) & 0x000f000fu) | MAGIC<T>;
+    const unsigned bits = (words[0] >> (4 * i) & 0x000f000fu) | magic;
     return as_bits<T>(__hsub2(as_pair<T>(bits), as_pair<T>(pack2<T>(zero, zero))));
   } else {
-    const unsigned bytes = words[i >> 1] >> (16 * (i & 1));
+    const unsigned word = words[i >> 1], second = i & 1;  // bytes 0 and 1 or 2 and 3
     if constexpr (KIND == FP8) {  // the exponent of e4m3 in place, then its bias corrected: exact, subnormals included
-      const unsigned wide = spread(bytes), sign = (wide & 0x00800080u) << 8;
-      const unsigned rest = (wide & 0x007f007fu) << (IS_BF16<T> ? 4 : 7);
-      return as_bits<T>(__hmul2(as_pair<T>(sign | rest), as_pair<T>(IS_BF16<T> ? 0x7b807b80u : 0x5c005c00u)));
+      const unsigned high = __byte_perm(word, 0, second ? 0x3424 : 0x1404);  // each the upper byte of its half
+      const unsigned rest = (high & 0x7f007f00u) >> (IS_BF16<T> ? 4 : 1);
+      const unsigned factor = IS_BF16<T> ? 0x7b807b80u : 0x5c005c00u;  // 2^120, 2^8
+      return as_bits<T>(__hmul2(as_pair<T>((high & 0x80008000u) | rest), as_pair<T>(factor)));
     } else if constexpr (IS_BF16<T>) {  // integers of 8 bits: the upper halves of the floats are all of them
-      const float low = __uint_as_float(0x4b000000u | (bytes & 0xffu)) - zero;
-      const float high = __uint_as_float(0x4b000000u | (bytes >> 8 & 0xffu)) - zero;
-      return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);
+      const float low = __uint_as_float(__byte_perm(word, 0x4b000000u, second ? 0x7442 : 0x7440)) - zero;
+      const float high = __uint_as_float(__byte_perm(word, 0x4b000000u, second ? 0x7443 : 0x7441)) - zero;
+      return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
     } else {
-      return as_bits<T>(__hsub2(as_pair<T>(spread(bytes) | MAGIC<T>), as_pair<T>(pack2<T>(zero, zero))));
+      const unsigned bits = __byte_perm(word, 0x64646464u, second ? 0x4342 : 0x4140);
+      return as_bits<T>(__hsub2(as_pair<T>(bits), as_pair<T>(pack2<T>(zero, zero))));
     }
   }
 }
@@ -121,7 +121,7 @@ struct LinearArgs {
   int* arrived;                 // [ceil(N / 128), ceil(M / rows of a block)], 0 before and after
   long long x_stride, y_stride;
   int num_rows, num_in, num_out;
-  int slice;  // numbers of K that a block takes: a multiple of 64
+  int slice;  // numbers of K that a block takes: a multiple of 64, at most MAX_SLICE
 };
 
 template <class T>
@@ -149,6 +149,7 @@ __device__ __forceinline__ void add_slices(const LinearArgs<T>& args, int first_
     if (row >= args.num_rows || channel >= args.num_out) continue;
     const volatile float* from = args.partial + static_cast<long long>(row) * args.num_out + channel;
     float sum = 0.f;
+#pragma unroll 4
     for (int slice = 0; slice < num_slices; ++slice)
       sum += from[static_cast<long long>(slice) * args.num_rows * args.num_out];
     store_result(args, row, channel, sum);
@@ -174,11 +175,14 @@ __global__ void __launch_bounds__(LINEAR_WARPS * 32, 4) grouped_linear(const Lin
   unsigned char* ring = shared + warp * F::STAGES * F::SLOT_BYTES;
   T* xs = reinterpret_cast<T*>(shared + LINEAR_WARPS * F::STAGES * F::SLOT_BYTES);  // [ROWS][x_width]
 
-  for (int i = threadIdx.x; i < ROWS * (length / 8); i += LINEAR_WARPS * 32) {
-    const int row = i / (length / 8), column = i % (length / 8) * 8;
+  constexpr int ABREAST = LINEAR_WARPS * 32 / (MAX_SLICE / 8);  // rows of x that are loaded at a time
+  const int at = threadIdx.x % (MAX_SLICE / 8) * 8;
+#pragma unroll
+  for (int i = 0; i < ROWS; i += ABREAST) {
+    const int row = i + threadIdx.x / (MAX_SLICE / 8);
     const bool there = first_row + row < args.num_rows;
-    const T* from = args.x + (there ? first_row + row : 0) * args.x_stride + begin + column;
-    ptx::cp_async16(xs + row * x_width + column, from, there);
+    const T* from = args.x + (there ? first_row + row : 0) * args.x_stride + begin + at;
+    if (at < length) ptx::cp_async16(xs + row * x_width + at, from, there);
   }
   ptx::cp_async_commit();
 
@@ -203,6 +207,8 @@ __global__ void __launch_bounds__(LINEAR_WARPS * 32, 4) grouped_linear(const Lin
   ptx::cp_async_wait<F::STAGES - 1>();
   __syncthreads();  // everybody's part of x is there
 
+  // Not known to the compiler, and so in a register: mask and magic then fit into one instruction.
+  const unsigned magic = MAGIC<T> + (args.num_in < 0);
   float sums[COLUMNS][4] = {};
   for (int stage = 0; stage < num_stages; ++stage) {
     ptx::cp_async_wait<F::STAGES - 2>();
@@ -228,7 +234,7 @@ __global__ void __launch_bounds__(LINEAR_WARPS * 32, 4) grouped_linear(const Lin
       for (int s = group * F::STEPS; s < (group + 1) * F::STEPS; ++s) {
         unsigned a[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = weight_pair<T, BITS, KIND>(words + s * BITS / 4, i, zero[i & 1]);
+        for (int i = 0; i < 4; ++i) a[i] = weight_pair<T, BITS, KIND>(words + s * BITS / 4, i, zero[i & 1], magic);
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column) {
           const uint2 b = *reinterpret_cast<const uint2*>(x + column * 8 * x_width + 16 * s);
@@ -299,7 +305,7 @@ __global__ void __launch_bounds__(256) dequantized_rows(const RowsArgs<T> args) 
   unsigned* to = &packed.x;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const typename Pair<T>::Type pair = as_pair<T>(weight_pair<T, BITS, KIND>(words, 2 * half + j, zero));
+    const typename Pair<T>::Type pair = as_pair<T>(weight_pair<T, BITS, KIND>(words, 2 * half + j, zero, MAGIC<T>));
     to[half] = pack2<T>(to_float(pair.x) * scale + minimum, to_float(pair.y) * scale + minimum);
   }
   *reinterpret_cast<uint2*>(args.out + static_cast<long long>(blockIdx.x) * args.num_in + k) = packed;
