@@ -66,7 +66,12 @@ DECODE = Suite(
             "row < seq.num_rows ? position + 2 : 0",
             "result",
         ),
-        Fault("a short ring", "stage = ring + tile % STAGES", "stage = ring + (tile + 1) % STAGES", "result"),
+        Fault(
+            "a short ring",
+            "const unsigned char* stage = ring + tile %",
+            "const unsigned char* stage = ring + (tile + 1) %",
+            "result",
+        ),
         Fault("lanes that do not wait", "      __syncwarp();  // what every", "      // what every", "thread"),
         Fault("results over rings", "  __syncthreads();  // the rings become", "  // the rings become", "thread"),
         Fault("rings over results", "  __syncthreads();  // and rings", "  // and rings", "thread"),

@@ -65,8 +65,8 @@ __device__ __forceinline__ long long partial_row(const Args& args, int seq_index
   return (static_cast<long long>(start + query) * num_heads + head) * args.max_chunks + chunk;
 }
 
-// Weight of a part whose scores' maximum is 2^m and whose weights sum to l, beside parts of at most 2^top. A part that saw
-// no key (l = 0) has none; NaN stays NaN.
+// Weight of a part whose scores' maximum is 2^m and whose weights sum to l, beside parts of at most 2^top. A part that
+// saw no key (l = 0) has none; NaN stays NaN.
 __device__ __forceinline__ float part_weight(float m, float l, float top) { return l == 0.f ? 0.f : ptx::ex2(m - top); }
 
 __device__ __forceinline__ float4 scaled(float4 x, float by) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void put_mean(T* out, float4 o, float l) {
 }
 
 // Merge what PARTS warps found out about rows [first_row, first_row + count) of a sequence and write it: the result
-// where the sequence has one chunk, else this chunk's share. In shared memory: o [PARTS][ROWS][D + 8], ml [PARTS][ROWS].
+// where the sequence has one chunk, else this chunk's share. Shared: o [PARTS][ROWS][D + 8], ml [PARTS][ROWS].
 template <int D, int PARTS, int ROWS, class Args>
 __device__ __forceinline__ void write_rows(const Args& args, int seq_index, const Sequence& seq, int kv_head, int chunk,
                                            int first_row, int count, const float* o, const float2* ml, int thread,

@@ -36,7 +36,7 @@ template <>
 struct Widening<__half> {
   using Pair = __half2;
   static constexpr unsigned UPPER = 0x64646464;  // bytes of 2^10, whose mantissa counts ones
-  static constexpr unsigned E4M3_SHIFT = 1, E4M3_FACTOR = 0x5c005c00;  // 2^8, twice: its exponent is biased by 15, not 7
+  static constexpr unsigned E4M3_SHIFT = 1, E4M3_FACTOR = 0x5c005c00;  // 2^8, twice: biased by 15, not 7
 };
 template <>
 struct Widening<__nv_bfloat16> {
@@ -56,9 +56,9 @@ __device__ __forceinline__ unsigned minus(unsigned a, unsigned b) {
   return *reinterpret_cast<const unsigned*>(&difference);
 }
 
-// Four int8 as T: bytes 0 and 2 in `even`, 1 and 3 in `odd`. A number is its lower seven bits less 128 times the eighth:
-// both parts get an upper byte under which they count ones, and the difference is exact. (In bfloat16 the eighth bit is
-// the exponent's: 2^7 or 2^8.)
+// Four int8 as T: bytes 0 and 2 in `even`, 1 and 3 in `odd`. A number is its lower seven bits less 128 times the
+// eighth: both parts get an upper byte under which they count ones, and the difference is exact. (In bfloat16 the
+// eighth bit is the exponent's: 2^7 or 2^8.)
 template <class T>
 __device__ __forceinline__ void widen_int8(unsigned bytes, unsigned& even, unsigned& odd) {
   constexpr unsigned UPPER = Widening<T>::UPPER;

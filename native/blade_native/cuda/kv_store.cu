@@ -38,10 +38,10 @@ __device__ __forceinline__ float int8_scale(float largest, bool finite) {
   return __all_sync(FULL_WARP, finite) ? largest / 127.f : __int_as_float(0x7fffffff);
 }
 
-// grid (T, (H + 2 KV) / STORE_WARPS rounded up), block (32 * STORE_WARPS): one head a warp, two channels a lane at once.
-// check: rope_and_store<__nv_bfloat16, {__nv_bfloat16, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 40 | blocks 12
-// check: rope_and_store<__half, {__half, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 40 | blocks 12
-// check: rope_and_store<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 40 | blocks 12
+// grid (T, (H + 2 KV) / STORE_WARPS rounded up), block (32 * STORE_WARPS): a head a warp, two channels a lane.
+// check: rope_and_store<__nv_bfloat16, {__nv_bfloat16, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
+// check: rope_and_store<__half, {__half, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
+// check: rope_and_store<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
 template <class T, class S, int D>
 __global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreArgs<T, S> args) {
   constexpr int PER = (D / 2 + 31) / 32;

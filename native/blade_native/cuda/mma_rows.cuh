@@ -73,7 +73,8 @@ struct MmaRows {
         const long long token = seq.first_token + row / args.group;
         const T* head = args.q + token * args.q_stride + (kv_head * args.group + row % args.group) * D + step * 16;
         fragment[i] = 0;
-        if (row < seq.num_rows) fragment[i] = BYTES ? pair(head, 4 * t + (i >> 1), 2) : pair(head, 2 * t + (i & 2) * 4, 1);
+        if (row >= seq.num_rows) continue;
+        fragment[i] = BYTES ? pair(head, 4 * t + (i >> 1), 2) : pair(head, 2 * t + (i & 2) * 4, 1);
       }
       if constexpr (PARKED) {
         parked[step * 32 + lane] = make_uint4(fragment[0], fragment[1], fragment[2], fragment[3]);

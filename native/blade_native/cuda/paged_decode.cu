@@ -16,7 +16,8 @@ struct DecodeRing {
 // check: paged_decode<__half, __half, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
 // check: paged_decode<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 64 | registers 255 | shared 51712 | blocks 3 | blocks@86,89,120 1
 template <class T, class S, int D>
-__global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3) paged_decode(const AttentionArgs<T, S> args) {
+__global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
+    paged_decode(const AttentionArgs<T, S> args) {
   using Rows = MmaRows<T, S, D, 16>;
   constexpr int WARPS = DecodeRing<D>::WARPS, STAGES = DecodeRing<D>::STAGES;
   constexpr int STAGE = Rows::Stage::BYTES, STEP = WARPS * 16;
@@ -48,8 +49,9 @@ __global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3) pa
     const int num_tiles = (end - begin - warp * 16 + STEP - 1) / STEP;
     auto copy = [&](int tile) {
       const int first = begin + tile * STEP + warp * 16;
+      unsigned char* stage = ring + tile % STAGES * STAGE;
       if (first < end)
-        copy_tokens<D, 16, 16>(args, kv_head, table[first / args.block_size], first, end, ring + tile % STAGES * STAGE, 0);
+        copy_tokens<D, 16, 16>(args, kv_head, table[first / args.block_size], first, end, stage, 0);
       ptx::cp_async_commit();
     };
     rows.reset();
