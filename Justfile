@@ -1,5 +1,8 @@
 # What a contributor runs. `just` alone lists it.
 
+fault_suites := "tests/native_cuda/test_faults.py:MATMUL tests/native_cuda/test_attention_faults.py:DECODE tests/native_cuda/test_attention_faults.py:PREFILL tests/native_cuda/test_faults_ops.py:ROWS tests/native_cuda/test_faults_ops.py:LINEAR tests/native_cuda/test_faults_ops.py:SELECT tests/native_cuda/test_faults_ops.py:DELTA"
+sanitized := "-m pytest tests/native_cuda -k 'not fault and not nvrtc' -p no:cacheprovider -o timeout=3600"
+
 _default:
     @just --list
 
@@ -28,6 +31,19 @@ format:
 docs:
     python docs/generate_hooks.py
     python docs/generate_bladellm.py
+
+# The CUDA kernels without a device: limits on all architectures, sanitizers, injected faults (many minutes)
+cuda-check:
+    python -m blade_native.emulator.nvrtc --sass
+    python -m blade_native.emulator.sanitizer address {{ sanitized }}
+    python -m blade_native.emulator.sanitizer undefined {{ sanitized }}
+    python -m blade_native.emulator.sanitizer thread {{ sanitized }}
+    python -m blade_native.emulator.faults {{ fault_suites }}
+
+# The CUDA kernels on a device: tests, then GB/s beside what the memory allows
+gpu *args:
+    pytest tests/native tests/native_cuda -k "cuda or device"
+    python benchmarks/gpu_kernels.py {{ args }}
 
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from blade import SamplingParams, Sequence, Step
+from blade import CaptureOptions, SamplingParams, Sequence, Step
 from blade.assembly import Assembly, choose, load_model
 from blade.config import Config, EngineConfig, ModelOptions
 from blade.engine.runner import ModelRunner
@@ -37,7 +37,7 @@ def make_runner(args: argparse.Namespace) -> tuple[Assembly, ModelRunner]:
     assembly = choose(config, load(plugins))
     num_blocks = args.num_seqs * (-(-(args.context + args.steps + 8) // BLOCK_SIZE)) + 1
     kv = assembly.attention.allocate(assembly.kv_spec, num_blocks)
-    return assembly, ModelRunner(load_model(assembly), kv, assembly.ops, BLOCK_SIZE)
+    return assembly, ModelRunner(load_model(assembly), kv, assembly.ops, CaptureOptions(block_size=BLOCK_SIZE))
 
 
 def make_sequences(args: argparse.Namespace, runner: ModelRunner) -> list[Sequence]:

@@ -11,6 +11,7 @@ from blade.errors import BladeError, CheckpointError, ConfigError, Overloaded, P
 from blade.hookspecs import hookimpl
 from blade.types import (
     Batch,
+    CaptureOptions,
     DefaultCheckpoint,
     DemoWeights,
     EngineStats,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "BladeError",
+    "CaptureOptions",
     "CheckpointError",
     "Config",
     "ConfigError",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blade.errors import CheckpointError, ConfigError
-from blade.types import KVSpec, Limits
+from blade.types import CaptureOptions, KVSpec, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +59,17 @@ class Assembly:
 
         weights, quantization = self.checkpoint.weights, self.form.quantization
         return sum(loaded_bytes(name, weights, self.ops, self.dtype, quantization) for name in weights.names())
+
+    @property
+    def capture(self) -> CaptureOptions:
+        config = self.config.engine
+        sizes = [size for size in config.cuda_graph_batch_sizes if size <= config.max_num_seqs]
+        return CaptureOptions(
+            enabled=not config.disable_cuda_graph,
+            batch_sizes=tuple(sizes),
+            block_size=config.block_size,
+            max_context=self.max_context,
+        )
 
     def plan_memory(self, reserved: int = 0) -> MemoryPlan:
         """Size the KV cache from the memory free now, less `reserved` bytes (of weights not loaded yet)."""
@@ -121,7 +132,7 @@ def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine
     plugins, config = assembly.plugins, assembly.config.engine
     kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
     executor = plugins.registry("register_executors").create(
-        config.executor, lambda: ModelRunner(model, kv, assembly.ops, config.block_size), config
+        config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture), config
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache)
     scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)

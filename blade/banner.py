@@ -62,5 +62,7 @@ def _flags(options: object) -> Iterator[str]:
         flag = field.name.replace("_", "-")
         if isinstance(value, bool):
             yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, tuple):
+            yield from (word for part in value for word in (f"--{flag}", str(part)))
         else:
             yield from (f"--{flag}", str(value))

@@ -81,7 +81,7 @@ NO_LOOKAHEAD = "blade has no lookahead decoding"
 NO_LORA = "blade has no LoRA adapters yet"
 NO_DISAGGREGATION = "blade prefills and decodes in one engine"
 NO_REMOTE = "blade has no remote workers; `blade serve --device` chooses the device"
-EAGER = "blade captures no CUDA graphs"
+ONE_OF_TWO = "--cuda_graph_batch_sizes names the sizes"
 NO_LLUMNIX = "blade has no Llumnix layer"
 MODEL_OPTIONS = (
     "model tokenizer_dir chat_template dtype kv_cache_quant kv_cache_quant_sub_heads attn_cls tokenizer_special_tokens "
@@ -141,9 +141,20 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         mapped("dtype", "dtype", one_of(DTYPES)),
         refused("tokenizer_special_tokens", "blade takes special tokens from the tokenizer's files alone", many=True),
         accepted("enable_triton_mla", "blade serves no MLA models yet", False, type=boolean),
-        accepted("disable_cuda_graph", EAGER, True, type=boolean),
-        refused("cuda_graph_max_batch_size", EAGER),
-        refused("cuda_graph_batch_sizes", EAGER, many=True),
+        Option(
+            "disable_cuda_graph",
+            boolean,
+            lambda off: ["--disable-cuda-graph"] if off else [],
+            why="--disable-cuda-graph",
+        ),
+        refused("cuda_graph_max_batch_size", ONE_OF_TWO),
+        Option(
+            "cuda_graph_batch_sizes",
+            int,
+            lambda sizes: [part for size in sizes for part in ("--cuda-graph-batch-sizes", str(size))],
+            why="--cuda-graph-batch-sizes",
+            many=True,
+        ),
         accepted("with_visual", "blade serves text alone", False, type=boolean),
     ),
     "Speculation": (

@@ -14,6 +14,7 @@ Dialect = Literal["bladellm", "openai"]
 Hub = Literal["huggingface", "modelscope"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+GRAPH_BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 
 
@@ -87,6 +88,11 @@ class EngineConfig:
     """Longest time in seconds a request may wait for its first step; then 503. No bound by default."""
     max_queue_size: int = 1024
     """Most sequences waiting; then 429."""
+    cuda_graph_batch_sizes: tuple[int, ...] = GRAPH_BATCH_SIZES
+    """Numbers of sequences whose decode steps are recorded as CUDA graphs at start, where the device has them; a step
+    is padded to the next number. Those beyond --max-num-seqs are left out. Repeat for more."""
+    disable_cuda_graph: bool = False
+    """Launch every step kernel by kernel."""
     threads: int | None = None
     """CPU threads of the model; all cores this process may use by default."""
     stall_seconds: float = 120.0
@@ -99,6 +105,8 @@ class EngineConfig:
         _within(self, "kv_cache_memory", 1)
         _within(self, "max_queue_time", 0)
         _within(self, "stall_seconds", 1)
+        if not all(size >= 1 for size in self.cuda_graph_batch_sizes):
+            raise ConfigError(f"--cuda-graph-batch-sizes must be at least 1, not {min(self.cuda_graph_batch_sizes)}.")
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"--block-size must be one of {BLOCK_SIZES}, not {self.block_size}.")
         if self.max_batch_tokens < self.max_num_seqs:

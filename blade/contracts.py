@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blade.types import (
     Batch,
+    CaptureOptions,
     EngineStats,
     GroupedWeight,
     KVCache,
@@ -158,10 +159,10 @@ class Ops(Protocol):
         """x [N, D], rows [R] int64 -> [R, D]."""
         ...
 
-    def capture(self, forward: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """`forward`, or what does the same faster: it may note down what forward does with a batch and repeat that for
-        other batches of the same shapes, if nothing but ops and views took part. Its result may live in memory that
-        the next call overwrites."""
+    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
+        """The model's forward on this cache, or what does the same faster: it may note down what forward does with a
+        batch and repeat that for other batches of the same shapes, if nothing but ops, attention and views took part.
+        The logits may live in memory that the next call overwrites."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -197,7 +198,7 @@ class Attention(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Rotate q [T, H, D] and k [T, KV, D] by cos_sin [max_context, rotary_dim] float32 at batch.positions (cos in
         the first half of a row, sin in the second; halves of the head pair up, as in GPT-NeoX), write k and v
-        [T, KV, D] to batch.slots, return the rotated (q, k)."""
+        [T, KV, D] to batch.slots, return the rotated (q, k); may work in place on q and k."""
         ...
 
     def attend(

@@ -198,6 +198,16 @@ class GroupedWeight:
 
 
 @dataclass(slots=True, frozen=True)
+class CaptureOptions:
+    """What an op set may know of the steps to come when it prepares to replay them (contracts.Ops.capture)."""
+
+    enabled: bool = True  # False: every step is run kernel by kernel
+    batch_sizes: tuple[int, ...] = ()  # sequences of the decode steps to prepare for, where that happens at start
+    block_size: int = 16  # tokens
+    max_context: int = 0  # tokens a sequence may have
+
+
+@dataclass(slots=True, frozen=True)
 class ModelConfig:
     """What the core must know of a model before its weights are loaded. Families subclass it with what they need."""
 

@@ -25,6 +25,8 @@ MAPPED = {
     "tokenizer_dir": ("tok", ["--tokenizer-dir", "tok"]),
     "chat_template": ("chat.jinja", ["--chat-template", "chat.jinja"]),
     "dtype": ("half", ["--dtype", "float16"]),
+    "disable_cuda_graph": ("true", ["--disable-cuda-graph"]),
+    "cuda_graph_batch_sizes": ("4", ["--cuda-graph-batch-sizes", "4"]),
     "gamma": ("2", ["--num-draft-tokens", "2"]),
 }
 ACCEPTED = {
@@ -49,7 +51,6 @@ ACCEPTED = {
     "kv_cache_quant": ("no_quant", "int8"),
     "kv_cache_quant_sub_heads": ("1", "2"),
     "enable_triton_mla": ("false", "true"),
-    "disable_cuda_graph": ("true", "false"),
     "with_visual": ("false", "true"),
     "decode_algo": ("normal", "sps"),
     "use_sps": ("false", "true"),
@@ -69,7 +70,6 @@ REFUSED = {
     "llumnix_config": "x.yml",
     "tokenizer_special_tokens": "<a>",
     "cuda_graph_max_batch_size": "64",
-    "cuda_graph_batch_sizes": "1",
     "look_ahead_window_size": "2",
     "look_ahead_gram_size": "2",
     "guess_set_size": "2",
@@ -156,6 +156,8 @@ def test_the_command_line_is_one_that_blade_takes(monkeypatch: pytest.MonkeyPatc
         max_batch_tokens=64,
         max_num_seqs=64,
         prefix_cache=False,
+        cuda_graph_batch_sizes=(4,),
+        disable_cuda_graph=True,
         num_draft_tokens=2,
     )
     assert config.server == ServerOptions(host="0.0.0.0", port=8001, log_level="warning", insecure=True)
@@ -178,6 +180,9 @@ def test_dtypes(given: str, dtype: str) -> None:
 def test_flags_need_no_value_and_take_one() -> None:
     assert "--no-prefix-cache" in joined("--disable_prompt_cache")
     assert "--no-prefix-cache" not in joined("--disable_prompt_cache", "false")
+    assert "--disable-cuda-graph" not in joined("--disable_cuda_graph", "false")
+    sizes = joined("--cuda_graph_batch_sizes", "1", "8")
+    assert "--cuda-graph-batch-sizes 1 --cuda-graph-batch-sizes 8" in sizes
     joined("--disable_cuda_graph", "--metric_exporters", "a", "b", "-tp", "1", "-tp=1")
 
 

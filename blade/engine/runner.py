@@ -12,16 +12,16 @@ from blade.engine.verify import accept
 
 if TYPE_CHECKING:
     from blade.contracts import Model, Ops
-    from blade.types import KVCache, Sampled, Sequence, Step
+    from blade.types import CaptureOptions, KVCache, Sampled, Sequence, Step
 
 
 class ModelRunner:
     """Owns a model, its KV cache and the sampler (contracts.Runner)."""
 
-    def __init__(self, model: Model, kv: KVCache, ops: Ops, block_size: int) -> None:
+    def __init__(self, model: Model, kv: KVCache, ops: Ops, options: CaptureOptions) -> None:
         self.ops = ops
-        self.forward = ops.capture(lambda batch: model.forward(batch, kv))
-        self.block_size = block_size
+        self.forward = ops.capture(model, kv, options)
+        self.block_size = options.block_size
         self.sampler = Sampler(model.config.vocab_size, ops)
 
     @torch.inference_mode()

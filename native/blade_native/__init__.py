@@ -10,6 +10,7 @@ from blade import hookimpl
 if TYPE_CHECKING:
     from blade.contracts import Attention, Ops
 
+MIN_CAPABILITY = (8, 0)  # Ampere: the first with cp.async and bfloat16 on tensor cores, which the CUDA kernels use
 log = logging.getLogger("blade.native")
 
 
@@ -28,17 +29,31 @@ def cpu_ops(threads: int | None) -> Ops:
 
 
 def cuda_ops(threads: int | None) -> Ops:
-    from blade_native.cuda import CudaOps
+    """Own kernels through CuPy; where they cannot be had, torch's, with a word on what that costs."""
+    from blade_native.cuda import CudaOps, TorchCudaOps
+    from blade_native.cuda.launch import Launcher, import_cupy
 
-    return CudaOps()
+    base = TorchCudaOps()
+    try:
+        base.require_capability(*MIN_CAPABILITY)
+        return CudaOps(base, Launcher(import_cupy(), base.device))
+    except Exception as error:  # no CuPy, no headers, a compiler's or a driver's refusal: each has a class of its own
+        log.warning("%s Serving on torch: quantised weights become dense, decoding is slower.", str(error).strip())
+        return base
 
 
 def paged_attention(ops: Ops) -> Attention:
     from blade_native.attention import PagedAttention
+    from blade_native.cuda import CudaOps
     from blade_native.simd.attention import SimdAttention
     from blade_native.simd.ops import SimdOps
 
     base = PagedAttention(ops.device)
+    if isinstance(ops, CudaOps):
+        from blade_native.cuda.attention import CudaAttention
+        from blade_native.cuda.attention_kernels import AttentionKernels
+
+        return CudaAttention(base, AttentionKernels(ops.launcher), num_sms=ops.num_sms)
     return SimdAttention(base, ops.library, ops.threads) if isinstance(ops, SimdOps) else base
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade import Batch, GroupedWeight
-    from blade.contracts import Linear
+    from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+    from blade.contracts import Linear, Model
 
 
 class TorchLinear:
@@ -49,6 +50,34 @@ class TorchGroupedLinear:
         return dequantize(replace(weight, **tensors), torch.float32)
 
 
+class TorchFp8Linear:
+    """y = x (scale * W)^T + b with W in float8_e4m3fn, dequantised to x's dtype on every call."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        n, k = self.weight.shape
+        scales = expand_scales(self.scale, n, k, 1)
+        weight = (self.weight.float() * scales).to(x.dtype)
+        return F.linear(x, weight, self.bias).to(out_dtype or x.dtype)
+
+
+def expand_scales(scale: Tensor, n: int, k: int, group: int) -> Tensor:
+    """Scales of one number, [N, 1] or [ceil(N / 128), ceil(K / 128)] -> [N, K / group] float32. Raises ValueError for
+    another shape."""
+    blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+    if scale.numel() == 1:
+        return scale.float().reshape(1, 1).expand(n, k // group)
+    if scale.shape == (n, 1):
+        return scale.float().expand(n, k // group)
+    if scale.shape != blocks:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, not (1,), {(n, 1)} or {blocks}")
+    rows = scale.float().repeat_interleave(FP8_BLOCK, 0)[:n]
+    return rows.repeat_interleave(FP8_BLOCK // group, 1)[:, : k // group]
+
+
+FP8_BLOCK = 128
 _TENSORS = ("q", "scales", "minima", "zeros", "block_scales", "block_minima")
 
 
@@ -108,8 +137,9 @@ class TorchOps:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
-    def capture(self, forward: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        return forward
+    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
+        """The forward as it is."""
+        return lambda batch: model.forward(batch, kv)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Zhang & Sennrich 2019; torch computes it in float32 inside."""
@@ -124,6 +154,60 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
+        """weight [N, K] float8_e4m3fn times scale: of one number, [N, 1], or [ceil(N / b), ceil(K / b)] of blocks of
+        b = 128 rows and columns."""
+        return TorchFp8Linear(
+            self.to_device(weight), self.to_device(scale), None if bias is None else self.to_device(bias)
+        )
+
+    def delta_step(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor
+    ) -> Tensor:
+        """One decode step of the gated delta rule; see `delta_step`."""
+        return delta_step(q, k, v, g, beta, state, slots)
+
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        values, ids = logits.max(-1)
+        """NaN counts as -inf."""
+        values, ids = without_nan(logits).max(-1)
         return values, ids
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [R, V] float32 -> argmax's ids, their values, and the log of the sum of exp of all logits, [R] each: a
+        token's logprob is its logit less that, and min_p keeps what is at most -log(min_p) below the peak."""
+        ids = without_nan(logits).argmax(-1)
+        return ids, logits.gather(1, ids[:, None]).squeeze(1), logits.logsumexp(-1)
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
+        if not 1 <= k <= logits.shape[1]:
+            raise ValueError(f"k = {k} is not in 1..{logits.shape[1]}")
+        values, ids = torch.sort(without_nan(logits), dim=-1, descending=True, stable=True)
+        return values[:, :k], ids[:, :k]
+
+
+def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:
+    """The gated delta rule (Yang, Kautz & Hatamizadeh 2024) for one token of each of B sequences, as Qwen3-Next has it:
+    q and k are brought to length 1, q is then scaled by DK^-0.5.
+
+    q, k [B, HK, DK] and v [B, HV, DV] in the model's dtype, HK a divisor of HV; g (log of the decay) and beta [B, HV]
+    float32; state [num_slots, HV, DK, DV] float32, changed in place at slots [B] int32. A slot below 0 is no sequence:
+    its output is 0. Returns [B, HV, DV].
+    """
+    groups = v.shape[1] // k.shape[1]
+    q, k = (unit(x.float()).repeat_interleave(groups, dim=1).unsqueeze(-1) for x in (q, k))  # [B, HV, DK, 1]
+    held = state[slots.long().clamp(min=0)] * g.exp()[..., None, None]
+    delta = (v.float() - (held * k).sum(-2)) * beta.unsqueeze(-1)
+    held += k * delta.unsqueeze(-2)
+    live = slots >= 0
+    state[slots[live].long()] = held[live]
+    out: Tensor = (held * q).sum(-2) * k.shape[-2] ** -0.5
+    return (out * live[:, None, None]).to(v.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def without_nan(logits: Tensor) -> Tensor:
+    return logits.masked_fill(logits.isnan(), -math.inf)

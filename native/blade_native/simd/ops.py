@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blade import Batch, GroupedWeight
-from blade.contracts import Linear, Ops
+from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+from blade.contracts import Linear, Model, Ops
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.grouped import pack_grouped
@@ -73,9 +73,13 @@ class SimdOps:
         self.library.take_rows(x.data_ptr(), rows.data_ptr(), rows.numel(), row_bytes, out.data_ptr(), self.threads)
         return out
 
-    def capture(self, forward: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
         """Small steps are replayed, see capture.py."""
-        return CapturedForward(forward, self.library)
+
+        def forward(batch: Batch) -> Tensor:
+            return model.forward(batch, kv)
+
+        return CapturedForward(forward, self.library) if options.enabled else forward
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., D]; of three or more axes the first may be strided, as in a slice of a fused projection."""

@@ -8,10 +8,10 @@ from blade import ConfigError
 from blade_native.reference import TorchOps
 
 
-class CudaOps(TorchOps):
+class TorchCudaOps(TorchOps):
     """contracts.Ops on the current CUDA device."""
 
-    name = "cuda"
+    name = "cuda, torch kernels"
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -25,3 +25,11 @@ class CudaOps(TorchOps):
         torch.cuda.empty_cache()  # what loading left behind is free as well
         free, _ = torch.cuda.mem_get_info(self.device)
         return free
+
+    def require_capability(self, major: int, minor: int) -> None:
+        """Raises ConfigError for an older device."""
+        found = torch.cuda.get_device_capability(self.device)
+        if found < (major, minor):
+            raise ConfigError(
+                f"The device has compute capability {found[0]}.{found[1]}, our kernels need {major}.{minor}."
+            )

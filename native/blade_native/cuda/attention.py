@@ -1,0 +1,221 @@
+"""Paged attention on CUDA over our own kernels: contracts.Attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blade import Batch, ConfigError, KVCache, KVSpec
+from blade.contracts import Attention
+from blade_native.cuda.attention_kernels import (
+    HEAD_DIMS,
+    MERGE_WARPS,
+    PREFILL_WARPS,
+    SIMT_ROWS,
+    SIMT_WARPS,
+    SPLIT_ROWS,
+    STORAGE,
+    STORE_WARPS,
+    AttentionKernels,
+    Shape,
+)
+from blade_native.cuda.attention_plan import Plan, Split
+from blade_native.simd.check import check, check_heads
+
+LOG2E = 1.4426950408889634
+BLOCK_SIZES = (16, 32, 64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def shape_of(spec: KVSpec, storage: str | None = None) -> Shape | None:
+    """The kernels' shape for a spec; None where they do not cover it."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    covered = (
+        dtype in DTYPES
+        and spec.head_dim in HEAD_DIMS
+        and spec.block_size in BLOCK_SIZES
+        and spec.num_heads % spec.num_kv_heads == 0
+        and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
+    )
+    return Shape(dtype, STORAGE[storage] if storage else dtype, spec.head_dim) if covered else None
+
+
+def layer_block_bytes(spec: KVSpec, shape: Shape) -> int:
+    row_bytes = spec.head_dim * shape.storage.itemsize + (4 if shape.storage is torch.int8 else 0)
+    return 2 * spec.num_kv_heads * spec.block_size * row_bytes
+
+
+class LayerKV:
+    """One layer's K and V as kv_storage.cuh has them, and the kernels for them.
+
+    kv [num_blocks, 2, KV, block_size, D] in the dtype of the storage; scales [num_blocks, 2, KV, block_size] float32
+    with int8.
+    """
+
+    def __init__(self, spec: KVSpec, shape: Shape, num_blocks: int, kernels: AttentionKernels) -> None:
+        self.spec, self.shape = spec, shape
+        self.group = spec.num_heads // spec.num_kv_heads
+        self.kernels = kernels.get(shape)
+        device, rows = kernels.launcher.device, (num_blocks, 2, spec.num_kv_heads, spec.block_size)
+        num_bytes = spec.head_dim * shape.storage.itemsize
+        self.kv = torch.zeros((*rows, num_bytes), dtype=torch.uint8, device=device).view(shape.storage)
+        self.scales = torch.zeros(rows, device=device) if shape.storage is torch.int8 else None
+
+
+class CudaAttention:
+    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes are allocated and
+    served by `base`. `storage` "int8" (a scale per token and head) or "fp8" (e4m3) halves a 16-bit cache.
+
+    A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
+    step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
+    """
+
+    capturable = True
+
+    def __init__(
+        self, base: Attention, kernels: AttentionKernels, storage: str | None = None, num_sms: int | None = None
+    ) -> None:
+        """`num_sms`: multiprocessors to fill; the device's own by default."""
+        if storage not in (None, *STORAGE):
+            raise ConfigError(f"There is no KV cache in {storage}.", f"Use one of {', '.join(STORAGE)}.")
+        self.base, self.kernels, self.storage = base, kernels, storage
+        device = kernels.launcher.device
+        self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
+        self._plan: Plan | None = None
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        shape = self._shape(spec)
+        return spec.num_layers * layer_block_bytes(spec, shape) if shape else self.base.block_bytes(spec)
+
+    def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
+        """Compiles the kernels as well, or takes them from CuPy's cache."""
+        shape = self._shape(spec)
+        if shape is None:
+            return self.base.allocate(spec, num_blocks)
+        return [LayerKV(spec, shape, num_blocks, self.kernels) for _ in range(spec.num_layers)]
+
+    def _shape(self, spec: KVSpec) -> Shape | None:
+        shape = shape_of(spec, self.storage)
+        if shape is None and self.storage:
+            raise ConfigError(
+                f"The kernels for a KV cache in {self.storage} do not cover head_dim {spec.head_dim} in {spec.dtype} "
+                f"with blocks of {spec.block_size} tokens.",
+                "Keep the KV cache in the model's dtype.",
+            )
+        return shape
+
+    def rope_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored."""
+        if not isinstance(layer_kv, LayerKV):
+            return self.base.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
+        plan, spec, dtype = self._plan_for(batch, layer_kv), layer_kv.spec, layer_kv.shape.dtype
+        _check_heads("q", q, dtype, (plan.num_tokens, spec.num_heads, spec.head_dim))
+        _check_heads("k", k, dtype, (plan.num_tokens, spec.num_kv_heads, spec.head_dim))
+        _check_heads("v", v, dtype, (plan.num_tokens, spec.num_kv_heads, spec.head_dim))
+        rotary_dim = cos_sin.shape[-1]
+        check("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], rotary_dim))
+        if rotary_dim % 2 or rotary_dim > spec.head_dim:
+            raise ValueError(f"rotary_dim {rotary_dim} does not fit head_dim {spec.head_dim}")
+        num_units = spec.num_heads + 2 * spec.num_kv_heads
+        layer_kv.kernels.store(
+            (plan.num_tokens, -(-num_units // STORE_WARPS)),
+            (STORE_WARPS * 32,),
+            q=q,
+            k=k,
+            v=v,
+            kv=layer_kv.kv,
+            scales=layer_kv.scales,
+            cos_sin=cos_sin,
+            positions=batch.positions,
+            slots=batch.slots,
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            v_stride=v.stride(0),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            rotary_dim=rotary_dim,
+            block_size=spec.block_size,
+        )
+        return q, k
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+    ) -> Tensor:
+        """See contracts.Attention; `scale` is positive."""
+        if not isinstance(layer_kv, LayerKV):
+            return self.base.attend(q, k, v, batch, layer_kv, scale, window)
+        plan, spec = self._plan_for(batch, layer_kv), layer_kv.spec
+        _check_heads("q", q, layer_kv.shape.dtype, (plan.num_tokens, spec.num_heads, spec.head_dim))
+        if scale <= 0:
+            raise ValueError(f"scale {scale} is not positive")
+        split = plan.split(window or 0)
+        out = q.new_empty((plan.num_tokens, spec.num_heads * spec.head_dim))
+        partial_out, partial_sum = _partials(plan, split, spec, q.device)
+        simt_rows = _simt_rows(plan, layer_kv.group)
+        arguments = {
+            "out": out,
+            "q": q,
+            "kv": layer_kv.kv,
+            "scales": layer_kv.scales,
+            "partial_out": partial_out,
+            "partial_sum": partial_sum,
+            "block_tables": batch.block_tables,
+            "cu_seqlens": batch.cu_seqlens,
+            "context_lens": batch.context_lens,
+            "partial_starts": plan.partial_starts,
+            "items": plan.items,
+            "q_stride": q.stride(0),
+            "table_stride": plan.table_stride,
+            "num_kv_heads": spec.num_kv_heads,
+            "group": layer_kv.group,
+            "block_size": spec.block_size,
+            "max_chunks": split.max_chunks,
+            "window": window or 0,
+            "num_tiles": -(-plan.max_rows // simt_rows),
+            "scale_log2": scale * LOG2E,
+        }
+        _launch(layer_kv, plan, split, simt_rows, arguments)
+        return out
+
+    def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:
+        if self._plan is None or self._plan.batch is not batch or self._plan.group != layer_kv.group:
+            self._plan = Plan(batch, layer_kv.group, layer_kv.spec.num_kv_heads, self.num_sms)
+        return self._plan
+
+
+def _launch(layer_kv: LayerKV, plan: Plan, split: Split, simt_rows: int, arguments: dict[str, Any]) -> None:
+    kernels, num_kv_heads = layer_kv.kernels, layer_kv.spec.num_kv_heads
+    if kernels.decode and plan.any_short:
+        block = (32 * layer_kv.shape.decode_ring[0],)
+        kernels.decode((split.grid, num_kv_heads, plan.num_seqs), block, **arguments)
+    if kernels.prefill and plan.num_items:
+        grid = (plan.num_items, num_kv_heads, split.grid if plan.any_split_item else 1)
+        kernels.prefill(grid, (32 * PREFILL_WARPS,), **arguments)
+    if kernels.simt and plan.max_rows:
+        grid = (plan.num_seqs * arguments["num_tiles"], num_kv_heads, split.grid)
+        kernels.simt[simt_rows](grid, (32 * SIMT_WARPS,), **arguments)
+    if split.max_chunks > 1:
+        kernels.merge((-(-layer_kv.spec.num_heads // MERGE_WARPS), plan.num_seqs), (32 * MERGE_WARPS,), **arguments)
+
+
+def _simt_rows(plan: Plan, group: int) -> int:
+    return next((rows for rows in SIMT_ROWS if group <= rows), SIMT_ROWS[-1])
+
+
+def _partials(plan: Plan, split: Split, spec: KVSpec, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the chunks' results. Taken anew for each layer: under capture it belongs to the graph."""
+    if split.max_chunks == 1:
+        return None, None
+    num_rows = plan.num_split_tokens * spec.num_heads * split.max_chunks
+    both = torch.empty(num_rows * (spec.head_dim + 2), dtype=torch.float32, device=device)
+    return both[: num_rows * spec.head_dim], both[num_rows * spec.head_dim :]
+
+
+def _check_heads(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    check_heads(name, x, dtype, shape)
+    if x.data_ptr() % 16 or (x.stride(0) * x.itemsize % 16 and len(x) > 1):
+        raise ValueError(f"{name}: a token does not start at a multiple of 16 bytes")

@@ -1,0 +1,118 @@
+"""Which instantiations of the attention kernels serve a shape, compiled and ready to launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from blade_native.cuda.launch import CUDA_NAMES, Kernel, Launcher, Module
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of a cache that is not in the model's dtype
+CHUNK, MAX_CHUNKS = 256, 32  # these four as in attention.cuh
+SPLIT_ROWS, DECODE_ROWS = 64, 16
+SIMT_ROWS = (1, 4)
+STORE_WARPS = SIMT_WARPS = MERGE_WARPS = 4
+PREFILL_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernels are instantiated for. `storage` is the dtype of the cache."""
+
+    dtype: torch.dtype
+    storage: torch.dtype
+    head_dim: int
+
+    @property
+    def types(self) -> str:
+        return f"{CUDA_NAMES[self.dtype]}, {CUDA_NAMES[self.storage]}, {self.head_dim}"
+
+    @property
+    def tensor_cores(self) -> bool:
+        return self.dtype is not torch.float32
+
+    @property
+    def decode_ring(self) -> tuple[int, int]:
+        """(WARPS, STAGES) of DecodeRing in paged_decode.cu."""
+        return 2 if self.head_dim > 128 else 4, 2
+
+    @property
+    def prefill_ring(self) -> tuple[int, int, int]:
+        """(WARPS, KEYS, STAGES) of PrefillRing in paged_prefill.cu."""
+        keys = 16 if self.head_dim > 128 else 32 if self.storage.itemsize == 1 else 64
+        return PREFILL_WARPS, keys, 2 if keys == 64 else 3
+
+    def stage_bytes(self, keys: int) -> int:
+        """KeyStage<S, D, KEYS>::BYTES of kv_storage.cuh."""
+        row = (self.head_dim * self.storage.itemsize // 16 | 1) * 16
+        return 2 * keys * row + (8 * keys if self.storage is torch.int8 else 0)
+
+    def shared_bytes(self, warps: int, ring_bytes: int) -> int:
+        """Rings and, in their place later, results of 16 rows a warp; beside them q where it is parked."""
+        results = warps * 16 * ((self.head_dim + 8) * 4 + 8)
+        parked = warps * self.head_dim * 32 if self.head_dim > 128 else 0
+        return max(ring_bytes, results) + parked
+
+    @property
+    def decode_shared_bytes(self) -> int:
+        warps, stages = self.decode_ring
+        return self.shared_bytes(warps, warps * stages * self.stage_bytes(16))
+
+    @property
+    def prefill_shared_bytes(self) -> int:
+        warps, keys, stages = self.prefill_ring
+        return self.shared_bytes(warps, stages * self.stage_bytes(keys))
+
+    def expressions(self) -> dict[str, list[str]]:
+        """Source -> the kernels this shape takes from it."""
+        named = {"kv_store.cu": [f"rope_and_store<{self.types}>"], "paged_merge.cu": [f"merge_chunks<{self.types}>"]}
+        if self.tensor_cores:
+            named["paged_decode.cu"] = [f"paged_decode<{self.types}>"]
+            named["paged_prefill.cu"] = [f"paged_prefill<{self.types}>"]
+        else:
+            named["paged_simt.cu"] = [f"paged_simt<{self.types}, {rows}>" for rows in SIMT_ROWS]
+        return named
+
+
+class ShapeKernels:
+    """The kernels of one shape."""
+
+    def __init__(self, shape: Shape, modules: dict[str, Module]) -> None:
+        def named(source: str, shared_bytes: int = 0) -> list[Kernel]:
+            names = shape.expressions().get(source, [])
+            return [modules[source].kernel(name, shared_bytes) for name in names]
+
+        (self.store,) = named("kv_store.cu")
+        (self.merge,) = named("paged_merge.cu")
+        self.decode = next(iter(named("paged_decode.cu", shape.decode_shared_bytes)), None)
+        self.prefill = next(iter(named("paged_prefill.cu", shape.prefill_shared_bytes)), None)
+        self.simt = dict(zip(SIMT_ROWS, named("paged_simt.cu"), strict=False))
+
+
+class AttentionKernels:
+    """Kernels by shape. Those of one `add` share a compilation per source."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self._modules: dict[Shape, dict[str, Module]] = {}
+        self._ready: dict[Shape, ShapeKernels] = {}
+
+    def add(self, shapes: Iterable[Shape]) -> None:
+        """Announce shapes, which are compiled when they are first asked for (by the emulator's double at once)."""
+        new = [shape for shape in dict.fromkeys(shapes) if shape not in self._modules]
+        wanted: dict[str, list[str]] = {}
+        for shape in new:
+            for source, names in shape.expressions().items():
+                wanted.setdefault(source, []).extend(names)
+        modules = {source: self.launcher.load(source, names) for source, names in wanted.items()}
+        self._modules.update(dict.fromkeys(new, modules))
+
+    def get(self, shape: Shape) -> ShapeKernels:
+        """Compiles where that has not been done: call it while loading."""
+        if shape not in self._ready:
+            self.add([shape])
+            self._ready[shape] = ShapeKernels(shape, self._modules[shape])
+        return self._ready[shape]

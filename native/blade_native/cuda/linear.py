@@ -1,0 +1,205 @@
+"""Linears over packed weights: linear.cu for few rows, the dequantised matrix and torch's GEMM for many."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from blade_native.cuda.launch import CUDA_NAMES
+from blade_native.cuda.packing import TILE_N, Format
+from blade_native.reference import TorchLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade_native.cuda.launch import Kernel, Launcher, Module
+    from blade_native.cuda.packing import Packed
+
+DTYPES = (torch.bfloat16, torch.float16)
+BLOCK_N, MAX_BLOCK_ROWS = 128, 16
+MAX_ROWS = 128  # beyond, dequantising anew for every 16 rows should cost more than writing the weights out in 16 bits
+MAX_MATRIX_BYTES = 128 << 20  # of weights written out at once
+MAX_SLICE, MIN_SLICE = 512, 128  # numbers of K for one block
+BLOCKS_PER_SM = 3  # that should be there, where slices are not too short for it
+
+Key = tuple[Format, torch.dtype]
+
+
+class LinearKernels:
+    """The kernels of the formats that were asked for, in one dtype of activations each."""
+
+    def __init__(self, launcher: Launcher, num_sms: int) -> None:
+        self.launcher = launcher
+        self.num_sms = num_sms
+        self._modules: dict[Key, Module] = {}
+        self._ready: dict[Key, FormatKernels] = {}
+
+    def add(self, keys: Iterable[Key]) -> None:
+        """Announce formats with the dtype of x; they share a compilation, at the first `get` of one of them."""
+        new = [key for key in dict.fromkeys(keys) if key not in self._modules]
+        names = [name for key in new for name in (*few_names(*key).values(), rows_name(*key))]
+        if new:
+            self._modules.update(dict.fromkeys(new, self.launcher.load("linear.cu", names)))
+
+    def get(self, chosen: Format, dtype: torch.dtype) -> FormatKernels:
+        """Compiles where that has not been done: call it while loading."""
+        key = (chosen, dtype)
+        if key not in self._ready:
+            self.add([key])
+            self._ready[key] = FormatKernels(self._modules[key], *key)
+        return self._ready[key]
+
+    def slice_of(self, packed: Packed) -> int:
+        """How many numbers of K a block takes. It follows from the matrix alone, so that sums are the same for any
+        number of rows."""
+        num_blocks = -(-packed.num_out // BLOCK_N)
+        wanted = -(-BLOCKS_PER_SM * self.num_sms // num_blocks)  # slices
+        length = -(-packed.num_in // wanted)
+        return min(MAX_SLICE, max(MIN_SLICE, -(-length // 64) * 64))
+
+
+class FormatKernels:
+    """linear.cu for one format and dtype: `few[columns]` multiplies, `rows` dequantises."""
+
+    def __init__(self, module: Module, chosen: Format, dtype: torch.dtype) -> None:
+        rings = 8 * chosen.num_stages * chosen.slot_bytes
+        self.few: dict[int, Kernel] = {
+            columns: module.kernel(name, rings + 8 * columns * (MAX_SLICE + 16) * 2)
+            for columns, name in few_names(chosen, dtype).items()
+        }
+        self.rows = module.kernel(rows_name(chosen, dtype))
+
+
+def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
+    """The multiplying kernel by how many times 8 rows of x a block takes."""
+    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in (1, 2)}
+
+
+def rows_name(chosen: Format, dtype: torch.dtype) -> str:
+    return f"dequantized_rows<{_arguments(chosen, dtype)}>"
+
+
+def _arguments(chosen: Format, dtype: torch.dtype) -> str:
+    return f"{CUDA_NAMES[dtype]}, {chosen.bits}, {chosen.group}, {chosen.kind}"
+
+
+class PackedLinear:
+    """y = x W^T + b over matrices stacked along N, each packed in its own format."""
+
+    def __init__(self, kernels: LinearKernels, parts: Seq[Packed], bias: Tensor | None, dtype: torch.dtype) -> None:
+        """`dtype`: of the activations that the kernels are compiled for now, another one's when it comes; also of the
+        rows, where the matrix is an embedding as well."""
+        self.kernels = kernels
+        self.dtype = dtype
+        self.parts = parts
+        self.bias = bias
+        self.num_out = sum(part.num_out for part in parts)
+        self.slices = [kernels.slice_of(part) for part in parts]
+        device = parts[0].weight.device
+        num_counters = [-(-part.num_out // BLOCK_N) * (MAX_ROWS // MAX_BLOCK_ROWS) for part in parts]
+        self.arrived = [torch.zeros(num, dtype=torch.int32, device=device) for num in num_counters]
+        for part in parts:
+            kernels.get(part.format, dtype)
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., K] float16 or bfloat16 -> [..., N] in `out_dtype`: that of x or float32."""
+        out_dtype = out_dtype or x.dtype
+        if x.dtype not in DTYPES or out_dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"packed weights take x in float16 or bfloat16, not {x.dtype} -> {out_dtype}")
+        rows = x.reshape(-1, x.shape[-1])
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if len(rows) > MAX_ROWS:
+            return self._multiply_dense(x, bias, out_dtype)
+        y = torch.empty(len(rows), self.num_out, dtype=out_dtype, device=x.device)
+        if len(rows):
+            self._multiply(_aligned(rows), bias, y)
+        return y.view(*x.shape[:-1], self.num_out)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        num_rows, first = len(x), 0
+        columns = 1 if num_rows <= 8 else 2
+        for part, length, arrived in zip(self.parts, self.slices, self.arrived, strict=True):
+            end = first + part.num_out
+            num_slices = -(-part.num_in // length)
+            shape = (num_slices, num_rows, part.num_out)
+            out = y[:, first:end]
+            self.kernels.get(part.format, x.dtype).few[columns](
+                (-(-num_rows // (8 * columns)), -(-part.num_out // BLOCK_N), num_slices),
+                (256,),
+                y=out if y.dtype == x.dtype else None,
+                y_float=out if y.dtype != x.dtype else None,
+                x=x,
+                bias=None if bias is None else bias[first:end],
+                weight=part.weight,
+                params=part.params.view(torch.uint8),
+                partial=torch.empty(shape, device=x.device) if num_slices > 1 else None,
+                arrived=arrived,
+                x_stride=x.stride(0),
+                y_stride=y.stride(0),
+                num_rows=num_rows,
+                num_in=part.num_in,
+                num_out=part.num_out,
+                slice=length,
+            )
+            first = end
+
+    def _multiply_dense(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """A piece of the matrix at a time: those of vocabularies have a gigabyte."""
+        y, first = torch.empty(*x.shape[:-1], self.num_out, dtype=out_dtype, device=x.device), 0
+        for part in self.parts:
+            whole_tiles = max(1, MAX_MATRIX_BYTES // (2 * part.num_in * TILE_N)) * TILE_N
+            for start in range(0, part.num_out, whole_tiles):
+                end = min(start + whole_tiles, part.num_out)
+                piece = None if bias is None else bias[first + start : first + end]
+                y[..., first + start : first + end] = F.linear(x, self.matrix(part, x.dtype, start, end), piece)
+            first += part.num_out
+        return y
+
+    def matrix(self, part: Packed, dtype: torch.dtype, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a part, dequantised: [end - start, K]. start is a multiple of 16."""
+        tile = start // TILE_N
+        rows = replace(part, weight=part.weight[tile:], params=part.params[tile:])
+        out = torch.empty(end - start, part.num_in, dtype=dtype, device=part.weight.device)
+        self._dequantize(rows, None, out)
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Of a single matrix: ids [T] int64 -> [T, K], dequantised."""
+        (part,) = self.parts
+        out = torch.empty(len(ids), part.num_in, dtype=self.dtype, device=ids.device)
+        if len(ids):
+            self._dequantize(part, ids, out)
+        return out
+
+    def _dequantize(self, part: Packed, ids: Tensor | None, out: Tensor) -> None:
+        self.kernels.get(part.format, out.dtype).rows(
+            (len(out), -(-part.num_in // 1024)),
+            (256,),
+            out=out,
+            ids=ids,
+            weight=part.weight,
+            params=part.params.view(torch.uint8),
+            num_in=part.num_in,
+        )
+
+
+class DenseLinear(TorchLinear):
+    """Of dequantised weights. Should x come in another dtype than the device's default, they follow once."""
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            self.weight = self.weight.to(x.dtype)
+            self.bias = None if self.bias is None else self.bias.to(x.dtype)
+        return super().__call__(x, out_dtype)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes, as cp.async wants them."""
+    fits = rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
+    return rows if fits else rows.clone(memory_format=torch.contiguous_format)

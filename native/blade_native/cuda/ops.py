@@ -1,0 +1,158 @@
+"""The CUDA op set: own kernels where they cover the tensors, torch's elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+import torch
+
+from blade_native.cuda import packing
+from blade_native.cuda.linear import DTYPES, DenseLinear, LinearKernels, PackedLinear
+from blade_native.cuda.rows import RowKernels
+from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
+from blade_native.reference import TorchOps, dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+    from blade.contracts import Linear, Model
+    from blade_native.cuda.launch import Launcher
+    from blade_native.cuda.packing import Format, Packed
+
+log = logging.getLogger("blade.native")
+NUM_SMS = 132  # an H100's, where there is no device to ask
+
+
+class CudaOps(TorchOps):
+    """contracts.Ops over the kernels. `base` answers for the device's memory and the default dtype."""
+
+    grouped_dtypes: Collection[torch.dtype] = DTYPES
+
+    def __init__(self, base: TorchOps, launcher: Launcher) -> None:
+        """Compiles the kernels that every model needs; raises what the compiler raises."""
+        super().__init__(base.device)
+        self.base = base
+        self.launcher = launcher
+        self.name = "cuda, own kernels"
+        self._rows = RowKernels(launcher)
+        self.num_sms = num_sms(base.device)
+        self._linears = LinearKernels(launcher, self.num_sms)
+        self._refused: set[Format] = set()
+        self._select: SelectKernels | None = None
+        self._delta: dict[tuple[torch.dtype, int], DeltaKernels] = {}
+
+    def default_dtype(self) -> torch.dtype:
+        return self.base.default_dtype()
+
+    def available_memory(self) -> int:
+        return self.base.available_memory()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not self._rows.covers_norm(x, weight):
+            return super().rms_norm(x, weight, eps)
+        return self._rows.norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Works in place on residual."""
+        if not self._rows.covers_add(x, residual, weight):
+            return super().add_rms_norm(x, residual, weight, eps)
+        return self._rows.add_norm(x, residual, weight, eps), residual
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._rows.gate(gate_up) if self._rows.covers_gate(gate_up) else super().silu_mul(gate_up)
+
+    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
+        """Kernels for all formats with K in multiples of 64, but for minima and zeros together; the others, and all of
+        them where a kernel cannot be compiled, become dense."""
+        if all(map(packing.covers, weights)) and self._compiled(packing.format_of(weight) for weight in weights):
+            try:
+                return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
+            except ValueError as error:
+                log.warning("A linear becomes dense: %s.", error)
+        weight = torch.cat([dequantize(weight, self._dtype) for weight in weights])
+        return DenseLinear(self.to_device(weight), None if bias is None else self.to_device(bias))
+
+    def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
+        """Kernels where K is a multiple of 64; elsewhere, and where there is NaN, torch's way."""
+        if weight.shape[1] % packing.TILE_K == 0 and self._compiled([packing.fp8_format(weight.shape[1])]):
+            try:
+                return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
+            except packing.NotANumberError as error:
+                log.warning("A linear is dequantised at every call: %s.", error)
+        return super().fp8_linear(weight, scale, bias)
+
+    def _packed(self, parts: Seq[Packed], bias: Tensor | None) -> Linear:
+        return PackedLinear(self._linears, parts, None if bias is None else self.to_device(bias), self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the activations that kernels for quantised weights are compiled for while loading."""
+        return self.default_dtype() if self.default_dtype() in DTYPES else torch.bfloat16
+
+    def _compiled(self, formats: Iterable[Format]) -> bool:
+        """Whether the formats have their kernels; a warning says of one that cannot be compiled."""
+        for chosen in formats:
+            if chosen in self._refused:
+                return False
+            try:
+                self._linears.get(chosen, self._dtype)
+            except Exception as error:  # the compiler's and the driver's refusals have classes of their own
+                log.warning("%s becomes dense: its kernel cannot be compiled: %s", chosen, str(error).strip())
+                self._refused.add(chosen)
+                return False
+        return True
+
+    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+        if isinstance(linear, PackedLinear):
+            return linear.rows if len(linear.parts) == 1 else None
+        return super().embedding_of(linear)
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids, values, _ = self.peaks(logits)
+        return values, ids
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        select = self._selection()
+        return select.peaks(logits) if select.covers(logits) else super().peaks(logits)
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        select = self._selection()
+        if not select.covers(logits) or not 1 <= k <= min(MAX_K, logits.shape[1]):
+            return super().top_k(logits, k)
+        return select.top_k(logits, k)
+
+    def delta_step(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor
+    ) -> Tensor:
+        if not DeltaKernels.covers(q, k, v, state):
+            return super().delta_step(q, k, v, g, beta, state, slots)
+        key = (q.dtype, q.shape[-1])
+        if key not in self._delta:
+            self._delta[key] = DeltaKernels(self.launcher, *key)
+        return self._delta[key].step(q, k, v, g, beta, state, slots)
+
+    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
+        """CUDA graphs of decode steps, recorded at once; only our own attention goes by the lengths on the device, as a
+        replay has to."""
+        from blade_native.cuda.attention import LayerKV
+        from blade_native.cuda.graphs import CudaRecorder, GraphedForward
+
+        if not options.enabled or not options.batch_sizes:
+            return super().capture(model, kv, options)
+        if self.device.type != "cuda" or not all(isinstance(layer, LayerKV) for layer in kv):
+            log.warning("Steps run kernel by kernel: the attention kernels do not cover this model's KV cache.")
+            return super().capture(model, kv, options)
+        return GraphedForward(model, kv, options, CudaRecorder(self.device), self.device)
+
+    def _selection(self) -> SelectKernels:
+        if self._select is None:
+            self._select = SelectKernels(self.launcher)
+        return self._select
+
+
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else NUM_SMS

@@ -1,0 +1,89 @@
+// Paged attention for sequences of more than DECODE_ROWS rows (see attention.cuh) on tensor cores: chunks of prompts,
+// causal within the chunk and over all that is cached before it, and long verifications.
+#include "mma_rows.cuh"
+
+template <class S, int D>
+struct PrefillRing {
+  static constexpr int WARPS = 4, KEYS = D > 128 ? 16 : sizeof(S) == 1 ? 32 : 64;
+  static constexpr int STAGES = KEYS == 64 ? 2 : 3;
+};
+
+// grid (num_items, KV, any number), block (32 * WARPS): 16 rows a warp, whose keys the block shares in a ring of STAGES
+// stages of KEYS. Items name a sequence and which 16 * WARPS of its rows; the last ones have the most keys: they come
+// first, so that no long item starts late.
+// check: paged_prefill<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_prefill<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_prefill<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
+// check: paged_prefill<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+template <class T, class S, int D>
+__global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefill(const AttentionArgs<T, S> args) {
+  constexpr int WARPS = PrefillRing<S, D>::WARPS, KEYS = PrefillRing<S, D>::KEYS, STAGES = PrefillRing<S, D>::STAGES;
+  using Rows = MmaRows<T, S, D, KEYS>;
+  constexpr int STAGE = Rows::Stage::BYTES, SHARE = KEYS / WARPS;  // tokens that a warp copies
+  static_assert(16 % SHARE == 0, "a warp's tokens lie in one block");
+  const int seq_index = args.items ? args.items[blockIdx.x * 2] : blockIdx.x;
+  const Sequence seq = find_sequence(args, seq_index);
+  if (seq.num_rows <= DECODE_ROWS) return;
+  const int kv_head = blockIdx.y, warp = threadIdx.x / 32;
+  const int block_row = (args.items ? args.items[blockIdx.x * 2 + 1] : 0) * WARPS * 16;
+  const int first_row = block_row + warp * 16;
+  DYN_SMEM(unsigned char, shared);  // the ring, and once it is drained every warp's result; then parked q
+  constexpr int RING = STAGES * STAGE, RESULT = 16 * ((D + 8) * 4 + 8);
+  unsigned char* park = shared + max(RING, WARPS * RESULT) + warp * Rows::PARKED_BYTES;
+  float* result = reinterpret_cast<float*>(shared + warp * RESULT);
+  float2* sums = reinterpret_cast<float2*>(result + 16 * (D + 8));
+
+  Rows rows;
+  rows.load_q(args, seq, kv_head, first_row, reinterpret_cast<uint4*>(park));
+  const int* table = args.block_tables + static_cast<long long>(seq_index) * args.table_stride;
+  const int first_position = seq.context - seq.num_queries;
+  auto position = [&](int row) { return first_position + min(row, seq.num_rows - 1) / args.group; };
+  int from[2], to[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + rows.g + h * 8;
+    from[h] = first_key(position(row), args.window);
+    to[h] = row < seq.num_rows ? position(row) + 1 : 0;
+  }
+  // Keys seen by the block's rows, by any of the warp's, by all of the warp's.
+  const int block_from = first_key(position(block_row), args.window) & ~15;
+  const int block_to = position(block_row + WARPS * 16 - 1) + 1;
+  const int any_from = first_key(position(first_row), args.window), any_to = position(first_row + 15) + 1;
+  const int all_from = first_key(position(first_row + 15), args.window), all_to = position(first_row) + 1;
+  const int num_rows = min(16, seq.num_rows - first_row);  // maybe none
+
+  for (int chunk = blockIdx.z; chunk < seq.num_chunks; chunk += gridDim.z) {
+    const int begin = max(block_from, seq.begin + chunk * seq.chunk);
+    const int end = min(block_to, min(seq.begin + (chunk + 1) * seq.chunk, seq.context));
+    const int num_tiles = (end - begin + KEYS - 1) / KEYS;
+    auto copy = [&](int tile) {
+      const int first = begin + tile * KEYS + warp * SHARE;
+      unsigned char* stage = shared + tile % STAGES * STAGE;
+      if (tile < num_tiles) {
+        const int block = first < end ? table[first / args.block_size] : 0;
+        copy_tokens<D, KEYS, SHARE>(args, kv_head, block, first, end, stage, warp * SHARE);
+      }
+      ptx::cp_async_commit();
+    };
+    rows.reset();
+    for (int tile = 0; tile < STAGES - 1; ++tile) copy(tile);
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      ptx::cp_async_wait<STAGES - 2>();
+      __syncthreads();  // what all copied is there for all, and all are done with the stage that is overwritten next
+      copy(tile + STAGES - 1);
+      const unsigned char* stage = shared + tile % STAGES * STAGE;
+      const int first = begin + tile * KEYS;
+      if (first >= any_to || first + KEYS <= any_from || num_rows <= 0) continue;
+      const bool masked = first < all_from || first + KEYS > min(all_to, end);
+      rows.attend(stage, first, masked, from, to, args.scale_log2);
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the ring becomes the results
+    rows.spill(result, sums, args.scale_log2);
+    __syncwarp();
+    write_rows<D, 1, 16>(args, seq_index, seq, kv_head, chunk, first_row, num_rows, result, sums, threadIdx.x % 32, 32);
+    __syncthreads();  // and a ring again
+  }
+}

@@ -1,0 +1,136 @@
+// Paged attention without tensor cores, for models in float32: every sequence, ROWS rows of it (see attention.cuh) at a
+// time.
+#include "attention.cuh"
+
+constexpr int SIMT_WARPS = 4;
+
+// Four neighbouring channels as floats.
+template <class S>
+__device__ __forceinline__ float4 load4(const S* p) {
+  const auto four = *reinterpret_cast<const Four<S>*>(p);
+  return make_float4(to_float(four.x[0]), to_float(four.x[1]), to_float(four.x[2]), to_float(four.x[3]));
+}
+
+__device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+
+// The running state of ROWS rows on the LANES lanes that share a token: PER times four channels each.
+template <int ROWS, int PER, int LANES>
+struct SimtRows {
+  float4 q[ROWS][PER], o[ROWS][PER];
+  float m[ROWS], l[ROWS];
+
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      m[r] = NEG_INF, l[r] = 0.f;
+#pragma unroll
+      for (int i = 0; i < PER; ++i) o[r][i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  }
+
+  // One token. Rows that do not see it pass seen = 0; all lanes of the warp call together.
+  __device__ __forceinline__ void attend(const float4 (&k)[PER], const float4 (&v)[PER], unsigned seen, float scale) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float s = 0.f;
+#pragma unroll
+      for (int i = 0; i < PER; ++i) s += dot(q[r][i], k[i]);
+#pragma unroll
+      for (int other = LANES / 2; other; other /= 2) s += __shfl_xor_sync(FULL_WARP, s, other);
+      if (!(seen >> r & 1)) continue;
+      s *= scale;
+      const float top = fmaxf(m[r], s), shrink = ptx::ex2(m[r] - top), weight = ptx::ex2(s - top);
+      m[r] = top;
+      l[r] = l[r] * shrink + weight;
+#pragma unroll
+      for (int i = 0; i < PER; ++i) {
+        o[r][i] = scaled(o[r][i], shrink);
+        add_scaled(o[r][i], v[i], weight);
+      }
+    }
+  }
+};
+
+// grid (B * num_tiles, KV, any number), block (32 * SIMT_WARPS). A warp reads 32 / LANES tokens at once.
+// check: paged_simt<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
+// check: paged_simt<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
+template <class T, class S, int D, int ROWS>
+__global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(const AttentionArgs<T, S> args) {
+  constexpr int LANES = D / 4 <= 16 ? 16 : 32, PER = (D / 4 + LANES - 1) / LANES, TOKENS = 32 / LANES;
+  constexpr int PARTS = SIMT_WARPS * TOKENS, STEP = PARTS, AHEAD = 4 / PER;
+  __shared__ __align__(16) float shared_o[PARTS * ROWS * (D + 8)];
+  __shared__ float2 shared_ml[PARTS * ROWS];
+  const int seq_index = blockIdx.x / args.num_tiles, first_row = blockIdx.x % args.num_tiles * ROWS;
+  const Sequence seq = find_sequence(args, seq_index);
+  if (first_row >= seq.num_rows) return;
+  const int kv_head = blockIdx.y, lane = threadIdx.x % LANES, part = threadIdx.x / LANES;
+  const int count = min(ROWS, seq.num_rows - first_row), first_position = seq.context - seq.num_queries;
+  const int* table = args.block_tables + static_cast<long long>(seq_index) * args.table_stride;
+  const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+
+  SimtRows<ROWS, PER, LANES> rows;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int row = min(first_row + r, seq.num_rows - 1);
+    const long long token = seq.first_token + row / args.group;
+    const T* head = args.q + token * args.q_stride + (kv_head * args.group + row % args.group) * D;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+      const int d = (i * LANES + lane) * 4;
+      rows.q[r][i] = d < D ? load4(head + d) : zero;
+    }
+  }
+
+  for (int chunk = blockIdx.z; chunk < seq.num_chunks; chunk += gridDim.z) {
+    const int end = min(seq.begin + (chunk + 1) * seq.chunk, seq.context);
+    rows.reset();
+    for (int first = seq.begin + chunk * seq.chunk; first < end; first += STEP * AHEAD) {
+      float4 k[AHEAD][PER], v[AHEAD][PER];
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        const int key = first + a * STEP + part;
+        long long at = 0, to_values = static_cast<long long>(args.num_kv_heads) * args.block_size;
+        float k_scale = 1.f, v_scale = 1.f;
+        if (key < end) {
+          at = cache_row(table[key / args.block_size], kv_head, args.num_kv_heads, args.block_size) +
+               (key & (args.block_size - 1));
+          if constexpr (SCALED<S>) k_scale = args.scales[at], v_scale = args.scales[at + to_values];
+        }
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+          const int d = (i * LANES + lane) * 4;
+          k[a][i] = v[a][i] = zero;
+          if (key < end && d < D) {
+            k[a][i] = load4(args.kv + at * D + d);
+            v[a][i] = load4(args.kv + (at + to_values) * D + d);
+            if constexpr (SCALED<S>) k[a][i] = scaled(k[a][i], k_scale), v[a][i] = scaled(v[a][i], v_scale);
+          }
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        const int key = first + a * STEP + part;
+        unsigned seen = 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const int position = first_position + (first_row + r) / args.group;
+          seen |= unsigned(key < end && key <= position && key >= first_key(position, args.window)) << r;
+        }
+        rows.attend(k[a], v[a], seen, args.scale_log2);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+      for (int i = 0; i < PER; ++i) {
+        const int d = (i * LANES + lane) * 4;
+        if (d < D) *reinterpret_cast<float4*>(shared_o + (part * ROWS + r) * (D + 8) + d) = rows.o[r][i];
+      }
+      if (lane == 0) shared_ml[part * ROWS + r] = make_float2(rows.m[r], rows.l[r]);
+    }
+    __syncthreads();
+    write_rows<D, PARTS, ROWS>(args, seq_index, seq, kv_head, chunk, first_row, count, shared_o, shared_ml, threadIdx.x,
+                               SIMT_WARPS * 32);
+    __syncthreads();  // before the next chunk overwrites them
+  }
+}

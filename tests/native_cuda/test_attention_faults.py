@@ -1,0 +1,102 @@
+"""The tests of attention notice what breaks its kernels. `just cuda-check` tries every fault, the sanitizers' included;
+here a few."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from blade_native.cuda.attention_kernels import AttentionKernels, Shape
+from blade_native.cuda.launch import SOURCES, Launcher, Module
+from blade_native.emulator.faults import Fault, Suite
+
+sys.path.append(str(Path(__file__).parents[1]))  # where this file is loaded by its path
+
+from native_cuda.attention_world import BF16, INT8, World, attention, check
+
+SHAPE = Shape(BF16, INT8, 64)
+
+
+class Replaced:
+    """A launcher that takes one source from another place."""
+
+    def __init__(self, launcher: Launcher, path: Path) -> None:
+        self.launcher, self.path, self.device = launcher, path, launcher.device
+
+    def load(self, source: str, expressions: Iterable[str]) -> Module:
+        return self.launcher.load(self.path if source == self.path.name else source, expressions)
+
+
+def run_decode(launcher: Launcher, source: Path) -> None:
+    """Four sequences, one of them of two chunks that one block of threads does; with and without a window."""
+    kernels = AttentionKernels(Replaced(launcher, source))  # type: ignore[arg-type]
+    for window in (None, 20):
+        check(World(attention(kernels, SHAPE, 1), SHAPE, (8, 2), [300, 41, 17, 3]), [1, 4, 1, 1], window)
+
+
+def run_prefill(launcher: Launcher, source: Path) -> None:
+    kernels = AttentionKernels(Replaced(launcher, source))  # type: ignore[arg-type]
+    for window in (None, 50):
+        check(World(attention(kernels, SHAPE, 1), SHAPE, (4, 1), [300, 41, 150]), [12, 40, 33], window)
+
+
+SHARED_BY_BOTH = [
+    Fault("no wait", "ptx::cp_async_wait<STAGES - 2>();", "", "result"),
+    Fault("a wait off by one", "ptx::cp_async_wait<STAGES - 2>();", "ptx::cp_async_wait<STAGES - 1>();", "result"),
+    Fault(
+        "values past the end",
+        "ptx::cp_async16(to + Stage::VALUES, values + i * STEP, r < num_valid);",
+        "ptx::cp_async16(to + Stage::VALUES, values + i * STEP, true);",
+        "result",
+    ),
+    Fault("a window off by one", "max(0, position + 1 - window)", "max(0, position - window)", "result"),
+    Fault("weights without the scale of values", "a = a == 0.f ? 0.f : a * factor.x;", "", "result"),
+    Fault("sums not rescaled", "      l[h] *= shrink[h];\n", "", "result"),
+    Fault("scores of the wrong rows", "tile & 1 : tile >> 1) * 8", "tile >> 1 : tile & 1) * 8", "result"),
+]
+DECODE = Suite(
+    SOURCES / "paged_decode.cu",
+    run_decode,
+    [
+        *SHARED_BY_BOTH,
+        Fault(
+            "one key too many",
+            "row < seq.num_rows ? position + 1 : 0",
+            "row < seq.num_rows ? position + 2 : 0",
+            "result",
+        ),
+        Fault(
+            "a short ring",
+            "const unsigned char* stage = ring + tile %",
+            "const unsigned char* stage = ring + (tile + 1) %",
+            "result",
+        ),
+        Fault("lanes that do not wait", "      __syncwarp();  // what every", "      // what every", "thread"),
+        Fault("results over rings", "  __syncthreads();  // the rings become", "  // the rings become", "thread"),
+        Fault("rings over results", "  __syncthreads();  // and rings", "  // and rings", "thread"),
+        Fault("sums past the end", "(results + WARPS * 16 * (D + 8))", "(results + WARPS * 32 * (D + 8))", "address"),
+    ],
+)
+PREFILL = Suite(
+    SOURCES / "paged_prefill.cu",
+    run_prefill,
+    [
+        *SHARED_BY_BOTH,
+        Fault("not causal", "to[h] = row < seq.num_rows ? position(row) + 1 : 0;", "to[h] = seq.context;", "result"),
+        Fault(
+            "a short ring",
+            "const unsigned char* stage = shared + tile %",
+            "const unsigned char* stage = shared + (tile + 1) %",
+            "result",
+        ),
+        Fault("warps that do not wait", "    __syncthreads();  // what all copied", "    // what all copied", "thread"),
+        Fault("results over the ring", "  __syncthreads();  // the ring becomes", "  // the ring becomes", "thread"),
+        Fault("keys of another share", "stage, warp * SHARE);", "stage, 0);", "result"),
+    ],
+)
+QUICK = ("a wait off by one", "values past the end")
+
+
+def test_faults_in_decode_are_caught() -> None:
+    assert DECODE.survivors(QUICK) == []

@@ -1,0 +1,173 @@
+"""Packed linears against their twin, TorchGroupedLinear: every kind of format, any number of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from blade import GroupedWeight
+from blade_native.cuda import linear as cuda_linear
+from blade_native.cuda import packing
+from blade_native.cuda.linear import MAX_ROWS, LinearKernels, PackedLinear
+from blade_native.cuda.packing import Format, format_of, pack, pack_fp8
+from blade_native.reference import TorchFp8Linear, TorchGroupedLinear, dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade_native.cuda.launch import Launcher
+
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
+BF16, FP16, CPU = torch.bfloat16, torch.float16, torch.device("cpu")
+NUM_OUT, NUM_IN = 200, 640  # neither whole blocks of channels nor whole slices
+# bits, group, how zeros are given, dtype of x
+CASES = [
+    (4, 128, "SYMMETRIC", BF16),
+    (4, 32, "MINIMA", BF16),
+    (4, 16, "ZEROS", FP16),
+    (8, 64, "SYMMETRIC", BF16),
+    (8, 128, "ZEROS", FP16),
+    (6, 16, "SYMMETRIC", BF16),
+    (5, 32, "MINIMA", FP16),
+]
+FP8 = Format(8, 128, "FP8")
+
+
+def make_weight(
+    bits: int, group: int, kind: str, codes: bool = False, n: int = NUM_OUT, k: int = NUM_IN
+) -> GroupedWeight:
+    """Random; with `codes` a scale is a code times a block's, as in GGUF's K-quants."""
+    generator = torch.Generator().manual_seed(bits * group)
+
+    def integers(below: int, *shape: int) -> Tensor:
+        return torch.randint(0, below, shape, generator=generator, dtype=torch.uint8)
+
+    def halves(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator) * 0.02 + 0.001).half()
+
+    groups, blocks = (n, k // group), (n, k // 128)
+    minima = kind == "MINIMA"
+    return GroupedWeight(
+        bits,
+        group,
+        integers(2**bits, n, k),
+        integers(64, *groups) if codes else halves(*groups),
+        (integers(64, *groups) if codes else -halves(*groups)) if minima else None,
+        integers(2**bits, *groups) if kind == "ZEROS" else None,
+        halves(*blocks) if codes else None,
+        -halves(*blocks) if codes and minima else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(launcher: Launcher) -> LinearKernels:
+    """Compiled together."""
+    found = LinearKernels(launcher, num_sms=132)
+    formats = [(format_of(make_weight(bits, group, kind)), dtype) for bits, group, kind, dtype in CASES]
+    found.add([*formats, (FP8, BF16), (FP8, FP16)])
+    return found
+
+
+def make_rows(num: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(num, NUM_IN, generator=torch.Generator().manual_seed(num)).to(dtype)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+@pytest.mark.parametrize(("bits", "group", "kind", "dtype"), CASES)
+def test_formats(kernels: LinearKernels, bits: int, group: int, kind: str, dtype: torch.dtype) -> None:
+    weight = make_weight(bits, group, kind)
+    bias = torch.randn(NUM_OUT, generator=torch.Generator().manual_seed(0)).to(dtype)
+    linear = PackedLinear(kernels, [pack(weight, CPU)], bias, dtype)
+    exact = TorchGroupedLinear([weight], bias)
+    for num_rows in (1, 3, 8, 16, 33):
+        x = make_rows(num_rows, dtype)
+        assert error(linear(x, torch.float32), exact(x.float())) < 2e-6  # the integers are exact, sums in float32
+        assert error(linear(x), exact(x.float())) < 2 * torch.finfo(dtype).eps
+    assert torch.equal(linear.matrix(linear.parts[0], dtype, 16, 200), dequantize(weight, dtype)[16:])
+    x = make_rows(MAX_ROWS + 2, dtype)  # torch's GEMM on the matrix
+    assert error(linear(x), exact(x)) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("scale", [(1,), (NUM_OUT, 1), (2, 5)], ids=["one", "channels", "blocks"])
+def test_fp8(kernels: LinearKernels, dtype: torch.dtype, scale: tuple[int, ...]) -> None:
+    bits = torch.arange(NUM_OUT * NUM_IN).view(NUM_OUT, NUM_IN) % 256
+    bits[(bits & 127) == 127] = 0  # all numbers there are, subnormals too, but NaN
+    weight = bits.to(torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.rand(scale, generator=torch.Generator().manual_seed(1)) + 0.01
+    linear = PackedLinear(kernels, [pack_fp8(weight, scales, CPU)], None, dtype)
+    x = make_rows(5, dtype)
+    assert error(linear(x, torch.float32), TorchFp8Linear(weight, scales, None)(x.float())) < 2e-6
+
+
+def test_scales_as_codes(kernels: LinearKernels) -> None:
+    weight = make_weight(4, 32, "MINIMA", codes=True)
+    linear = PackedLinear(kernels, [pack(weight, CPU)], None, BF16)
+    x = make_rows(4, BF16)
+    assert error(linear(x, torch.float32), TorchGroupedLinear([weight], None)(x.float())) < 2**-11  # float16's rounding
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: LinearKernels) -> None:
+    linear = PackedLinear(kernels, [pack(make_weight(4, 128, "SYMMETRIC"), CPU)], None, BF16)
+    x = make_rows(20, BF16)
+    together = linear(x, torch.float32)
+    for rows in (x[:1], x[:7], x[:12]):
+        assert torch.equal(linear(rows, torch.float32), together[: len(rows)])
+
+
+def test_stacked_formats_write_side_by_side(kernels: LinearKernels) -> None:
+    weights = [make_weight(4, 32, "MINIMA"), make_weight(8, 64, "SYMMETRIC"), make_weight(4, 32, "MINIMA", n=7)]
+    bias = torch.arange(2 * NUM_OUT + 7).to(BF16)
+    linear = PackedLinear(kernels, [pack(weight, CPU) for weight in weights], bias, BF16)
+    x = make_rows(3, BF16)
+    exact = TorchGroupedLinear(weights, bias)
+    assert error(linear(x, torch.float32), exact(x.float())) < 2e-6
+    assert error(linear(x.view(3, 1, NUM_IN)), exact(x.view(3, 1, NUM_IN))) < 0.02
+    assert linear(x[:0]).shape == (0, 2 * NUM_OUT + 7)
+
+
+def test_many_rows_take_the_matrix_in_pieces(kernels: LinearKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_linear, "MAX_MATRIX_BYTES", 64 * NUM_IN * 2)
+    weights = [make_weight(4, 32, "MINIMA"), make_weight(8, 64, "SYMMETRIC")]
+    bias = torch.arange(2 * NUM_OUT).to(BF16)
+    x = make_rows(MAX_ROWS + 1, BF16)
+    found = PackedLinear(kernels, [pack(weight, CPU) for weight in weights], bias, BF16)(x, torch.float32)
+    assert error(found, TorchGroupedLinear(weights, bias)(x)) < 0.01
+
+
+def test_rows_that_are_not_aligned(kernels: LinearKernels) -> None:
+    linear = PackedLinear(kernels, [pack(make_weight(8, 64, "SYMMETRIC"), CPU)], None, BF16)
+    wide = torch.randn(4, NUM_IN + 3, generator=torch.Generator().manual_seed(2)).to(BF16)
+    assert torch.equal(linear(wide[:, 3:]), linear(wide[:, 3:].contiguous()))
+
+
+def test_embedding_rows(kernels: LinearKernels) -> None:
+    weight = make_weight(6, 16, "SYMMETRIC")
+    linear = PackedLinear(kernels, [pack(weight, CPU)], None, BF16)
+    ids = torch.tensor([0, 199, 7, 7, 15, 16])
+    assert torch.equal(linear.rows(ids), dequantize(weight, BF16)[ids])
+
+
+def test_what_has_no_kernel() -> None:
+    assert packing.covers(make_weight(4, 32, "ZEROS"))
+    assert not packing.covers(make_weight(4, 32, "ZEROS", k=96))
+    nan = torch.full((16, 64), float("nan")).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="NaN"):
+        pack_fp8(nan, torch.ones(1), CPU)
+    with pytest.raises(ValueError, match="scale has shape"):
+        pack_fp8(torch.zeros(16, 64).to(torch.float8_e4m3fn), torch.ones(3), CPU)
+    weight = make_weight(4, 32, "SYMMETRIC", codes=True)
+    weight.block_scales.fill_(6e4)
+    with pytest.raises(ValueError, match="scales: a group's value is beyond float16"):
+        pack(weight, CPU)
+
+
+def test_x_in_float32_is_refused(kernels: LinearKernels) -> None:
+    linear = PackedLinear(kernels, [pack(make_weight(8, 64, "SYMMETRIC"), CPU)], None, BF16)
+    with pytest.raises(TypeError, match="float16 or bfloat16, not torch"):
+        linear(torch.zeros(1, NUM_IN))

@@ -1,0 +1,145 @@
+"""How the CUDA op set is chosen, and what it does with what its kernels do not cover."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import blade_native.cuda
+from blade import ConfigError
+from blade_native import cuda_ops, paged_attention
+from blade_native.attention import PagedAttention
+from blade_native.cuda import CudaOps, launch
+from blade_native.cuda.attention import CudaAttention
+from blade_native.cuda.linear import PackedLinear
+from blade_native.cuda.torch_ops import TorchCudaOps
+from blade_native.reference import TorchFp8Linear, TorchLinear, TorchOps, dequantize
+
+from .test_linear import make_weight
+
+if TYPE_CHECKING:
+    from blade_native.cuda.launch import Launcher
+
+pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
+
+
+class Base(TorchOps):
+    """Stands in for a device."""
+
+    name = "cuda, torch kernels"
+
+    def default_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def require_capability(self, major: int, minor: int) -> None: ...
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch, launcher: Launcher) -> None:
+    """The CPU passes for a device, the emulator for CuPy."""
+    monkeypatch.setattr(blade_native.cuda, "TorchCudaOps", Base)
+    monkeypatch.setattr(launch, "import_cupy", lambda: launcher.cupy)
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_kernels_are_chosen() -> None:
+    ops = cuda_ops(None)
+    assert isinstance(ops, CudaOps)
+    assert ops.default_dtype() == torch.bfloat16
+    assert ops.available_memory() > 0
+    assert isinstance(paged_attention(ops), CudaAttention)
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_without_cupy_torch_serves_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise ConfigError("CuPy is not installed.")
+
+    monkeypatch.setattr(launch, "import_cupy", missing)
+    ops = cuda_ops(None)
+    assert type(ops) is Base
+    assert type(paged_attention(ops)) is PagedAttention
+    assert "CuPy is not installed. Serving on torch" in caplog.text
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_where_nothing_compiles_torch_serves_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Launcher, path: str, expressions: object) -> None:
+        raise RuntimeError(f"{path}: no headers")
+
+    monkeypatch.setattr(launch.Launcher, "load", refuse)
+    assert type(cuda_ops(None)) is Base
+    assert "rows.cu: no headers Serving on torch" in caplog.text
+
+
+def test_an_old_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ConfigError, match=r"capability 7\.5, our kernels need 8\.0"):
+        TorchCudaOps().require_capability(8, 0)
+
+
+@pytest.fixture(scope="module")
+def ops(launcher: Launcher) -> CudaOps:
+    return CudaOps(Base(), launcher)
+
+
+def test_quantised_weights(ops: CudaOps) -> None:
+    weight = make_weight(4, 128, "SYMMETRIC", n=32, k=128)
+    linear = ops.grouped_linear([weight], torch.ones(32, dtype=torch.bfloat16))
+    assert isinstance(linear, PackedLinear)
+    x = torch.eye(128, dtype=torch.bfloat16)[:8]
+    expected = dequantize(weight, torch.float32)[:, :8].T + 1
+    torch.testing.assert_close(linear(x, torch.float32), expected, rtol=0, atol=1e-6)
+    rows = ops.embedding_of(linear)
+    assert rows is not None
+    assert torch.equal(rows(torch.tensor([3])), dequantize(weight, torch.bfloat16)[3:4])
+    assert ops.embedding_of(ops.grouped_linear([weight, weight], None)) is None
+
+
+def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:
+    weight = make_weight(4, 32, "ZEROS", k=96)
+    linear = ops.grouped_linear([weight], None)
+    assert isinstance(linear, TorchLinear)
+    assert torch.equal(linear.weight, dequantize(weight, torch.bfloat16))
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(0)).half()
+    torch.testing.assert_close(linear(x), x @ dequantize(weight, torch.bfloat16).half().T)
+    fp8 = torch.ones(16, 96).to(torch.float8_e4m3fn)
+    assert isinstance(ops.fp8_linear(fp8, torch.ones(1), None), TorchFp8Linear)
+
+
+def test_numbers_that_the_kernels_cannot_hold(ops: CudaOps, caplog: pytest.LogCaptureFixture) -> None:
+    weight = make_weight(4, 128, "SYMMETRIC", codes=True, n=32, k=128)
+    assert weight.block_scales is not None
+    weight.block_scales.fill_(6e4)
+    assert isinstance(ops.grouped_linear([weight], None), TorchLinear)
+    assert "A linear becomes dense: scales: a group's value is beyond float16." in caplog.text
+    nan = torch.full((16, 128), float("nan")).to(torch.float8_e4m3fn)
+    assert isinstance(ops.fp8_linear(nan, torch.ones(1), None), TorchFp8Linear)
+    with pytest.raises(ValueError, match="scale has shape"):
+        ops.fp8_linear(torch.zeros(16, 128).to(torch.float8_e4m3fn), torch.ones(3), None)
+
+
+def test_a_format_that_does_not_compile_becomes_dense(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ops = CudaOps(Base(), launcher)
+    tried = []
+
+    def refuse(chosen: object, dtype: torch.dtype) -> None:
+        tried.append(chosen)
+        raise RuntimeError("ptxas is unwell")
+
+    monkeypatch.setattr(ops._linears, "get", refuse)
+    for _ in range(2):
+        assert isinstance(ops.grouped_linear([make_weight(8, 64, "SYMMETRIC")], None), TorchLinear)
+    assert len(tried) == 1
+    assert "ptxas is unwell" in caplog.text
+    assert isinstance(ops.fp8_linear(torch.ones(16, 64).to(torch.float8_e4m3fn), torch.ones(1), None), TorchFp8Linear)
