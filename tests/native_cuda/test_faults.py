@@ -90,6 +90,7 @@ def test_faults_are_caught() -> None:
     assert MATMUL.survivors(QUICK) == []
 
 
+@pytest.mark.timeout(600)  # a compiler and a second Python run in it
 @pytest.mark.parametrize("name", ["a barrier too few, result right"])
 def test_a_sanitizer_catches_what_the_result_hides(name: str) -> None:
     report = under_sanitizer(f"{__file__}:MATMUL", name, "thread")
