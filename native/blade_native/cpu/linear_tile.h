@@ -95,15 +95,20 @@ void byte_tile(const Slice& slice, const char* activations, float* c) {
                 for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
             dot_group<BITS>((const uint32_t*)(slice.words + u * slice.stride) + first, group.words, slice.steps, sums);
             for (int v = 0; v < NV; v++) {
-                long channel = first + v * vec::LANES;
-                vec::F scale = vec::load(slice.scales + u * PANEL + channel);
-                vec::F offset = slice.offsets ? vec::load(slice.offsets + u * PANEL + channel) : vec::zero();
+                long at = u * PANEL + first + v * vec::LANES;
+                vec::F scale = vec::load(slice.scales + at);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
-                    float* at = c + r * PANEL + channel;
+                    float* to = c + r * PANEL + first + v * vec::LANES;
                     vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
-                    vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(at));
-                    vec::store(at, vec::fma(offset, vec::set(group.factors[r]), sum));
+                    vec::store(to, vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to)));
+                }
+                if (!slice.offsets) continue;
+                vec::F offset = vec::load(slice.offsets + at);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    float* to = c + r * PANEL + first + v * vec::LANES;
+                    vec::store(to, vec::fma(offset, vec::set(group.factors[r]), vec::load(to)));
                 }
             }
         }
