@@ -46,7 +46,7 @@ def each(shapes: list[Shape], values: list[object], of_plain: list[object]) -> l
     return [*itertools.product(shapes, values), *itertools.product([PLAIN], of_plain)]
 
 
-@pytest.mark.parametrize(("shape", "heads"), each(CORES, [(6, 2), (20, 1)], [(2, 2), (4, 1), (7, 1), (8, 1)]), ids=str)
+@pytest.mark.parametrize(("shape", "heads"), each(CORES, [(6, 2)], [(7, 1), (20, 1)]), ids=str)
 def test_ragged_batch(kernels: AttentionKernels, shape: Shape, heads: tuple[int, int]) -> None:
     """Decodes, a whole prompt, a chunk and a verification together, lengths around block, tile and chunk edges."""
     kv_lens = [1, 16, 17, 33, 256, 257, 150, 20]
@@ -58,7 +58,7 @@ def test_ragged_batch_without_tensor_cores(kernels: AttentionKernels, shape: Sha
     check(world(kernels, shape, heads, [1, 17, 257, 20]), [1, 6, 1, 0])
 
 
-@pytest.mark.parametrize(("shape", "window"), each(CORES, [20, 300], [1, 5, 64]), ids=str)
+@pytest.mark.parametrize(("shape", "window"), each(CORES, [20], [1, 300]), ids=str)
 def test_window(kernels: AttentionKernels, shape: Shape, window: int) -> None:
     check(world(kernels, shape, (4, 1), [3, 90, 130, 560]), [3, 1, 30, 1], window)
 
@@ -68,7 +68,7 @@ def test_window_without_tensor_cores(kernels: AttentionKernels, shape: Shape, wi
     check(world(kernels, shape, (2, 1), [3, 60]), [3, 2], window)
 
 
-@pytest.mark.parametrize(("shape", "block_size"), each(CORES, [64], [32]), ids=str)
+@pytest.mark.parametrize(("shape", "block_size"), each([CORES[2]], [64], [32, 64]), ids=str)
 def test_larger_blocks(kernels: AttentionKernels, shape: Shape, block_size: int) -> None:
     check(world(kernels, shape, (4, 2), [1, 50, 140], block_size=block_size), [1, 1, 40])
 
