@@ -149,10 +149,9 @@ class Ops(Protocol):
         """ids [T] int64 -> [T, D]."""
         ...
 
-    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+    def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """The embedding tied to a linear that this op set made, from the same memory; None where its layout cannot be
-        read back, and the embedding has to be loaded by itself. Of one grouped weight: its rows dequantised, in any
-        dtype."""
+        read back in `dtype`, and the embedding has to be loaded by itself."""
         ...
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:

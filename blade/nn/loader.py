@@ -57,11 +57,8 @@ class Loader:
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
     ) -> Callable[[Tensor], Tensor]:
         table = tied or self._quantized((prefix,), [shape])
-        rows = self.ops.embedding_of(table) if table else None
-        if rows is None:
-            return self.ops.embedding(self.tensor(f"{prefix}.weight", shape))
-        dtype, read = self.dtype, rows
-        return lambda ids: read(ids).to(dtype)
+        rows = self.ops.embedding_of(table, self.dtype) if table else None
+        return rows or self.ops.embedding(self.tensor(f"{prefix}.weight", shape))
 
     def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear | None:
         if self._quantization is None:

@@ -79,7 +79,7 @@ def _check_embedding(ops: Ops, weight: Tensor) -> None:
 
     ids = torch.tensor([0, 49, 7, 7])
     require_close("embedding", ops.embedding(weight.clone())(ops.to_device(ids)), weight[ids].float(), weight.dtype)
-    if tied := ops.embedding_of(ops.linear(weight.clone(), None)):
+    if tied := ops.embedding_of(ops.linear(weight.clone(), None), weight.dtype):
         require_close("embedding_of", tied(ops.to_device(ids)), weight[ids].float(), weight.dtype)
 
 

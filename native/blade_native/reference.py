@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,11 +44,11 @@ class TorchGroupedLinear:
         weight = torch.cat([dequantize(weight, x.dtype) for weight in self.weights])
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype)).to(out_dtype or x.dtype)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Of a single weight: ids [T] int64 -> [T, K] float32."""
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of a single weight: ids [T] int64 -> [T, K]."""
         (weight,) = self.weights
         tensors = {name: value[ids] for name in _TENSORS if (value := getattr(weight, name)) is not None}
-        return dequantize(replace(weight, **tensors), torch.float32)
+        return dequantize(replace(weight, **tensors), dtype)
 
 
 class TorchFp8Linear:
@@ -129,10 +130,11 @@ class TorchOps:
         table = self.to_device(weight)
         return lambda ids: F.embedding(ids, table)
 
-    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+    def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, TorchGroupedLinear):
-            return linear.rows if len(linear.weights) == 1 else None
-        return self.embedding(linear.weight) if isinstance(linear, TorchLinear) else None
+            return partial(linear.rows, dtype=dtype) if len(linear.weights) == 1 else None
+        tied = isinstance(linear, TorchLinear) and linear.weight.dtype is dtype
+        return self.embedding(linear.weight) if tied else None
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)

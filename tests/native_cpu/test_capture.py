@@ -31,7 +31,7 @@ class Model:
         self.cos_sin = torch.randn(200, D // HEADS)
         self.norm = torch.ones(D)
         self.head = ops.linear(torch.randn(VOCAB, D), None)
-        self.embed = ops.embedding_of(self.head)
+        self.embed = ops.embedding_of(self.head, torch.float32)
         self.qkv = ops.linear(torch.randn(2 * D, D), None)
         self.gate_up, self.down = ops.linear(torch.randn(4 * D, D), None), ops.linear(torch.randn(D, 2 * D), None)
         self.num_calls = 0

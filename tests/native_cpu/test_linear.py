@@ -53,7 +53,7 @@ def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, dtype: torc
     ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
     for k in (48, 33):
         weight = torch.randn(70, k).to(dtype)
-        torch.testing.assert_close(ops.embedding_of(ops.linear(weight, None))(ids), weight[ids], rtol=0, atol=0)
+        torch.testing.assert_close(ops.embedding_of(ops.linear(weight, None), dtype)(ids), weight[ids], rtol=0, atol=0)
 
 
 def test_wrong_input_is_refused(ops: SimdOps) -> None:

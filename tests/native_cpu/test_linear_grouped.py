@@ -115,8 +115,7 @@ def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, 
     ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
     weight = weight_of(name, 70)
     linear = ops.grouped_linear(weight, None)
-    linear.row_dtype = dtype
-    assert ops.embedding_of(linear)(ids).equal(dequantize(weight, dtype)[ids])
+    assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
 
 
 def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
@@ -128,7 +127,7 @@ def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
     parts = [ops.grouped_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
     assert stacked(x).equal(torch.cat(parts, dim=-1))
     assert stacked(x.bfloat16(), torch.float32).shape == (3, 5, 104)
-    assert ops.embedding_of(stacked) is None
+    assert ops.embedding_of(stacked, torch.float32) is None
 
 
 def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
@@ -169,6 +168,5 @@ def test_a_dtype_that_nothing_gives_is_refused(ops: SimdOps) -> None:
     linear = ops.grouped_linear(weight_of("q4_1", 33), None)
     with pytest.raises(TypeError, match="float16"):
         linear(torch.zeros(1, K).half())
-    linear.row_dtype = torch.float16
-    with pytest.raises(TypeError, match=r"row_dtype is torch\.float16"):
-        linear.rows(torch.tensor([0]))
+    with pytest.raises(TypeError, match=r"rows in torch\.float16"):
+        linear.rows(torch.tensor([0]), torch.float16)

@@ -98,10 +98,10 @@ def test_quantised_weights(ops: CudaOps) -> None:
     x = torch.eye(128, dtype=torch.bfloat16)[:8]
     expected = dequantize(weight, torch.float32)[:, :8].T + 1
     torch.testing.assert_close(linear(x, torch.float32), expected, rtol=0, atol=1e-6)
-    rows = ops.embedding_of(linear)
+    rows = ops.embedding_of(linear, torch.bfloat16)
     assert rows is not None
     assert torch.equal(rows(torch.tensor([3])), dequantize(weight, torch.bfloat16)[3:4])
-    assert ops.embedding_of(ops.grouped_linear([weight, weight], None)) is None
+    assert ops.embedding_of(ops.grouped_linear([weight, weight], None), torch.bfloat16) is None
 
 
 def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:

@@ -93,8 +93,7 @@ class PackedLinear:
     """y = x W^T + b over matrices stacked along N, each packed in its own format."""
 
     def __init__(self, kernels: LinearKernels, parts: Seq[Packed], bias: Tensor | None, dtype: torch.dtype) -> None:
-        """`dtype`: of the activations that the kernels are compiled for now, another one's when it comes; also of the
-        rows, where the matrix is an embedding as well."""
+        """`dtype`: of the activations that the kernels are compiled for now, another one's when it comes."""
         self.kernels = kernels
         self.dtype = dtype
         self.parts = parts
@@ -169,10 +168,10 @@ class PackedLinear:
         self._dequantize(rows, None, out)
         return out
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Of a single matrix: ids [T] int64 -> [T, K], dequantised."""
         (part,) = self.parts
-        out = torch.empty(len(ids), part.num_in, dtype=self.dtype, device=ids.device)
+        out = torch.empty(len(ids), part.num_in, dtype=dtype, device=ids.device)
         if len(ids):
             self._dequantize(part, ids, out)
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,10 +107,10 @@ class CudaOps(TorchOps):
                 return False
         return True
 
-    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+    def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, PackedLinear):
-            return linear.rows if len(linear.parts) == 1 else None
-        return super().embedding_of(linear)
+            return partial(linear.rows, dtype=dtype) if len(linear.parts) == 1 else None
+        return super().embedding_of(linear, dtype)
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, values, _ = self.peaks(logits)

@@ -22,8 +22,8 @@ class PackedLinear:
 
     A row of the result is bit-identical whatever rows are computed with it. `dtype` is that of x for dense weights,
     None for grouped ones, which take f32 and bf16 and quantise each group of a row to int8 (the scheme of LLM.int8()'s
-    vector-wise quantisation, Dettmers et al. 2022, in groups). `row_dtype` is that of the rows read back: set it to the
-    run's for grouped weights, which have none of their own. b is float32, padded to whole panels.
+    vector-wise quantisation, Dettmers et al. 2022, in groups). b is float32, padded to
+    whole panels.
     """
 
     def __init__(
@@ -39,7 +39,6 @@ class PackedLinear:
         self.n: int = linear.n
         self.k: int = k or linear.k  # features of x; the weights may have a column more
         self.dtype = dtype
-        self.row_dtype = dtype or torch.float32
         self.weights, self.bias = weights, bias  # kept alive for the kernels
         self._library, self._linear, self._threads = library, linear, threads
         self._address = ctypes.addressof(linear)
@@ -67,12 +66,12 @@ class PackedLinear:
         out = y.data_ptr(), DTYPES[y.dtype], y.stride(0)
         self._library.linear(self._address, x.data_ptr(), DTYPES[dtype], m, *out, self._threads)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W, read back and dequantised: ids [T] int64 -> [T, K] row_dtype. Ids are trusted to be in range."""
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of W, read back and dequantised: ids [T] int64 -> [T, K]. Ids are trusted to be in range."""
         check("ids", ids, torch.int64, (ids.numel(),))
-        if self.row_dtype is not (self.dtype or self.row_dtype) or self.row_dtype not in DTYPES:
-            raise TypeError(f"row_dtype is {self.row_dtype}, the weights give {self.dtype or 'float32 or bfloat16'}")
-        out = torch.empty(ids.numel(), self._linear.k, dtype=self.row_dtype)
+        if dtype is not (self.dtype or dtype) or dtype not in DTYPES:
+            raise TypeError(f"rows in {dtype}: the weights give {self.dtype or 'float32 or bfloat16'}")
+        out = torch.empty(ids.numel(), self._linear.k, dtype=dtype)
         into = out.data_ptr(), DTYPES[out.dtype]
         self._library.unpack_rows(self._address, ids.data_ptr(), len(out), *into, self._threads)
         return out[:, : self.k]

@@ -59,10 +59,10 @@ class SimdOps:
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
 
-    def embedding_of(self, linear: Linear) -> Callable[[Tensor], Tensor] | None:
+    def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, PackedLinear):
-            return linear.rows
-        return self.base.embedding_of(linear)
+            return partial(linear.rows, dtype=dtype) if dtype in (linear.dtype or dtype, *DTYPES) else None
+        return self.base.embedding_of(linear, dtype)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """x [N, D] of any dtype; rows are trusted to be in range."""
