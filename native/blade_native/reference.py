@@ -133,8 +133,9 @@ class TorchOps:
     def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         if isinstance(linear, TorchGroupedLinear):
             return partial(linear.rows, dtype=dtype) if len(linear.weights) == 1 else None
-        tied = isinstance(linear, TorchLinear) and linear.weight.dtype is dtype
-        return self.embedding(linear.weight) if tied else None
+        if isinstance(linear, TorchLinear) and linear.weight.dtype is dtype:
+            return self.embedding(linear.weight)
+        return None
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
