@@ -102,7 +102,7 @@ async def rounds(
     for cell in cells:
         workload = WORKLOADS[cell.workload]
         for turn in range(num_rounds):
-            first = turn % len(servers)
+            first = turn % max(1, len(servers))
             for name in [*list(servers)[first:], *list(servers)[:first]]:
                 yield cell, name, await measure(servers[name], workload, tokenizer, seed=turn + 1)
 

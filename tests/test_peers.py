@@ -119,8 +119,14 @@ def test_a_frozen_server_answers_when_it_is_thawed() -> None:
 def test_a_comparison(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hf").symlink_to(tiny_llama)
     broken = Contender("broken", (sys.executable, "-c", "raise SystemExit(7)"))
-    field = [small("blade", 0.02), small("one", 0.2), small("fewer", 0, 1), broken, Contender("none", missing="away")]
-    monkeypatch.setattr(peers, "contenders", lambda *_: field)
+    candidates = [
+        small("blade", 0.02),
+        small("one", 0.2),
+        small("fewer", 0, 1),
+        broken,
+        Contender("none", missing="away"),
+    ]
+    monkeypatch.setattr(peers, "contenders", lambda *_: candidates)
     monkeypatch.setattr(peers, "read_bandwidth", lambda: 20.0)
     words = [str(tmp_path), "--precisions", "bf16", "--workloads", "W1,W3", "--rounds", "2"]
 
@@ -161,3 +167,11 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         peers.parse(["folder", "--workloads", "W1,W9"])
     assert "['W9'] are not among" in capsys.readouterr().err
+
+
+def test_nobody_here_is_an_empty_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "contenders", lambda *_: [Contender("blade", missing="away")])
+    monkeypatch.setattr(peers, "read_bandwidth", lambda: None)
+    options = peers.parse([str(tmp_path), "--workloads", "W1"])
+    result = asyncio.run(peers.compare(tmp_path, "bf16", options))
+    assert (result["servers"], result["missing"], result["cells"][0].ratio()) == ({}, {"blade": "away"}, None)
