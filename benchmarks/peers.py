@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,8 @@ async def compare(model: Path, precision: str, options: argparse.Namespace) -> d
 
 
 async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if task := asyncio.current_task():  # so that the servers are stopped, too
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     os.sched_setaffinity(0, options.cpus)  # ours and, inherited, the servers'
     return [await compare(model, name, options) for model in options.models for name in options.precisions]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import peers  # noqa: E402
-from load_server import running  # noqa: E402
+from load_server import Server, running  # noqa: E402
 from peers_contenders import PRECISIONS, Contender, Programs, contenders  # noqa: E402
 from peers_report import Cell, draw, table  # noqa: E402
 
@@ -161,6 +163,27 @@ def test_rounds_take_turns_and_change_who_begins(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(peers, "measure", note)
     asyncio.run(all_rounds())
     assert seen == [("A", 1), ("B", 1), ("B", 2), ("A", 2), ("A", 3), ("B", 3)]
+
+
+def test_sigterm_stops_the_servers_too(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf").symlink_to(tiny_llama)
+    groups = []
+
+    async def terminated(server: Server, *_: Any, seed: int) -> dict[str, Any]:
+        groups.append(server.group)
+        server.freeze()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(30)
+        return {}
+
+    monkeypatch.setattr(peers, "contenders", lambda *_: [small("blade", 0)])
+    monkeypatch.setattr(peers, "read_bandwidth", lambda: None)
+    monkeypatch.setattr(peers, "measure", terminated)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(peers.run(peers.parse([str(tmp_path)])))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(groups[0], 0)
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
