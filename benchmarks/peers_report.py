@@ -25,7 +25,9 @@ class Cell:
 
     def add(self, name: str, value: float | None, summary: dict[str, Any]) -> None:
         self.values.setdefault(name, []).append(value)
-        self.details.setdefault(name, []).append({metric: summary[metric]["p50"] for metric in DETAILS})
+        self.details.setdefault(name, []).append(
+            {metric: summary[metric]["p50"] for metric in DETAILS} | {"cached_tokens": summary["cached_tokens"]}
+        )
 
     def medians(self) -> dict[str, float]:
         """Of the contenders that answered every round."""

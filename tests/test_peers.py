@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import peers  # noqa: E402
 from load_server import Server, running  # noqa: E402
 from peers_contenders import PRECISIONS, Contender, Programs, contenders  # noqa: E402
+from peers_measure import FIRST_TOKEN, TOKENS_PER_SECOND, WORKLOADS, Workload, seed  # noqa: E402
 from peers_report import Cell, draw, table  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
@@ -49,26 +50,26 @@ def cell(metric: str, **values: list[float | None]) -> Cell:
     made = Cell("m", "bf16", "W1", metric)
     for name, figures in values.items():
         for figure in figures:
-            made.add(name, figure, {"ttft_ms": {"p50": 1.0}, "itl_ms": {"p50": 2.0}})
+            made.add(name, figure, {"ttft_ms": {"p50": 1.0}, "itl_ms": {"p50": 2.0}, "cached_tokens": 0})
     return made
 
 
 def test_more_tokens_per_second_and_fewer_seconds_are_better() -> None:
-    rate = cell(peers.TOKENS_PER_SECOND, blade=[30, 10, 20], one=[10, 10, 10], two=[5, 40, 5])
+    rate = cell(TOKENS_PER_SECOND, blade=[30, 10, 20], one=[10, 10, 10], two=[5, 40, 5])
     assert (rate.medians(), rate.best_peer(), rate.ratio()) == ({"blade": 20, "one": 10, "two": 5}, "one", 2)
-    wait = cell(peers.FIRST_TOKEN, blade=[3.0], one=[1.0], two=[1.5])
+    wait = cell(FIRST_TOKEN, blade=[3.0], one=[1.0], two=[1.5])
     assert (wait.best_peer(), wait.ratio()) == ("one", pytest.approx(1 / 3, abs=1e-3))
 
 
 def test_who_failed_a_round_has_no_figure() -> None:
-    failed = cell(peers.TOKENS_PER_SECOND, blade=[30, 10], one=[90, None], two=[5, 5])
+    failed = cell(TOKENS_PER_SECOND, blade=[30, 10], one=[90, None], two=[5, 5])
     assert (failed.medians(), failed.best_peer(), failed.ratio()) == ({"blade": 20, "two": 5}, "two", 4)
-    assert cell(peers.TOKENS_PER_SECOND, blade=[None], one=[1]).ratio() is None
-    assert cell(peers.TOKENS_PER_SECOND, blade=[1], one=[None]).ratio() is None
+    assert cell(TOKENS_PER_SECOND, blade=[None], one=[1]).ratio() is None
+    assert cell(TOKENS_PER_SECOND, blade=[1], one=[None]).ratio() is None
 
 
 def test_the_table_has_a_row_per_cell() -> None:
-    rows = table([cell(peers.TOKENS_PER_SECOND, blade=[30], one=[15]), cell(peers.FIRST_TOKEN, one=[0.5])]).splitlines()
+    rows = table([cell(TOKENS_PER_SECOND, blade=[30], one=[15]), cell(FIRST_TOKEN, one=[0.5])]).splitlines()
     assert rows[0] == "| model | precision | workload |  | blade | one | blade / best peer |"
     assert rows[2] == "| m | bf16 | W1 | output tokens/s | 30 | 15 | 2 |"
     assert rows[3] == "| m | bf16 | W1 | seconds to first token | - | 0.5 | - |"
@@ -76,7 +77,7 @@ def test_the_table_has_a_row_per_cell() -> None:
 
 def test_bars_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="drawing is optional")
-    draw([cell(peers.TOKENS_PER_SECOND, blade=[30], one=[15])], tmp_path / "bars.png")
+    draw([cell(TOKENS_PER_SECOND, blade=[30], one=[15])], tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -150,26 +151,33 @@ def test_a_comparison(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.Monk
 def test_rounds_take_turns_and_change_who_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int]] = []
 
-    async def note(server: str, workload: peers.Workload, tokenizer: Path, seed: int) -> dict[str, Any]:
-        seen.append((server, seed))
+    async def note(server: str, workload: Workload, tokenizer: Path, number: int) -> dict[str, Any]:
+        seen.append((server, number))
         return {}
 
     async def all_rounds() -> None:
-        made = [Cell("m", "bf16", "W1", peers.TOKENS_PER_SECOND)]
+        made = [Cell("m", "bf16", "W1", TOKENS_PER_SECOND)]
         servers: dict[str, Any] = {"a": "A", "b": "B"}
         async for _ in peers.rounds(made, servers, Path(), 3):
             pass
 
     monkeypatch.setattr(peers, "measure", note)
     asyncio.run(all_rounds())
-    assert seen == [("A", 1), ("B", 1), ("B", 2), ("A", 2), ("A", 3), ("B", 3)]
+    assert "".join(server for server, _ in seen) == "ABBAAB"
+    assert [number for _, number in seen] == [seed("W1", turn) for turn in (0, 0, 1, 1, 2, 2)]
+
+
+def test_no_two_workloads_or_rounds_share_a_seed() -> None:
+    seeds = [seed(workload, turn) for workload in WORKLOADS for turn in range(5)]
+    assert len(set(seeds)) == len(seeds)
+    assert 0 not in seeds  # the warm-up's
 
 
 def test_sigterm_stops_the_servers_too(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hf").symlink_to(tiny_llama)
     groups = []
 
-    async def terminated(server: Server, *_: Any, seed: int) -> dict[str, Any]:
+    async def terminated(server: Server, *_: Any) -> dict[str, Any]:
         groups.append(server.group)
         server.freeze()
         os.kill(os.getpid(), signal.SIGTERM)
