@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -9,6 +10,7 @@ from pydoc_data.topics import topics
 COMMON_IDS = range(1000, 9000)  # ordinary tokens in about every vocabulary
 
 
+@functools.cache
 def tokenize_topics(tokenizer: Path) -> list[int]:
     """Python's own help texts as token ids. `tokenizer`: a folder with tokenizer.json, that file, or a .gguf file."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
