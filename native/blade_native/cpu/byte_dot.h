@@ -13,7 +13,8 @@ struct ByteDot {
     static constexpr int FIT = 0;    // steps whose sums fit a Partial; 0: they go straight to int32
     static constexpr int WORDS = 1;  // of an activation per step
     typedef vec::W Weights;
-    INLINE Weights weights(const uint32_t* w) { return vec::word(w); }
+    typedef vec::W Partial;  // none
+    INLINE Weights weights(vec::W bytes) { return bytes; }
     INLINE vec::I dot(vec::I c, Weights w, const uint32_t* x) { return vec::dot_bytes(c, w, vec::splat(x)); }
 };
 #else
@@ -23,7 +24,7 @@ struct ByteDot {
     static constexpr int WORDS = 1;
     typedef vec::W Weights;
     typedef vec::W Partial;
-    INLINE Weights weights(const uint32_t* w) { return vec::word(w); }
+    INLINE Weights weights(vec::W bytes) { return bytes; }
     INLINE Partial first(Weights w, const uint32_t* x) { return vec::dot_bytes(w, vec::splat(x)); }
     INLINE Partial dot(Partial c, Weights w, const uint32_t* x) { return vec::add_dot_bytes(c, w, vec::splat(x)); }
     INLINE vec::I flush(vec::I c, Partial p) { return vec::add_dot_shorts(c, p, vec::one_shorts()); }
@@ -35,10 +36,8 @@ struct ByteDot<8> {
     struct Weights {
         vec::W even, odd;
     };
-    INLINE Weights weights(const uint32_t* w) {
-        vec::W bytes = vec::word(w);
-        return {vec::even_bytes(bytes), vec::odd_bytes(bytes)};
-    }
+    typedef vec::W Partial;  // none
+    INLINE Weights weights(vec::W bytes) { return {vec::even_bytes(bytes), vec::odd_bytes(bytes)}; }
     INLINE vec::I dot(vec::I c, Weights w, const uint32_t* x) {
         c = vec::add_dot_shorts(c, w.even, vec::splat(x));
         return vec::add_dot_shorts(c, w.odd, vec::splat(x + 1));

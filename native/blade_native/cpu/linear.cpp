@@ -6,6 +6,7 @@
 
 #include "activations.h"
 #include "parallel.h"
+#include "stream_tile.h"
 #include "unpack.h"
 
 namespace {
@@ -13,7 +14,6 @@ constexpr long STREAM_TILES = 4;            // up to here the weights are read o
 constexpr long STREAM_BYTES = 4 * 1024;     // of such a slice, unpacked
 constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
 constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
-constexpr long STREAM_AHEAD = 4 * 1024;     // bytes between what is read and what is prefetched
 
 #ifdef __AVX512BF16__
 constexpr bool WIDENS_BF16 = false;
@@ -39,10 +39,31 @@ struct ByteTile {
 
 Tile find_tile(int bits, int rows) {
     Tile tile;
-    if (bits == 32 || (bits == 16 && WIDENS_BF16)) return tile_of<F32Tile>(rows);
+    if (bits == 32 || (bits == 16 && WIDENS_BF16)) return tile_of<F32Tile, Tile>(rows);
     if constexpr (!WIDENS_BF16)
-        if (bits == 16) return tile_of<BF16Tile>(rows);
-    with_bits(bits, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows>(rows); });
+        if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
+    with_bits(bits, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
+    return tile;
+}
+
+template <int R>
+struct StreamBF16 {
+    static constexpr StreamTile tile = stream_bf16<R>;
+};
+template <int BITS>
+struct StreamGroups {
+    template <int R>
+    struct Rows {
+        static constexpr StreamTile tile = stream_groups<BITS, R>;
+    };
+};
+
+// How so few rows take weights straight from memory; null where a slice of them is used as it lies there.
+StreamTile find_stream(int bits, int rows) {
+    if (bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
+    if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
+    StreamTile tile;
+    with_bits(bits, [&](auto b) { tile = tile_of<StreamGroups<b>::template Rows, StreamTile, STREAM_ROWS>(rows); });
     return tile;
 }
 
@@ -117,10 +138,6 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     return slice;
 }
 
-void prefetch(const char* at, long bytes) {
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
 void start_sums(const Job& job, long panel, int rows, float* c) {
     if (!job.linear.bias)
         memset(c, 0, rows * PANEL * sizeof(float));
@@ -129,13 +146,20 @@ void start_sums(const Job& job, long panel, int rows, float* c) {
 }
 
 template <class Y>
-void store_sums(const Job& job, long panel, long row, int rows, const float* c) {
+void store_as(const Job& job, long panel, long row, int rows, const float* c) {
     for (int r = 0; r < rows; r++) {
         Y* y = (Y*)job.call.y + (row + r) * job.call.y_stride + panel * PANEL;
         for (int v = 0; v < PANEL; v += vec::LANES)
             if (long left = job.linear.n - panel * PANEL - v; left > 0)
                 vec::store_some(y + v, vec::load(c + r * PANEL + v), int(std::min<long>(left, vec::LANES)));
     }
+}
+
+void store_sums(const Job& job, long panel, long row, int rows, const float* c) {
+    if (job.call.y_dtype == FLOAT32)
+        store_as<float>(job, panel, row, rows, c);
+    else
+        store_as<bf16>(job, panel, row, rows, c);
 }
 
 // The slice [from, to) of one panel times the tiles of a block; `ahead` bytes on lies what is wanted next.
@@ -148,19 +172,27 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
         int rows = job.tiling.height(tile);
         float* c = sums + (tile - first_tile) * MAX_TILE_ROWS * PANEL;
         if (from == 0) start_sums(job, panel, rows, c);
-        prefetch(next, share);
+        prefetch_lines(next, share);
         find_tile(job.layout.format.bits, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes,
                                                 c);
-        if (to < job.layout.units) continue;
-        if (job.call.y_dtype == FLOAT32)
-            store_sums<float>(job, panel, job.tiling.start(tile), rows, c);
-        else
-            store_sums<bf16>(job, panel, job.tiling.start(tile), rows, c);
+        if (to == job.layout.units) store_sums(job, panel, job.tiling.start(tile), rows, c);
+    }
+}
+
+// All of K of these panels times the only tile.
+void stream(const Job& job, StreamTile tile, long first_panel, long last_panel, float* c) {
+    for (long panel = first_panel; panel < last_panel; panel++) {
+        start_sums(job, panel, job.call.m, c);
+        tile(job.layout, job.panel(panel), job.tiles, c);
+        store_sums(job, panel, 0, job.call.m, c);
     }
 }
 
 void multiply_block(const Job& job, long first_tile, long first_panel, long last_panel, char* scratch) {
     float* sums = (float*)scratch;
+    if (job.tiling.num_tiles == 1 && job.call.m <= STREAM_ROWS)
+        if (StreamTile tile = find_stream(job.layout.format.bits, int(job.call.m)))
+            return stream(job, tile, first_panel, last_panel, sums);
     long panel_sums = job.block * MAX_TILE_ROWS * PANEL;
     long ahead = job.stream ? STREAM_AHEAD : job.layout.panel_bytes();
     for (long from = 0; from < job.layout.units; from += job.slice) {

@@ -60,7 +60,7 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
     typedef ByteDot<BITS> Dot;
     auto step = [&](int s, auto body) {  // body(r, v, weights, activation)
         typename Dot::Weights weights[NV];
-        for (int v = 0; v < NV; v++) weights[v] = Dot::weights(w + s * PANEL + v * vec::LANES);
+        for (int v = 0; v < NV; v++) weights[v] = Dot::weights(vec::word(w + s * PANEL + v * vec::LANES));
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) body(r, v, weights[v], x + (s * R + r) * Dot::WORDS);
@@ -122,10 +122,10 @@ struct BF16 {
     INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::dot_bf16(c, w, a); }
 };
 
-// The tile of `rows` rows, 1 to MAX_TILE_ROWS. Kind<R>::tile is the function.
-template <template <int> class Kind, int R = MAX_TILE_ROWS>
-Tile tile_of(int rows) {
-    if constexpr (R > 1)
-        if (rows < R) return tile_of<Kind, R - 1>(rows);
-    return Kind<R>::tile;
+// The function for `rows` rows, 1 to MOST: Kind<R>::tile.
+template <template <int> class Kind, class Function, int MOST = MAX_TILE_ROWS>
+Function tile_of(int rows) {
+    if constexpr (MOST > 1)
+        if (rows < MOST) return tile_of<Kind, Function, MOST - 1>(rows);
+    return Kind<MOST>::tile;
 }

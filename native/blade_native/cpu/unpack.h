@@ -20,23 +20,32 @@ INLINE void widen_bf16(const uint32_t* words, long units, float* out) {
         }
 }
 
+constexpr int high_bits(int bits) { return bits < 8 ? bits - 4 : 0; }  // beyond the nibble
+template <int BITS>
+constexpr int SPAN_STEPS = BITS == 8 ? 1 : high_bits(BITS) ? 8 / high_bits(BITS) : 2;  // that share words of bits
+
+// Step I of a span, sixteen words of four bytes; `low` and `high` are where the span's bits start.
+template <int BITS, int I>
+INLINE vec::W step_of(const uint32_t* low, const uint32_t* high) {
+    constexpr int EXTRA = high_bits(BITS), MASK = ((1 << EXTRA) - 1) << 4;
+    if constexpr (BITS == 8) return vec::word(low);
+    vec::W nibbles = vec::word(low + I / 2 * PANEL);
+    vec::W q = I % 2 ? vec::high_nibbles(nibbles) : vec::low_nibbles(nibbles);
+    if constexpr (EXTRA > 0)
+        q = vec::either(q, vec::keep_bits(vec::shift<4 - I * EXTRA>(vec::word(high)), MASK));
+    return q;
+}
+
 // The low and high bits of one group -> [steps][32] words of four bytes.
 template <int BITS>
 INLINE void unpack_bits(const uint32_t* low, int steps, uint32_t* out) {
-    constexpr int EXTRA = BITS - 4;                            // high bits of a number
-    constexpr int SPAN = EXTRA ? 8 / EXTRA : 2;                // steps that share a word of them
-    constexpr int MASK = ((1 << EXTRA) - 1) << 4;
+    constexpr int SPAN = SPAN_STEPS<BITS>;
     const uint32_t* high = low + steps / 2 * PANEL;
     for (int s = 0; s < steps; s += SPAN, high += PANEL, low += SPAN / 2 * PANEL, out += SPAN * PANEL)
-        for (int v = 0; v < PANEL; v += vec::LANES) {
-            vec::W extra = vec::word((EXTRA ? high : low) + v);
+        for (int v = 0; v < PANEL; v += vec::LANES)
             for_constants(std::make_integer_sequence<int, SPAN>{}, [&](auto i) {
-                vec::W nibbles = vec::word(low + i / 2 * PANEL + v);
-                vec::W q = i % 2 ? vec::high_nibbles(nibbles) : vec::low_nibbles(nibbles);
-                if constexpr (EXTRA > 0) q = vec::either(q, vec::keep_bits(vec::shift<4 - i * EXTRA>(extra), MASK));
-                vec::store_word(out + i * PANEL + v, q);
+                vec::store_word(out + i * PANEL + v, step_of<BITS, i>(low + v, high + v));
             });
-        }
 }
 
 // Sixteen scales or minima of `numbers`' kind; the block's halves are those that codes count.
@@ -47,17 +56,21 @@ INLINE vec::F numbers_at(int numbers, const char* unit, const char* block, int c
     return vec::mul(codes, vec::half_to_float(block + 2 * channel));
 }
 
+// Sixteen offsets of a format that has them, given the scales.
+INLINE vec::F offset_at(const Layout& layout, const char* unit, const char* block, int channel, vec::F scale) {
+    const Format& f = layout.format;
+    const char* at = unit + layout.offsets;
+    if (f.offsets == ZEROS) return vec::mul(vec::sub(vec::zero(), scale), vec::load((const uint8_t*)at + channel));
+    return numbers_at(f.offsets, at, block + block_bytes_of(f.scales), channel);
+}
+
 // One unit's scales [32] and offsets [32], for w = scale * q + offset; without offsets those are left alone.
 INLINE void unpack_scales(const Layout& layout, const char* unit, const char* block, float* scales, float* offsets) {
     const Format& f = layout.format;
     for (int v = 0; v < PANEL; v += vec::LANES) {
         vec::F scale = numbers_at(f.scales, unit, block, v);
         vec::store(scales + v, scale);
-        if (f.offsets == ZEROS)
-            vec::store(offsets + v, vec::mul(vec::sub(vec::zero(), scale),
-                                             vec::load((const uint8_t*)unit + layout.offsets + v)));
-        else if (f.offsets != NONE)
-            vec::store(offsets + v, numbers_at(f.offsets, unit + layout.offsets, block + block_bytes_of(f.scales), v));
+        if (f.offsets != NONE) vec::store(offsets + v, offset_at(layout, unit, block, v, scale));
     }
 }
 
