@@ -177,8 +177,8 @@ class Ops(Protocol):
         ...
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [R, V] float32 -> the largest [R] and its id [R] int64, the first of equal ones. Of a row with NaN the
-        value is NaN, or NaN counts as -inf."""
+        """logits [R, V] float32 -> the largest [R] and its id [R] int64, the first of equal ones. Of a row
+        that holds NaN or +infinity the value is not finite and the id any."""
         ...
 
 

@@ -128,6 +128,12 @@ def _check_argmax(ops: Ops) -> None:
     values, ids = ops.argmax(ops.to_device(logits.clone()))
     require(values.tolist() == logits.amax(-1).tolist(), "argmax: these are not the largest values")
     require(ids.tolist() == logits.argmax(-1).tolist(), "argmax: these are not the first ids of the largest values")
+    for place, bad in ((3, torch.nan), (700, torch.inf), (1002, torch.nan)):
+        spoilt = logits.clone()
+        spoilt[2, place] = bad
+        values, _ = ops.argmax(ops.to_device(spoilt))
+        finite = values.isfinite().tolist()
+        require(finite == [True, True, False, True, True], f"argmax: {bad} in a row must show in its value alone")
 
 
 class _OneLayer:

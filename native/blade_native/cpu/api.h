@@ -143,7 +143,7 @@ struct AttendCall {
     int32_t threads;
 };
 
-// logits [rows, n] -> values and ids [rows], the first of the largest; NaN counts as -inf.
+// logits [rows, n] -> values and ids [rows], the first of the largest; the value is NaN where there is NaN or +infinity.
 struct ArgmaxCall {
     const float* logits;
     int64_t rows, n;

@@ -16,13 +16,17 @@ struct Candidate {
     }
 };
 
+// NaN and +infinity leave their mark on `spoilt`, which else stays 0. max() gives its second operand where one is NaN.
 int64_t argmax(const float* row, long n, float& value) {
-    vec::F most = vec::set(-__builtin_inff());
-    long whole = n / vec::LANES * vec::LANES;
-    for (long i = 0; i < whole; i += vec::LANES) most = vec::max(vec::load(row + i), most);
+    vec::F most = vec::set(-__builtin_inff()), spoilt = vec::zero(), least = vec::set(-3e38f);
+    vec::for_lanes(n, [&](long i, int lanes) {
+        vec::F x = vec::keep(vec::load_some(row + i, lanes), 0, lanes, -__builtin_inff());
+        most = vec::max(x, most);
+        spoilt = vec::fma(vec::max(least, x), vec::zero(), spoilt);
+    });
     value = vec::max_lane(most);
-    for (long i = whole; i < n; i++) value = std::max(value, row[i]);
     const float* at = std::find(row, row + n, value);
+    value += vec::sum(spoilt);
     return at < row + n ? at - row : 0;
 }
 

@@ -113,8 +113,8 @@ class CudaOps(TorchOps):
         return super().embedding_of(linear, dtype)
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, values, _ = self.peaks(logits)
-        return values, ids
+        ids, values, log_sum = self.peaks(logits)
+        return values + (log_sum - log_sum), ids  # not finite where the sum is not
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         select = self._selection()

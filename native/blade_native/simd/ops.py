@@ -128,7 +128,6 @@ class SimdOps:
         return y
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """NaN counts as -inf."""
         check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
         values, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
         self.library.argmax(logits.data_ptr(), *logits.shape, values.data_ptr(), ids.data_ptr(), self.threads)
