@@ -44,17 +44,20 @@ def cuda_ops(threads: int | None) -> Ops:
 
 def paged_attention(ops: Ops) -> Attention:
     from blade_native.attention import PagedAttention
-    from blade_native.cuda import CudaOps
     from blade_native.simd.attention import SimdAttention
     from blade_native.simd.ops import SimdOps
 
     base = PagedAttention(ops.device)
+    if isinstance(ops, SimdOps):
+        return SimdAttention(base, ops.library, ops.threads)
+    from blade_native.cuda import CudaOps  # not before: a start on a CPU should not wait for it
+
     if isinstance(ops, CudaOps):
         from blade_native.cuda.attention import CudaAttention
         from blade_native.cuda.attention_kernels import AttentionKernels
 
         return CudaAttention(base, AttentionKernels(ops.launcher), num_sms=ops.num_sms)
-    return SimdAttention(base, ops.library, ops.threads) if isinstance(ops, SimdOps) else base
+    return base
 
 
 @hookimpl
