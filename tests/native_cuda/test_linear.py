@@ -150,7 +150,7 @@ def test_embedding_rows(kernels: LinearKernels) -> None:
     weight = make_weight(6, 16, "SYMMETRIC")
     linear = PackedLinear(kernels, [pack(weight, CPU)], None, BF16)
     ids = torch.tensor([0, 199, 7, 7, 15, 16])
-    assert torch.equal(linear.rows(ids), dequantize(weight, BF16)[ids])
+    assert torch.equal(linear.rows(ids, BF16), dequantize(weight, BF16)[ids])
 
 
 def test_what_has_no_kernel() -> None:
