@@ -5,7 +5,7 @@ from `blade.contracts`, in its tests from `blade.testing`, and from nowhere else
 """
 
 from blade.api.http import EventStream, JSONResponse, TextResponse
-from blade.config import Config, EngineConfig, ModelOptions, ServerOptions
+from blade.config import Config, DraftOptions, EngineConfig, ModelOptions, ServerOptions
 from blade.engine.scheduler import OrderedScheduler
 from blade.errors import BladeError, CheckpointError, ConfigError, Overloaded, PluginError, RequestError
 from blade.hookspecs import hookimpl
@@ -14,6 +14,8 @@ from blade.types import (
     CaptureOptions,
     DefaultCheckpoint,
     DemoWeights,
+    Draft,
+    DrafterStats,
     EngineStats,
     FinishReason,
     GroupedWeight,
@@ -41,6 +43,9 @@ __all__ = [
     "ConfigError",
     "DefaultCheckpoint",
     "DemoWeights",
+    "Draft",
+    "DraftOptions",
+    "DrafterStats",
     "EngineConfig",
     "EngineStats",
     "EventStream",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import secrets
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from blade.config import ModelOptions
 from blade.errors import CheckpointError, ConfigError
 from blade.types import CaptureOptions, KVSpec, Limits
 
@@ -15,12 +17,17 @@ if TYPE_CHECKING:
 
     from blade.checkpoint.open import Checkpoint
     from blade.config import Config
-    from blade.contracts import Architecture, Attention, Drafter, Model, Ops
+    from blade.contracts import Architecture, Attention, DraftModel, Executor, Model, Ops
+    from blade.engine.blocks import BlockPool
     from blade.engine.engine import Engine
     from blade.engine.memory import MemoryPlan
+    from blade.engine.speculation import Speculator
     from blade.plugins import Plugins
     from blade.quantization import WeightForm
     from blade.types import DefaultCheckpoint, ModelConfig
+
+
+DRAFT_MODEL = "model"  # the drafter that --draft.model implies
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Assembly:
     ops: Ops
     attention: Attention
     dtype: torch.dtype
+    draft: Assembly | None = None  # of the draft model; ops and attention are the same
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -54,11 +62,23 @@ class Assembly:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights once loaded; a tied embedding counts once."""
+        """Bytes of the weights once loaded, the draft model's included; a tied embedding counts once."""
         from blade.nn.tensors import loaded_bytes
 
         weights, quantization = self.checkpoint.weights, self.form.quantization
-        return sum(loaded_bytes(name, weights, self.ops, self.dtype, quantization) for name in weights.names())
+        own = sum(loaded_bytes(name, weights, self.ops, self.dtype, quantization) for name in weights.names())
+        return own + (self.draft.weight_bytes if self.draft else 0)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block of the KV cache over all layers; the draft model has as many blocks of its own."""
+        return self.attention.block_bytes(self.kv_spec) + (self.draft.block_bytes if self.draft else 0)
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names, in the order in which they are asked."""
+        named = tuple(dict.fromkeys(self.config.engine.drafter))
+        return named or ((DRAFT_MODEL,) if self.draft else ())
 
     @property
     def capture(self) -> CaptureOptions:
@@ -76,13 +96,25 @@ class Assembly:
         from blade.engine.memory import plan_memory
 
         available = max(0, self.ops.available_memory() - reserved)
-        block_bytes = self.attention.block_bytes(self.kv_spec)
         on_cpu = self.ops.device.type == "cpu"
-        return plan_memory(self.config.engine, available, block_bytes, self.max_context, on_cpu)
+        return plan_memory(self.config.engine, available, self.block_bytes, self.max_context, on_cpu)
 
 
 def choose(config: Config, plugins: Plugins) -> Assembly:
     """Resolve every name of the config. Raises ConfigError, PluginError or CheckpointError with a remedy."""
+    assembly = _choose(config, plugins)
+    if config.draft.model is None:
+        if DRAFT_MODEL in config.engine.drafter:
+            raise ConfigError(f"--drafter {DRAFT_MODEL} has no model to draft with.", "Name one with --draft.model.")
+        return assembly
+    options = {field.name: getattr(config.draft, field.name) for field in fields(config.draft)}
+    model = ModelOptions(**options, served_model_name=None)
+    draft = _choose(replace(config, model=model), plugins, assembly)
+    return replace(assembly, draft=replace(draft, max_context=min(draft.max_context, assembly.max_context)))
+
+
+def _choose(config: Config, plugins: Plugins, target: Assembly | None = None) -> Assembly:
+    """`target`: the model that this one drafts for."""
     from blade.checkpoint.open import open_checkpoint
     from blade.checkpoint.progress import console_progress
     from blade.checkpoint.source import resolve
@@ -96,7 +128,8 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
     checkpoint = open_checkpoint(path)
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
-    ops: Ops = plugins.registry("register_backends").create(_device(config.engine.device), config.engine.threads)
+    device, threads = _device(config.engine.device), config.engine.threads
+    ops: Ops = target.ops if target else plugins.registry("register_backends").create(device, threads)
     dtype = _dtype(config, ops)
     return Assembly(
         config=config,
@@ -109,7 +142,9 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
         model_name=config.model.served_model_name or _name(checkpoint, default),
         max_context=_max_context(config, model_config),
         ops=ops,
-        attention=plugins.registry("register_attention").create(config.engine.attention, ops),
+        attention=target.attention
+        if target
+        else plugins.registry("register_attention").create(config.engine.attention, ops),
         dtype=dtype,
     )
 
@@ -123,24 +158,60 @@ def load_model(assembly: Assembly, advance: Callable[[int], None] | None = None)
     return assembly.architecture.build(replace(assembly.model_config, max_context=assembly.max_context), loader)
 
 
-def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine:
-    """Allocate the KV cache and put the engine together; it is not started."""
+def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan, draft: Model | None = None) -> Engine:
+    """Allocate the KV cache and put the engine together; it is not started. `draft`: assembly.draft's model."""
     from blade.engine.blocks import BlockPool
     from blade.engine.engine import Engine
     from blade.engine.runner import ModelRunner
 
     plugins, config = assembly.plugins, assembly.config.engine
+    secret = secrets.randbits(64)
     kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
     executor = plugins.registry("register_executors").create(
-        config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture), config
+        config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret), config
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache)
     scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)
-    drafter: Drafter | None = None
-    if config.drafter is not None:
-        drafter = plugins.registry("register_drafters").create(config.drafter, config)
     limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
-    return Engine(executor, scheduler, blocks, config, limits, drafter)
+    draft_model = _draft_model(assembly.draft, draft, memory, secret) if assembly.draft and draft else None
+    speculator = _speculator(assembly, executor, blocks, limits, draft_model) if assembly.drafters else None
+    return Engine(executor, scheduler, blocks, config, limits, speculator)
+
+
+def _draft_model(assembly: Assembly, model: Model, memory: MemoryPlan, secret: int) -> DraftModel:
+    from blade.contracts import DraftModel
+    from blade.engine.blocks import BlockPool
+    from blade.engine.runner import ModelRunner
+
+    config = assembly.config.engine
+    kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
+    return DraftModel(
+        ModelRunner(model, kv, assembly.ops, assembly.capture, secret),
+        BlockPool(memory.num_blocks, config.block_size, config.prefix_cache),
+        assembly.max_context,
+    )
+
+
+def _speculator(
+    assembly: Assembly, executor: Executor, blocks: BlockPool, limits: Limits, draft_model: DraftModel | None
+) -> Speculator:
+    """With the cost of steps measured, where drafts are to be adapted to it."""
+    from blade.engine.costs import StepCosts
+    from blade.engine.drafting import GuardedDrafter
+    from blade.engine.speculation import Speculator
+    from blade.engine.warm_up import measure_costs, rehearse
+
+    config, registry = assembly.config.engine, assembly.plugins.registry("register_drafters")
+    drafters = [
+        GuardedDrafter(name, registry.create(name, config, draft_model), limits.vocab_size)
+        for name in assembly.drafters
+    ]
+    costs = None
+    if config.adaptive_drafts:
+        costs = StepCosts(measure_costs(executor, blocks, limits, config.max_batch_tokens))
+        for drafter in drafters:
+            rehearse(drafter, config.num_draft_tokens, limits.vocab_size)
+    return Speculator(drafters, costs, config.num_draft_tokens, limits.max_context)
 
 
 def _check_names(config: Config, plugins: Plugins) -> None:
@@ -148,7 +219,7 @@ def _check_names(config: Config, plugins: Plugins) -> None:
     for hook, name in (
         ("register_schedulers", config.engine.scheduler),
         ("register_executors", config.engine.executor),
-        ("register_drafters", config.engine.drafter),
+        *(("register_drafters", name) for name in config.engine.drafter),
         ("register_tool_parsers", config.server.tool_parser),
         ("register_reasoning_parsers", config.server.reasoning_parser),
     ):

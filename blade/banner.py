@@ -27,9 +27,22 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
         f"weights {size(assembly.weight_bytes)}, {assembly.form.label}",
         f"device  {assembly.ops.name}, {str(assembly.dtype).removeprefix('torch.')}, "
         f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
+        *_speculation(assembly),
         f"memory  KV cache of {size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "
         f"{memory.num_full_requests:.1f} requests of the full context of {memory.max_context:,}",
     ]
+
+
+def _speculation(assembly: Assembly) -> list[str]:
+    if not assembly.drafters:
+        return []
+    engine, draft = assembly.config.engine, assembly.draft
+    how = "as many as pay" if engine.adaptive_drafts else "always"
+    line = f"drafts  by {', '.join(map(repr, assembly.drafters))}, up to {engine.num_draft_tokens} tokens, {how}"
+    if draft is not None:
+        num_params = draft.checkpoint.num_params / 1e6
+        line += f"; draft model {draft.model_name}: {num_params:,.0f} M parameters, {draft.form.label}"
+    return [line]
 
 
 def ready(context: ServerContext, seconds: float) -> list[str]:
@@ -49,17 +62,17 @@ def command_line(config: Config) -> str:
     words = ["blade", "serve"]
     for name in config.plugins:
         words += ["--plugin", name]
-    for options in (config.model, config.engine, config.server):
-        words += _flags(options)
+    for options, prefix in ((config.model, ""), (config.draft, "draft."), (config.engine, ""), (config.server, "")):
+        words += _flags(options, prefix)
     return shlex.join(words)
 
 
-def _flags(options: object) -> Iterator[str]:
+def _flags(options: object, prefix: str) -> Iterator[str]:
     for field in fields(options):  # type: ignore[arg-type]
         value = getattr(options, field.name)
         if value == field.default or not field.repr:
             continue
-        flag = field.name.replace("_", "-")
+        flag = prefix + field.name.replace("_", "-")
         if isinstance(value, bool):
             yield f"--{flag}" if value else f"--no-{flag}"
         elif isinstance(value, tuple):

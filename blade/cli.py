@@ -15,7 +15,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from blade import __version__
-from blade.config import Config, EngineConfig, ModelOptions, ServerOptions
+from blade.config import Config, DraftOptions, EngineConfig, ModelOptions, ServerOptions
 from blade.errors import BladeError
 
 BAD_USAGE = 2  # exit status of everything the user can mend
@@ -26,8 +26,8 @@ app = App(name="blade", help="An LLM inference server.", version=__version__)
 Names = Annotated[tuple[str, ...], Parameter(parse=False)]  # of the plugins that were named; `launch` fills it
 
 
-def _group(title: str, order: int) -> Parameter:
-    return Parameter(name="*", group=Group(title, sort_key=order))
+def _group(title: str, order: int, prefix: str = "*") -> Parameter:
+    return Parameter(name=prefix, group=Group(title, sort_key=order))
 
 
 @app.command
@@ -36,8 +36,9 @@ def serve(
     plugins: Names = (),
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     model: Annotated[ModelOptions, _group("Model", 1)] = ModelOptions(),
-    engine: Annotated[EngineConfig, _group("Engine", 2)] = EngineConfig(),
-    server: Annotated[ServerOptions, _group("Server", 3)] = ServerOptions(),
+    draft: Annotated[DraftOptions, _group("Draft model", 2, "draft")] = DraftOptions(),
+    engine: Annotated[EngineConfig, _group("Engine", 3)] = EngineConfig(),
+    server: Annotated[ServerOptions, _group("Server", 4)] = ServerOptions(),
 ) -> None:
     """Serve a model over HTTP.
 
@@ -49,7 +50,7 @@ def serve(
     gc.disable()  # a start makes objects and drops few: collecting costs a tenth of it; blade.serve turns it on again
     from blade import serve as server_main
 
-    config = Config(plugins=plugins, model=model, engine=engine, server=server)
+    config = Config(plugins=plugins, model=model, draft=draft, engine=engine, server=server)
     if dry_run:
         server_main.dry_run(config)
     else:

@@ -76,17 +76,18 @@ def _max_batch_tokens(value: int) -> list[str]:
 MAX_BATCH_TOKENS = f"--max-batch-tokens, and --max-num-seqs where it is below {MIN_BATCH_TOKENS}"
 ONE_DEVICE = "blade runs a model on one device"
 ONE_NODE = "blade runs on one machine"
-NO_DRAFT_MODEL = "blade has no draft model yet"
+DRAFT_TEXT = "a draft model gets token ids and needs no chat template"
+DRAFT_AS_MODEL = "the draft model runs as the model does"
 NO_LOOKAHEAD = "blade has no lookahead decoding"
 NO_LORA = "blade has no LoRA adapters yet"
 NO_DISAGGREGATION = "blade prefills and decodes in one engine"
 NO_REMOTE = "blade has no remote workers; `blade serve --device` chooses the device"
 ONE_OF_TWO = "--cuda_graph_batch_sizes names the sizes"
 NO_LLUMNIX = "blade has no Llumnix layer"
-MODEL_OPTIONS = (
-    "model tokenizer_dir chat_template dtype kv_cache_quant kv_cache_quant_sub_heads attn_cls tokenizer_special_tokens "
-    "enable_triton_mla disable_cuda_graph cuda_graph_max_batch_size cuda_graph_batch_sizes with_visual"
-)
+SPECIAL_TOKENS = "blade takes special tokens from the tokenizer's files alone"
+NO_MLA = "blade serves no MLA models yet"
+TEXT_ALONE = "blade serves text alone"
+DRAFT_MODEL = ["--drafter", "model"]
 DISAGG_OPTIONS = "inst_id inst_role disagg_transfer_type token_port"
 SEMI_PD_OPTIONS = "inst_id transfer_type prefill_server_port"
 
@@ -139,8 +140,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         mapped("tokenizer_dir", "tokenizer-dir"),
         mapped("chat_template", "chat-template", why="--chat-template; the path of a Jinja file"),
         mapped("dtype", "dtype", one_of(DTYPES)),
-        refused("tokenizer_special_tokens", "blade takes special tokens from the tokenizer's files alone", many=True),
-        accepted("enable_triton_mla", "blade serves no MLA models yet", False, type=boolean),
+        refused("tokenizer_special_tokens", SPECIAL_TOKENS, many=True),
+        accepted("enable_triton_mla", NO_MLA, False, type=boolean),
         Option(
             "disable_cuda_graph",
             boolean,
@@ -155,15 +156,32 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             why="--cuda-graph-batch-sizes",
             many=True,
         ),
-        accepted("with_visual", "blade serves text alone", False, type=boolean),
+        accepted("with_visual", TEXT_ALONE, False, type=boolean),
     ),
     "Speculation": (
-        accepted("decode_algo", f"{NO_DRAFT_MODEL}, nor lookahead decoding", "normal"),
-        mapped("gamma", "num-draft-tokens", int, why="--num-draft-tokens; it matters once there is a --drafter"),
-        accepted("use_sps", NO_DRAFT_MODEL, False, type=boolean),
+        Option(
+            "decode_algo",
+            one_of({"normal": "normal", "sps": "sps"}),
+            lambda algorithm: DRAFT_MODEL if algorithm == "sps" else [],
+            why="sps: --drafter model; blade has no lookahead decoding",
+        ),
+        mapped("gamma", "num-draft-tokens", int, why="--num-draft-tokens: the most; as many as pay are verified"),
+        Option("use_sps", boolean, lambda on: DRAFT_MODEL if on else [], why="--drafter model"),
         accepted("use_lookahead", NO_LOOKAHEAD, False, type=boolean),
         *(refused(name, NO_LOOKAHEAD) for name in ("look_ahead_window_size", "look_ahead_gram_size", "guess_set_size")),
-        *(refused(f"draft.{name}", NO_DRAFT_MODEL, many=True) for name in MODEL_OPTIONS.split()),
+        mapped("draft.model", "draft.model"),
+        mapped("draft.tokenizer_dir", "draft.tokenizer-dir"),
+        accepted("draft.chat_template", DRAFT_TEXT),
+        mapped("draft.dtype", "draft.dtype", one_of(DTYPES)),
+        accepted("draft.kv_cache_quant", "the draft model's KV cache is kept in its dtype", "no_quant"),
+        accepted("draft.kv_cache_quant_sub_heads", "the draft model's KV cache is kept in its dtype", 1, type=int),
+        accepted("draft.attn_cls", "blade's attention is paged", "ragged_flash", "paged"),
+        refused("draft.tokenizer_special_tokens", SPECIAL_TOKENS, many=True),
+        accepted("draft.enable_triton_mla", NO_MLA, False, type=boolean),
+        accepted("draft.disable_cuda_graph", f"{DRAFT_AS_MODEL}: --disable_cuda_graph", False, type=boolean),
+        refused("draft.cuda_graph_max_batch_size", DRAFT_AS_MODEL),
+        refused("draft.cuda_graph_batch_sizes", DRAFT_AS_MODEL, many=True),
+        accepted("draft.with_visual", TEXT_ALONE, False, type=boolean),
     ),
     "LoRA": (
         accepted("enable_lora", NO_LORA, False, type=boolean),

@@ -27,6 +27,24 @@ def _within(options: Any, name: str, low: float, high: float = float("inf")) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """A smaller model of the same vocabulary, which proposes tokens to the model (speculative decoding)."""
+
+    model: str | None = None
+    """A folder, a .gguf file or a hub id; it implies --drafter model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    hub: Hub = "huggingface"
+    """Where a hub id is looked up."""
+    tokenizer_dir: Path | None = None
+    """Folder of the draft model's tokenizer, where it is not the model's."""
+    dtype: Dtype = "auto"
+    """Type of its weights, activations and KV cache."""
+    quantize: str | None = None
+    """As --quantize, for the draft model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and how to read it."""
 
@@ -68,10 +86,13 @@ class EngineConfig:
     """Scheduling policy."""
     executor: str = "local"
     """Where the model runs."""
-    drafter: str | None = None
-    """Proposer of draft tokens for speculative decoding; none by default."""
-    num_draft_tokens: int = 4
+    drafter: tuple[str, ...] = ()
+    """Proposer of draft tokens for speculative decoding, which changes the speed and never the text: suffix, ngram,
+    model (with --draft.model) or a plugin's. Repeat for more: the first that has an idea is taken. None by default."""
+    num_draft_tokens: int = 8
     """Most draft tokens of a sequence in one step."""
+    adaptive_drafts: bool = True
+    """Verify only as many draft tokens as are expected to pay, by what is measured; else always all."""
     max_batch_tokens: int = 2048
     """Most tokens in one step: the chunk size of chunked prefill."""
     max_num_seqs: int = 256
@@ -166,5 +187,6 @@ class Config:
 
     plugins: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
+    draft: DraftOptions = field(default_factory=DraftOptions)
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerOptions = field(default_factory=ServerOptions)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blade.types import (
     Batch,
     CaptureOptions,
+    Draft,
     EngineStats,
     GroupedWeight,
     KVCache,
@@ -252,6 +254,11 @@ class Blocks(Protocol):
         """Make room for tokens[:computed + num_tokens], all or nothing. False: not enough free blocks."""
         ...
 
+    def commit(self, seq: Sequence) -> None:
+        """Make the full blocks of tokens[:computed] findable as a prefix. Nothing that is not sure to stay may count as
+        computed; of the target's sequences the engine sees to that, schedulers need not."""
+        ...
+
     def release(self, seq: Sequence) -> None:
         """Take all blocks from the sequence (computed becomes 0); full ones stay cached while there is room."""
         ...
@@ -280,11 +287,28 @@ class Scheduler(Protocol):
 
 
 class Drafter(Protocol):
-    """Proposes tokens that the model then verifies in the same step (speculative decoding, Leviathan et al. 2023)."""
+    """Proposes tokens that the model then verifies in one step (speculative decoding, Leviathan et al. 2023). Whatever
+    it proposes, the output stays the same; only the speed depends on it."""
 
-    def propose(self, seqs: Seq[Sequence], max_tokens: int) -> list[list[int]]:
-        """Up to max_tokens ids likely to follow each sequence; [] proposes nothing for it."""
+    def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
+        """For each sequence up to limits[i] ids likely to follow it; Draft([]) proposes nothing. A sequence's prompt
+        never changes, its output only grows; it must be left as it is."""
         ...
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended: drop what is kept for it, if anything is."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """The model of ``--draft.model``, loaded: it runs steps of sequences of its own, over a KV cache of its own. A
+    sequence with the id and params of one of the target's is sampled with the very random numbers the target will use.
+    """
+
+    runner: Runner
+    blocks: Blocks
+    max_context: int  # tokens
 
 
 class LogitsProcessor(Protocol):

@@ -68,7 +68,8 @@ def register_schedulers(register: Register) -> None:
 
 @hookspec
 def register_drafters(register: Register) -> None:
-    """``register(name, factory)``: factory(config: EngineConfig) -> contracts.Drafter, selected by ``--drafter``."""
+    """``register(name, factory)``: factory(config: EngineConfig, draft_model: contracts.DraftModel | None) ->
+    contracts.Drafter, selected by ``--drafter``. `draft_model` is that of ``--draft.model``, where one was named."""
 
 
 @hookspec

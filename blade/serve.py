@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -28,6 +28,7 @@ from blade.plugins import Plugins, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from blade.assembly import Assembly
     from blade.config import Config
@@ -127,19 +128,34 @@ def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan]:
             show(f"Loading {assembly.model_name}", min(done, total), total)
 
         model = load_model(assembly, advance)
+        draft = load_model(assembly.draft, advance) if assembly.draft else None
     memory = assembly.plan_memory()
-    return build_engine(assembly, model, memory), memory
+    return build_engine(assembly, model, memory, draft), memory
 
 
 def _load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:
     from blade.text.chat_template import load_chat_template
     from blade.text.tokenizer import load_tokenizer
 
-    checkpoint, options = assembly.checkpoint, assembly.config.model
-    folder = options.tokenizer_dir or checkpoint.path
-    metadata = None if options.tokenizer_dir else checkpoint.gguf_metadata
+    folder, metadata = _text_files(assembly)
     tokenizer = load_tokenizer(folder, metadata)
-    return tokenizer, load_chat_template(folder, metadata, options.chat_template)
+    if assembly.draft is not None:
+        other = load_tokenizer(*_text_files(assembly.draft))
+        if (difference := tokenizer.difference(other)) is not None:
+            raise ConfigError(
+                f"--draft.model {assembly.draft.model_name} has another vocabulary than {assembly.model_name}: "
+                f"token {difference}.",
+                "Choose a draft model of the same family and generation.",
+            )
+    return tokenizer, load_chat_template(folder, metadata, assembly.config.model.chat_template)
+
+
+def _text_files(assembly: Assembly) -> tuple[Path, dict[str, Any] | None]:
+    """Where the tokenizer is: a folder, or a GGUF file with its metadata."""
+    options = assembly.config.model
+    if options.tokenizer_dir is not None:
+        return options.tokenizer_dir, None
+    return assembly.checkpoint.path, assembly.checkpoint.gguf_metadata
 
 
 def _context(

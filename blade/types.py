@@ -96,6 +96,15 @@ class Sequence:
         return self.prompt_ids[start:] + tail[: stop - num_prompt]
 
 
+@dataclass(slots=True, frozen=True)
+class Draft:
+    """What a drafter proposes to follow one sequence."""
+
+    ids: list[int] = field(default_factory=list)  # in order; empty: nothing
+    evidence: int = 0  # how good it is, in a few grades of the drafter's own; blade learns what each grade is worth
+    source: str = ""  # the drafter's name; the engine fills it
+
+
 @dataclass(slots=True)
 class Step:
     """A scheduler's decision: run num_tokens[i] owed tokens of seqs[i] together in one forward pass."""
@@ -165,6 +174,8 @@ class Output:
     finish_reason: FinishReason | None = None
     num_cached: int = 0
     error: Exception | None = None  # with finish_reason "error" only; errors.Overloaded or a closed-set message
+    num_drafted: int = 0  # draft tokens verified in this step
+    num_accepted: int = 0  # of these, the ones among `sampled`
 
 
 @dataclass(slots=True, frozen=True)
@@ -230,6 +241,19 @@ class Limits:
 
 
 @dataclass(slots=True, frozen=True)
+class DrafterStats:
+    """What one drafter has done; all counts grow for ever."""
+
+    name: str
+    calls: int = 0
+    seconds: float = 0.0  # spent proposing
+    tokens_proposed: int = 0
+    tokens_verified: int = 0  # of these, worth a place in a step
+    tokens_accepted: int = 0
+    drafts_verified: int = 0  # tokens_accepted / drafts_verified is the mean accepted length
+
+
+@dataclass(slots=True, frozen=True)
 class EngineStats:
     """One consistent picture of the engine, taken after a step. Counters grow for ever, gauges are of this moment."""
 
@@ -249,6 +273,7 @@ class EngineStats:
     draft_tokens_accepted: int = 0
     preemptions: int = 0
     step_seconds: float = 0.0
+    drafters: tuple[DrafterStats, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)

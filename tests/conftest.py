@@ -47,6 +47,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layer of `tiny_llama`: a draft model that agrees with it now and then."""
+    folder = tmp_path_factory.mktemp("tiny-draft")
+    write_tiny_tokenizer(folder)
+    write_tiny_llama(folder, layers=1)
+    return folder
+
+
 def write_tiny_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -61,11 +70,11 @@ def write_tiny_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_tiny_llama(folder: Path) -> None:
+def write_tiny_llama(folder: Path, layers: int = 2) -> None:
     import torch
     from safetensors.torch import save_file
 
-    hidden, intermediate, heads, kv_heads, layers, vocab = 64, 128, 4, 2, 2, 272
+    hidden, intermediate, heads, kv_heads, vocab = 64, 128, 4, 2, 272
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab,
         "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from blade import EngineConfig, OrderedScheduler, Sequence, Step
+from blade import Draft, EngineConfig, OrderedScheduler, Sequence, Step
 from blade.testing import (
     ByteTokenizer,
     FakeModel,
@@ -76,39 +76,46 @@ def test_a_broken_scheduler_is_caught(scheduler: type[OrderedScheduler]) -> None
 class Repeat:
     """Proposes the last id again."""
 
-    def __init__(self, config: EngineConfig) -> None: ...
+    def __init__(self, config: EngineConfig, draft_model: object) -> None: ...
 
-    def propose(self, seqs: Any, max_tokens: int) -> list[list[int]]:
-        return [seq.tokens(seq.num_tokens - 1, seq.num_tokens) * max_tokens for seq in seqs]
+    def propose(self, seqs: Any, limits: Any) -> list[Draft]:
+        return [Draft([seq.tokens(0, seq.num_tokens)[-1]] * limit) for seq, limit in zip(seqs, limits, strict=True)]
+
+    def forget(self, seq: Any) -> None: ...
 
 
 class TooLong(Repeat):
-    def propose(self, seqs: Any, max_tokens: int) -> list[list[int]]:
-        return super().propose(seqs, 9)
+    def propose(self, seqs: Any, limits: Any) -> list[Draft]:
+        return super().propose(seqs, [9 for _ in limits])
 
 
 class TooFew(Repeat):
-    def propose(self, seqs: Any, max_tokens: int) -> list[list[int]]:
-        return super().propose(seqs, max_tokens)[1:]
+    def propose(self, seqs: Any, limits: Any) -> list[Draft]:
+        return super().propose(seqs, limits)[1:]
 
 
 class Meddling(Repeat):
-    def propose(self, seqs: Any, max_tokens: int) -> list[list[int]]:
+    def propose(self, seqs: Any, limits: Any) -> list[Draft]:
         for seq in seqs:
             seq.output_ids.append(1)
-        return super().propose(seqs, max_tokens)
+        return super().propose(seqs, limits)
 
 
 class OutOfRange(Repeat):
-    def propose(self, seqs: Any, max_tokens: int) -> list[list[int]]:
-        return [[1000] * min(1, max_tokens) for _ in seqs]
+    def propose(self, seqs: Any, limits: Any) -> list[Draft]:
+        return [Draft([1000] * min(1, limit)) for limit in limits]
+
+
+class PlainLists(Repeat):
+    def propose(self, seqs: Any, limits: Any) -> Any:
+        return [draft.ids for draft in super().propose(seqs, limits)]
 
 
 def test_a_good_drafter_passes() -> None:
     check_drafter(Repeat)
 
 
-@pytest.mark.parametrize("drafter", [TooLong, TooFew, Meddling, OutOfRange])
+@pytest.mark.parametrize("drafter", [TooLong, TooFew, Meddling, OutOfRange, PlainLists])
 def test_a_broken_drafter_is_caught(drafter: type[Repeat]) -> None:
     with pytest.raises(AssertionError):
         check_drafter(drafter)

@@ -6,8 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from blade import CaptureOptions
+from blade.contracts import DraftModel
+from blade.engine.blocks import BlockPool
+from blade.engine.runner import ModelRunner
 from blade.plugins import discover, load
-from blade.testing import check_attention, check_drafter, check_ops, check_plugin, check_scheduler, check_tokenizer
+from blade.testing import (
+    FakeModel,
+    check_attention,
+    check_drafter,
+    check_ops,
+    check_plugin,
+    check_scheduler,
+    check_tokenizer,
+)
 from blade.text.tokenizer import load_tokenizer
 
 BUILTINS = [info.module for info in discover() if info.builtin]
@@ -30,9 +42,15 @@ def test_scheduler(name: str, seed: int) -> None:
     check_scheduler(SCHEDULERS[name], seed)
 
 
+def fake_draft_model() -> DraftModel:
+    model = FakeModel()
+    runner = ModelRunner(model, model.allocate(64, 4), BACKENDS["cpu"](1), CaptureOptions(enabled=False, block_size=4))
+    return DraftModel(runner, BlockPool(64, 4), model.config.max_context)
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_drafter(name: str) -> None:
-    check_drafter(DRAFTERS[name])
+    check_drafter(DRAFTERS[name], draft_model=fake_draft_model())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -90,7 +90,7 @@ def test_the_shape_of_a_registration(hook: str, args: tuple[Any, ...], said: str
 
 
 def test_create_calls_the_factory_and_checks_what_it_made() -> None:
-    made = SimpleNamespace(propose=print)
+    made = SimpleNamespace(propose=print, forget=print)
     registry = plugins(toy={"register_drafters": registers("good", lambda config: made)}).registry("register_drafters")
     assert registry.create("good", "config") is made
     assert registry.entry("good").plugin == "toy"
@@ -100,7 +100,7 @@ def test_create_calls_the_factory_and_checks_what_it_made() -> None:
     ("factory", "said"),
     [
         (lambda: None, "Plugin 'toy' could not make its drafter 'bad': TypeError"),
-        (lambda config: object(), r"drafter 'bad' of plugin 'toy' lacks propose\..*blade.contracts.Drafter"),
+        (lambda config: object(), r"drafter 'bad' of plugin 'toy' lacks propose, forget\..*blade.contracts.Drafter"),
     ],
 )
 def test_create_names_the_plugin_whose_factory_fails(factory: Any, said: str) -> None:

@@ -100,39 +100,59 @@ class Choice:
         self._reasoning_parser = reasoning_parser
         self._tool_parser = tool_parser
         self._has_called = False  # a tool
+        self._stopped = False  # by a stop string
 
     def take(self, output: Output) -> list[Delta]:
         """One delta per output, but the end by a stop token or stop string is a delta of its own without text."""
         sampled, reason = output.sampled, output.finish_reason
-        self.num_tokens += len(sampled)
         # The stop token is counted and delivered, but has no text.
         num_shown = len(sampled) - 1 if reason == "stop" else len(sampled)
-        text, stopped = self._read([s.token_id for s in sampled[:num_shown]], final=reason is not None)
-        if stopped:
-            reason = "stop"
-        delta = self._parse(Delta(self.seq.index, text, sampled=sampled[:num_shown]), final=reason is not None)
+        shown, end_token = sampled[:num_shown], sampled[num_shown:]
+        text, num_read = self._read([s.token_id for s in shown])
+        if num_read < len(shown) or self._stopped:  # under speculation there may be tokens after a stop string
+            shown, end_token, reason = shown[:num_read], [], "stop"
+        self.num_tokens += len(end_token)
+        if reason is not None and not self._stopped:
+            text += self._flush()
+            reason = "stop" if self._stopped else reason
+        delta = self._parse(Delta(self.seq.index, self._with_echo(text), sampled=shown), final=reason is not None)
         if reason == "stop":
             self.finish_reason = "tool_calls" if self._has_called else "stop"
-            last = Delta(self.seq.index, end_token=sampled[num_shown:], finish_reason=self.finish_reason)
+            last = Delta(self.seq.index, end_token=end_token, finish_reason=self.finish_reason)
             return [delta, last] if delta.has_text or delta.sampled else [last]
         self.finish_reason = delta.finish_reason = reason
         delta.error = output.error
         return [delta]
 
-    def _read(self, ids: list[int], final: bool) -> tuple[str, bool]:
-        """(new text, whether a stop string has ended it). Stop strings do not count before min_tokens."""
-        text = self._detokenizer.push(ids) if ids else ""
-        if final:
-            text += self._detokenizer.flush()
-        stopped = False
-        if self._stops is not None and self.num_tokens >= self.seq.params.min_tokens:
-            text, matched = self._stops.push(text)
-            stopped = matched is not None
-            if final and not stopped:
-                text += self._stops.flush()
-        if self._echo:
-            text, self._echo = self._echo + text, ""
-        return text, stopped
+    def _read(self, ids: list[int]) -> tuple[str, int]:
+        """(new text, how many of the ids it took: those up to the one that completed a stop string)."""
+        if self._stops is None:
+            self.num_tokens += len(ids)
+            return self._detokenizer.push(ids) if ids else "", len(ids)
+        text = ""
+        for num_read, token_id in enumerate(ids, start=1):
+            self.num_tokens += 1
+            text += self._stop_in(self._detokenizer.push([token_id]))
+            if self._stopped:
+                return text, num_read
+        return text, len(ids)
+
+    def _stop_in(self, text: str) -> str:
+        """What of it may be shown. Stop strings do not count before min_tokens."""
+        if self._stops is None or self.num_tokens < self.seq.params.min_tokens:
+            return text
+        text, matched = self._stops.push(text)
+        self._stopped = matched is not None
+        return text
+
+    def _flush(self) -> str:
+        """The choice has ended: what was held back."""
+        text = self._stop_in(self._detokenizer.flush())
+        return text + self._stops.flush() if self._stops is not None and not self._stopped else text
+
+    def _with_echo(self, text: str) -> str:
+        text, self._echo = self._echo + text, ""
+        return text
 
     def _parse(self, delta: Delta, final: bool) -> Delta:
         if self._reasoning_parser is not None:

@@ -36,6 +36,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    accepted_tokens: int = 0  # of the completion: foreseen by a drafter
+    rejected_tokens: int = 0  # drafted and verified, but not what the model said
 
     @property
     def total_tokens(self) -> int:
@@ -108,7 +110,11 @@ class Generation:
             if choice.finish_reason is not None:
                 continue  # a stop string has ended it; this was on its way before the abort
             self._observe(output, now)
-            for delta in choice.take(output):
+            deltas = choice.take(output)
+            num_accepted = min(output.num_accepted, sum(delta.num_tokens for delta in deltas))
+            self.usage.accepted_tokens += num_accepted
+            self.usage.rejected_tokens += output.num_drafted - num_accepted
+            for delta in deltas:
                 self.usage.completion_tokens += delta.num_tokens
                 if delta.finish_reason == "abort" and not self.usage.completion_tokens:
                     delta.error = Overloaded("The server is stopping.", status=503, retry_after=10)

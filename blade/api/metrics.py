@@ -36,9 +36,17 @@ ENGINE_COUNTERS = {
     "prompt_tokens": ("blade_prompt_tokens", "Prompt tokens of sequences that were started"),
     "prompt_tokens_cached": ("blade_prompt_tokens_cached", "Of these, found in the prefix cache"),
     "generated_tokens": ("blade_generated_tokens", "Tokens generated"),
-    "draft_tokens": ("blade_draft_tokens", "Tokens proposed by a drafter"),
+    "draft_tokens": ("blade_draft_tokens", "Draft tokens verified"),
     "draft_tokens_accepted": ("blade_draft_tokens_accepted", "Of these, accepted by the model"),
     "preemptions": ("blade_preemptions", "Times a running sequence had to give up its blocks"),
+}
+DRAFTER_COUNTERS = {
+    "seconds": ("blade_drafter_seconds", "Seconds a drafter spent on proposals"),
+    "calls": ("blade_drafter_calls", "Times it was asked, for all sequences of a step at once"),
+    "tokens_proposed": ("blade_drafter_tokens_proposed", "Tokens it proposed"),
+    "tokens_verified": ("blade_drafter_tokens_verified", "Of these, worth a place in a step"),
+    "tokens_accepted": ("blade_drafter_tokens_accepted", "Of these, accepted by the model"),
+    "drafts_verified": ("blade_drafter_drafts_verified", "Drafts verified; accepted by these is the mean length"),
 }
 
 
@@ -116,3 +124,8 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(name, help_text, value=getattr(self._stats, field))
         for field, (name, help_text) in ENGINE_COUNTERS.items():
             yield CounterMetricFamily(name, help_text, value=getattr(self._stats, field))
+        for field, (name, help_text) in DRAFTER_COUNTERS.items():
+            family = CounterMetricFamily(name, help_text, labels=["drafter"])
+            for drafter in self._stats.drafters:
+                family.add_metric([drafter.name], getattr(drafter, field))
+            yield family

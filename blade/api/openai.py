@@ -33,11 +33,19 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    """Of speculative decoding: drafted tokens that are in the completion, and ones that are not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class OpenAIUsage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class ChatLogprobs(Struct):
@@ -183,8 +191,13 @@ class OpenAI:
 
     def _full_usage(self) -> OpenAIUsage:
         usage = self._usage
-        details = PromptTokensDetails(usage.cached_tokens)
-        return OpenAIUsage(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, details)
+        return OpenAIUsage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.total_tokens,
+            PromptTokensDetails(usage.cached_tokens),
+            CompletionTokensDetails(usage.accepted_tokens, usage.rejected_tokens),
+        )
 
     def _completion_choice(self, reply: Reply) -> CompletionChoice:
         logprobs = self._legacy_logprobs(reply.index, reply.sampled)

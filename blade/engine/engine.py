@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from blade.config import EngineConfig
-    from blade.contracts import Drafter, Executor, Scheduler
+    from blade.contracts import Executor, Scheduler
     from blade.engine.blocks import BlockPool
+    from blade.engine.speculation import Speculator
     from blade.types import FinishReason, Limits, Sampled, Sequence
 
 log = logging.getLogger("blade.engine")
@@ -60,14 +61,14 @@ class Engine:
         blocks: BlockPool,
         config: EngineConfig,
         limits: Limits,
-        drafter: Drafter | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.executor = executor
         self.scheduler = scheduler
         self.blocks = blocks
         self.config = config
         self.limits = limits
-        self.drafter = drafter
+        self.speculator = speculator
         self._inbox: SimpleQueue[Submit | Abort | Stop] = SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="blade-engine", daemon=True)
         # The loop thread's own:
@@ -228,8 +229,11 @@ class Engine:
                 seq.num_cached = seq.computed
                 self._counters["prompt_tokens"] += len(seq.prompt_ids)
                 self._counters["prompt_tokens_cached"] += seq.num_cached
+        results = self._run(step)
+        if self.speculator is not None and all(seq.num_owed == 1 + len(seq.draft_ids) for seq in step.seqs):
+            self.speculator.stepped(sum(step.num_tokens), time.monotonic() - started)
         outputs = []
-        for seq, num_tokens, result in zip(step.seqs, step.num_tokens, self._run(step), strict=True):
+        for seq, num_tokens, result in zip(step.seqs, step.num_tokens, results, strict=True):
             if isinstance(result, Exception):
                 outputs.append(self._end(seq, "error", result))
             elif output := self._commit(seq, num_tokens, result):
@@ -239,22 +243,12 @@ class Engine:
         return outputs
 
     def _draft(self) -> None:
-        """Let the drafter propose for those that only owe their next token."""
-        if self.drafter is None:
-            return
-        seqs = [seq for seq in self.scheduler.running if seq.num_owed == 1]
-        try:
-            drafts = [[int(i) for i in ids] for ids in self.drafter.propose(seqs, self.config.num_draft_tokens)]
-            if len(drafts) != len(seqs):
-                raise ValueError(f"{len(drafts)} drafts for {len(seqs)} sequences")
-        except Exception:  # a draft is only ever a guess: go on without
-            log.exception("the drafter failed; speculation is off from now on")
-            self.drafter = None
-            return
-        for seq, draft in zip(seqs, drafts, strict=True):
-            room = seq.params.max_tokens - len(seq.output_ids) - 1  # the last token needs no verification after it
-            valid = all(0 <= token_id < self.limits.vocab_size for token_id in draft)
-            seq.draft_ids = draft[: max(0, min(room, self.config.num_draft_tokens))] if valid else []
+        """Have drafts made for those that only owe their next token."""
+        if self.speculator is not None:
+            running = self.scheduler.running
+            seqs = [seq for seq in running if seq.num_owed == 1]
+            with_prompts = len(seqs) < len(running) or len(self.scheduler.waiting) > 0
+            self.speculator.draft(seqs, with_prompts)
 
     def _run(self, step: Step) -> list[list[Sampled] | Exception]:
         """Run the step; if it fails as a whole, run it one by one to find out whose fault it is. Running a step again
@@ -273,6 +267,11 @@ class Engine:
 
     def _commit(self, seq: Sequence, num_tokens: int, sampled: list[Sampled]) -> Output | None:
         """Book what a step computed and sampled; None when it sampled nothing."""
+        if not sampled:
+            seq.draft_ids = []
+            seq.computed = min(seq.computed + num_tokens, seq.num_tokens - 1)
+            self.blocks.commit(seq)
+            return None
         num_drafted, num_before = len(seq.draft_ids), len(seq.output_ids)
         seq.draft_ids = []
         finish_reason: FinishReason | None = None
@@ -282,15 +281,25 @@ class Engine:
             if finish_reason is not None:
                 break
         num_taken = len(seq.output_ids) - num_before
-        # The last token's KV is never there yet; that of rejected or unverified drafts does not count.
-        seq.computed = seq.num_tokens - 1 if sampled else min(seq.computed + num_tokens, seq.num_tokens - 1)
+        num_accepted = min(num_taken, len(sampled) - 1)  # the last one sampled is the model's own
+        seq.computed = seq.num_tokens - 1  # the last token's KV is never there yet, and a rejected draft's never counts
         self.blocks.commit(seq)
         self._counters["generated_tokens"] += num_taken
-        self._counters["draft_tokens"] += num_drafted if sampled else 0
-        self._counters["draft_tokens_accepted"] += max(0, min(num_taken, len(sampled) - 1))
+        self._counters["draft_tokens"] += num_drafted
+        self._counters["draft_tokens_accepted"] += num_accepted
+        if self.speculator is not None:
+            self.speculator.verified(seq, num_drafted, num_accepted)
         if finish_reason is not None:
             self._end(seq, finish_reason)
-        return Output(seq.id, seq.index, sampled[:num_taken], finish_reason, seq.num_cached) if sampled else None
+        return Output(
+            seq.id,
+            seq.index,
+            sampled[:num_taken],
+            finish_reason,
+            seq.num_cached,
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
+        )
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         num_output = len(seq.output_ids)
@@ -309,6 +318,8 @@ class Engine:
             self.executor.forget(seq)
         except Exception:
             log.exception("the executor could not forget sequence %d", seq.id)
+        if self.speculator is not None:
+            self.speculator.forget(seq)
         self._counters["preemptions"] += seq.num_preemptions
         return Output(seq.id, seq.index, [], reason, seq.num_cached, error)
 
@@ -322,6 +333,7 @@ class Engine:
             blocks_cached=blocks.num_cached,
             blocks_used=blocks.num_used,
             step_seconds=self._step_seconds,
+            drafters=self.speculator.stats if self.speculator else (),
             **self._counters,
         )
         self._call_loop(self._deliver, outputs, self._num_received, stats)

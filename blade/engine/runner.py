@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 class ModelRunner:
     """Owns a model, its KV cache and the sampler (contracts.Runner)."""
 
-    def __init__(self, model: Model, kv: KVCache, ops: Ops, options: CaptureOptions) -> None:
+    def __init__(self, model: Model, kv: KVCache, ops: Ops, options: CaptureOptions, secret: int | None = None) -> None:
+        """`secret`: see Sampler. Two runners of one secret draw a sequence's tokens with the same random numbers."""
         self.ops = ops
         self.forward = ops.capture(model, kv, options)
         self.block_size = options.block_size
-        self.sampler = Sampler(model.config.vocab_size, ops)
+        self.sampler = Sampler(model.config.vocab_size, ops, secret)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[list[Sampled] | Exception]:

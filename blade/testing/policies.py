@@ -7,30 +7,49 @@ from collections.abc import Callable
 from typing import Any
 
 from blade.config import EngineConfig
-from blade.contracts import Drafter, LogitsProcessor, Tokenizer
+from blade.contracts import Drafter, DraftModel, LogitsProcessor, Tokenizer
 from blade.testing.require import require
-from blade.types import SamplingParams, Sequence
+from blade.types import Draft, SamplingParams, Sequence
 
 _HISTORIES = [[7], [1, 2, 3, 4, 1, 2, 3], [5] * 40, list(range(64))]
 
 
-def check_drafter(factory: Callable[[EngineConfig], Drafter], vocab_size: int = 260) -> None:
-    """One proposal per sequence, within max_tokens and the vocabulary, and the sequences are left as they were."""
-    drafter = factory(EngineConfig())
-    require(drafter.propose([], 4) == [], "no sequences must give no proposals")
-    for max_tokens in (0, 1, 4):
-        seqs = [
-            Sequence(i, history[:-1] or history, SamplingParams(max_tokens=64), output_ids=history[-1:])
-            for i, history in enumerate(_HISTORIES)
-        ]
-        before = [(list(s.prompt_ids), list(s.output_ids), list(s.draft_ids), s.computed) for s in seqs]
-        drafts = drafter.propose(seqs, max_tokens)
-        require(len(drafts) == len(seqs), f"{len(seqs)} sequences, {len(drafts)} proposals")
-        for draft in drafts:
-            require(len(draft) <= max_tokens, f"{len(draft)} ids proposed where {max_tokens} were asked for")
-            require(all(type(i) is int and 0 <= i < vocab_size for i in draft), f"not ids of the vocabulary: {draft}")
-        after = [(s.prompt_ids, s.output_ids, s.draft_ids, s.computed) for s in seqs]
-        require(before == after, "the drafter changed a sequence; proposing is all it may do")
+def check_drafter(
+    factory: Callable[[EngineConfig, DraftModel | None], Drafter],
+    vocab_size: int = 260,
+    draft_model: DraftModel | None = None,
+) -> None:
+    """One draft per sequence, within the limits and the vocabulary, however the output goes on; the sequences are left
+    as they were, and may be forgotten at any time."""
+    drafter = factory(EngineConfig(), draft_model)
+    require(drafter.propose([], []) == [], "no sequences must give no drafts")
+    seqs = [
+        Sequence(i, history[:-1] or history, SamplingParams(max_tokens=64), output_ids=history[-1:])
+        for i, history in enumerate(_HISTORIES)
+    ]
+    for turn, limits in enumerate(([4, 0, 1, 4], [0, 0, 0, 0], [4, 4, 4, 4], [1, 2, 0, 8])):
+        _check_proposals(drafter, seqs, limits, vocab_size)
+        for seq in seqs[turn % 2 :]:
+            seq.output_ids += [turn, 1, 2][: 1 + turn]
+    drafter.forget(seqs[0])
+    _check_proposals(drafter, seqs[1:], [4, 4, 4], vocab_size)
+    for seq in seqs[1:]:
+        drafter.forget(seq)
+    drafter.forget(seqs[1])
+    _check_proposals(drafter, seqs[:1], [4], vocab_size)
+
+
+def _check_proposals(drafter: Drafter, seqs: list[Sequence], limits: list[int], vocab_size: int) -> None:
+    before = [(list(s.prompt_ids), list(s.output_ids), list(s.draft_ids), s.computed) for s in seqs]
+    drafts = drafter.propose(seqs, limits)
+    require(len(drafts) == len(seqs), f"{len(seqs)} sequences, {len(drafts)} drafts")
+    for draft, limit in zip(drafts, limits, strict=True):
+        require(isinstance(draft, Draft), f"{draft!r} is not a blade.Draft")
+        ids = draft.ids
+        require(len(ids) <= limit, f"{len(ids)} ids proposed where {limit} were asked for")
+        require(all(type(i) is int and 0 <= i < vocab_size for i in ids), f"not ids of the vocabulary: {ids}")
+    after = [(s.prompt_ids, s.output_ids, s.draft_ids, s.computed) for s in seqs]
+    require(before == after, "the drafter changed a sequence; proposing is all it may do")
 
 
 def check_logits_processor(

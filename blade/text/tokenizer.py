@@ -44,6 +44,13 @@ class HFTokenizer:
         self._with_control = tokenizer
         self._plain = _twin(tokenizer)
 
+    def difference(self, other: HFTokenizer) -> str | None:
+        """The first id that stands for one thing here and for another there, in words; None where all that both have
+        are alike."""
+        there = {i: token for token, i in other._with_control.get_vocab().items()}
+        here = sorted((i, token) for token, i in self._with_control.get_vocab().items())
+        return next((f"{i} is {token!r} and {there[i]!r}" for i, token in here if there.get(i, token) != token), None)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. With add_special_tokens the tokenizer's own BOS or EOS is added as its files say; the text
         itself never yields a control token. Raises RequestError for half a surrogate pair."""

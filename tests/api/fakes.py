@@ -115,7 +115,15 @@ class FakeEngine:
                 seq.finish_reason = "length"
             if seq.finished:
                 break
-        return Output(seq.id, seq.index, sampled, seq.finish_reason, self.num_cached)
+        return Output(
+            seq.id,
+            seq.index,
+            sampled,
+            seq.finish_reason,
+            self.num_cached,
+            num_drafted=self.tokens_per_step - 1,
+            num_accepted=min(len(sampled), self.tokens_per_step - 1),
+        )
 
     def drain(self) -> None:
         self.draining = True

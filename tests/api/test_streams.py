@@ -168,6 +168,23 @@ def test_the_summary_says_what_happened() -> None:
     assert 0 < summary.first_token_seconds <= summary.total_seconds
 
 
+@pytest.mark.parametrize("tokens_per_step", range(1, 9))
+def test_a_stop_string_ends_a_choice_where_it_would_without_drafts(tokens_per_step: int) -> None:
+    """A step may bring tokens that come after a stop string, and the stop token as well."""
+    engine = FakeEngine("a.bcde.f", tokens_per_step=tokens_per_step)
+    answer = complete(engine, "openai", stop=["de"], min_tokens=3, logprobs=1, model="tiny").json
+    choice, usage = answer["choices"][0], answer["usage"]
+    assert (choice["text"], choice["finish_reason"]) == ("a.bc", "stop")
+    assert usage["completion_tokens"] == len(choice["logprobs"]["tokens"]) == 6
+    engine = FakeEngine("a.bc.ef", tokens_per_step=tokens_per_step)
+    answer = complete(engine, "openai", stop=["."], min_tokens=3, model="tiny").json
+    assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == ("a.bc", 5)
+    details = answer["usage"]["completion_tokens_details"]
+    num_steps = -(-5 // tokens_per_step)
+    assert sum(details.values()) == num_steps * (tokens_per_step - 1)
+    assert details["accepted_prediction_tokens"] <= 5
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_comes_after_a_stop_string_does_not_count(stream: bool) -> None:
     """Several outputs of one sequence may be waiting at once: those behind its end are not shown, nor counted."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from blade import EngineConfig, Limits, Overloaded, RequestError, Sampled, SamplingParams, Sequence, Step
+from blade import Draft, EngineConfig, Limits, Overloaded, RequestError, Sampled, SamplingParams, Sequence, Step
 from blade.engine.blocks import BlockPool
+from blade.engine.drafting import GuardedDrafter
 from blade.engine.engine import Engine
 from blade.engine.scheduler import OrderedScheduler
+from blade.engine.speculation import Speculator
 from blade.engine.verify import accept
 
 VOCAB = 97
@@ -75,7 +77,10 @@ def make_engine(executor: FakeExecutor, num_blocks: int = 64, drafter: Any = Non
     settings = EngineConfig(block_size=4, **{"max_batch_tokens": 16, "max_num_seqs": 8, **config})
     blocks = BlockPool(num_blocks, 4)
     limits = Limits(vocab_size=VOCAB, max_context=128, max_num_seqs=8)
-    return Engine(executor, OrderedScheduler(blocks, settings), blocks, settings, limits, drafter)
+    speculator = None
+    if drafter is not None:
+        speculator = Speculator([GuardedDrafter("test", drafter, VOCAB)], None, 4, limits.max_context)
+    return Engine(executor, OrderedScheduler(blocks, settings), blocks, settings, limits, speculator)
 
 
 def serve(engine: Engine, scenario: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:
@@ -258,12 +263,16 @@ def test_a_stalled_step_makes_it_unhealthy_and_shows_where_it_hangs(capfd: pytes
 class Oracle:
     """Drafts the right tokens for even prompts, wrong ones in between."""
 
-    def propose(self, seqs: list[Sequence], max_tokens: int) -> list[list[int]]:
+    def propose(self, seqs: list[Sequence], limits: list[int]) -> list[Draft]:
         drafts = []
-        for seq in seqs:
-            draft = expected(seq.tokens(0, seq.num_tokens), max_tokens)
-            drafts.append(draft if seq.num_tokens % 2 else [draft[0], (draft[1] + 1) % 90, *draft[2:]])
+        for seq, limit in zip(seqs, limits, strict=True):
+            draft = expected(seq.tokens(0, seq.num_tokens), limit)
+            if seq.num_tokens % 2 == 0 and limit > 1:
+                draft[1] = (draft[1] + 1) % 90
+            drafts.append(Draft(draft))
         return drafts
+
+    def forget(self, seq: Sequence) -> None: ...
 
 
 def test_drafts_change_the_number_of_steps_and_nothing_else() -> None:
@@ -290,13 +299,19 @@ class BrokenDrafter:
     def __init__(self, answer: Any) -> None:
         self.answer = answer
 
-    def propose(self, seqs: list[Sequence], max_tokens: int) -> Any:
+    def propose(self, seqs: list[Sequence], limits: list[int]) -> Any:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
+    def forget(self, seq: Sequence) -> None:
+        raise ValueError("I forget nothing")
 
-@pytest.mark.parametrize("answer", [ValueError("no idea"), [], [None], [["x"]], None])
+
+WRONG: list[Any] = [ValueError("no idea"), [], [None], [Draft(["x"])], None, [Draft([1] * 99)]]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("answer", WRONG)
 def test_a_broken_drafter_is_done_without(answer: Any) -> None:
     async def scenario(engine: Engine) -> None:
         seq = make_seq([1, 2, 3])

@@ -28,6 +28,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunks of 16": {"max_batch_tokens": 16, "max_num_seqs": 16},
     "no prefix cache": {"prefix_cache": False},
     "forced preemption": {"kv_cache_memory": "tight"},
+    "suffix drafts": {"drafter": ("suffix",)},
+    "n-gram drafts, all verified": {"drafter": ("ngram",), "adaptive_drafts": False},
+    "both, alone": {"drafter": ("suffix", "ngram"), "max_num_seqs": 1},
 }
 
 

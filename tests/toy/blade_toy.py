@@ -1,6 +1,6 @@
 """A whole third-party plugin: a scheduler, a drafter, a logits processor, a route and a command."""
 
-from blade import JSONResponse, OrderedScheduler, hookimpl
+from blade import Draft, JSONResponse, OrderedScheduler, hookimpl
 
 
 class Lifo(OrderedScheduler):
@@ -13,8 +13,14 @@ class Lifo(OrderedScheduler):
 class Repeat:
     """Guesses that the last token comes again."""
 
-    def propose(self, seqs, max_tokens):
-        return [seq.tokens(seq.num_tokens - 1, seq.num_tokens) * max_tokens for seq in seqs]
+    def propose(self, seqs, limits):
+        return [
+            Draft(seq.tokens(seq.num_tokens - 1, seq.num_tokens) * limit)
+            for seq, limit in zip(seqs, limits, strict=True)
+        ]
+
+    def forget(self, seq):
+        pass
 
 
 @hookimpl
@@ -24,7 +30,7 @@ def register_schedulers(register):
 
 @hookimpl
 def register_drafters(register):
-    register("repeat", lambda config: Repeat())
+    register("repeat", lambda config, draft_model: Repeat())
 
 
 @hookimpl

@@ -1,0 +1,37 @@
+"""How many drafted tokens are worth verifying: those that bring most tokens per second.
+
+The goodput of a step (as in Liu et al. 2024, "Optimizing Speculative Decoding for Serving Large Language Models Using
+Goodput") is the tokens it is expected to yield by the seconds it takes. Drafted tokens are taken in the order of their
+chances, over all sequences of the step, for as long as that pays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
+
+MARGIN = 1.02  # an expected gain below this is left alone: estimates are not that good
+
+
+def allocate(drafts: Seq[tuple[int, float]], seconds: Callable[[int, int], float], most: int) -> list[int]:
+    """How many tokens to take of each sequence's draft.
+
+    `drafts`: (tokens there are, chance of each further one) of all sequences of the step, (0, 0) where there is none;
+    `seconds(n, depth)`: of a step with n drafted tokens, at most `depth` of one sequence; `most`: largest n.
+    """
+    offers = [(chance**depth, -i, depth) for i, (length, chance) in enumerate(drafts) for depth in range(1, length + 1)]
+    offers.sort(reverse=True)
+    expected, deepest = float(len(drafts)), 0
+    best, num_taken = expected / seconds(0, 0) * MARGIN, 0
+    for num, (chance, _, depth) in enumerate(offers[:most], start=1):
+        expected += chance
+        deepest = max(deepest, depth)
+        if (goodput := expected / seconds(num, deepest)) > best:
+            best, num_taken = goodput, num
+    taken = [0] * len(drafts)
+    for _, place, _ in offers[:num_taken]:
+        taken[-place] += 1
+    return taken

@@ -1,0 +1,60 @@
+"""What a decode step costs by the number of its tokens: measured at start, corrected by every step since."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MOST_TOKENS = 256  # of a step that speculation adds to: far beyond, every token costs its full price
+WHOLE, LOCAL = 0.1, 0.05  # how much of an error is believed: of the curve as a whole, of the one number of tokens
+
+
+class StepCosts:
+    """Seconds of a step of decodes and verifications, by its tokens.
+
+    The curve's shape is the model's and the device's: weights are read once however many tokens there are, until
+    arithmetic takes longer than memory. Its height drifts with contexts and with what else the machine does.
+    """
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """`measured`: tokens -> seconds, at least one pair. Between two numbers of tokens the curve is a line, and it
+        never falls: what took longer than a larger step did was disturbed."""
+        curve: list[tuple[int, float]] = []
+        for num, seconds in sorted(measured.items(), reverse=True):
+            curve.append((num, min(seconds, curve[-1][1]) if curve else seconds))
+        self._shape = [_between(curve[::-1], num) for num in range(MOST_TOKENS + 1)]
+        self._height = 1.0
+
+    def seconds(self, num_tokens: int) -> float:
+        if num_tokens <= MOST_TOKENS:
+            return self._height * self._shape[num_tokens]
+        return self.seconds(MOST_TOKENS) + (num_tokens - MOST_TOKENS) * self.per_token
+
+    @property
+    def per_token(self) -> float:
+        """Seconds one token more costs in a large step."""
+        half = MOST_TOKENS // 2
+        return max(0.0, self.seconds(MOST_TOKENS) - self.seconds(half)) / half
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long. One outlier moves little."""
+        if num_tokens > MOST_TOKENS or seconds <= 0:
+            return
+        error = min(2.0, max(0.5, seconds / self.seconds(num_tokens)))
+        self._height *= error**WHOLE
+        self._shape[num_tokens] *= error**LOCAL
+
+
+def _between(curve: list[tuple[int, float]], num: int) -> float:
+    """Along the line through the neighbours of `num`; beyond the end as steeply as from the first point to the last."""
+    i = bisect_left(curve, (num,))
+    if i == len(curve):
+        (a, low), (b, high) = curve[0], curve[-1]
+        return high + (num - b) * (high - low) / max(1, b - a)
+    if i == 0 or curve[i][0] == num:
+        return curve[i][1]
+    (a, low), (b, high) = curve[i - 1], curve[i]
+    return low + (num - a) * (high - low) / (b - a)

@@ -1,0 +1,124 @@
+"""Drafts by a smaller model (Leviathan et al. 2023; Chen et al. 2023), which follows each sequence in a mirror of it.
+
+Both models draw a position's token with the same random number, so that a draft at any temperature comes true about as
+often as the two distributions agree; the output is the target's own for every seed (see blade.engine.verify).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+
+import msgspec
+
+from blade import Draft, EngineConfig, Sequence, Step
+from blade.contracts import DraftModel
+
+MAX_MIRRORS = 4096  # beyond these the one that was not asked for longest starts anew
+
+
+class ModelDrafter:
+    """contracts.Drafter over the model of ``--draft.model``."""
+
+    def __init__(self, config: EngineConfig, model: DraftModel) -> None:
+        self._model = model
+        self._max_step_tokens = config.max_batch_tokens
+        self._mirrors: OrderedDict[int, Sequence] = OrderedDict()  # by id; the one asked for last at the end
+
+    def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
+        mirrors = [self._follow(seq) if limit else None for seq, limit in zip(seqs, limits, strict=True)]
+        active = [(mirror, limit) for mirror, limit in zip(mirrors, limits, strict=True) if mirror is not None]
+        starts = {mirror.id: len(mirror.output_ids) for mirror, _ in active}
+        self._catch_up([mirror for mirror, _ in active])
+        for depth in range(max(limits, default=0)):
+            going = [m for m, limit in active if depth < limit and len(m.output_ids) == starts[m.id] + depth]
+            if not going:
+                break
+            self._advance(going)
+        return [
+            Draft([] if mirror is None else mirror.output_ids[starts[mirror.id] :] if mirror.id in starts else [])
+            for mirror in mirrors
+        ]
+
+    def forget(self, seq: Sequence) -> None:
+        if (mirror := self._mirrors.pop(seq.id, None)) is not None:
+            self._drop(mirror)
+
+    def _follow(self, seq: Sequence) -> Sequence | None:
+        """The sequence's mirror, with the sequence's tokens. None where the draft model cannot go on."""
+        if seq.num_tokens >= self._model.max_context - 1:
+            return None
+        mirror = self._mirrors.get(seq.id)
+        if mirror is None:
+            params = msgspec.structs.replace(seq.params, logprobs=None)
+            mirror = self._mirrors[seq.id] = Sequence(seq.id, seq.prompt_ids, params, namespace=seq.namespace)
+            if len(self._mirrors) > MAX_MIRRORS:
+                self._drop(self._mirrors.popitem(last=False)[1])
+        self._mirrors.move_to_end(seq.id)
+        self._correct(mirror, seq.output_ids)
+        if not mirror.blocks and not self._model.blocks.attach_prefix(mirror):
+            return None
+        self._model.blocks.commit(mirror)
+        return mirror
+
+    def _correct(self, mirror: Sequence, output_ids: list[int]) -> None:
+        """Take back what the target did not say, and take over what it said."""
+        mine, agreed = mirror.output_ids, 0
+        start = max(0, mirror.num_committed * self._model.blocks.block_size - len(mirror.prompt_ids))
+        agreed = next(
+            (i for i in range(min(start, len(mine)), len(mine)) if i >= len(output_ids) or mine[i] != output_ids[i]),
+            len(mine),
+        )
+        if agreed < len(mine):
+            del mine[agreed:]
+            self._model.runner.forget(mirror)  # what is counted of its output
+        mirror.computed = min(mirror.computed, len(mirror.prompt_ids) + agreed)
+        mine.extend(output_ids[agreed:])
+
+    def _catch_up(self, mirrors: list[Sequence]) -> None:
+        """Compute all but the last token of each, in steps of bounded size."""
+        for mirror in mirrors:
+            while mirror.num_owed > self._max_step_tokens:
+                if not self._run([mirror], [self._max_step_tokens]):
+                    break
+
+    def _advance(self, mirrors: list[Sequence]) -> None:
+        """One more token for each."""
+        while mirrors:
+            part: list[Sequence] = []
+            room = self._max_step_tokens
+            while mirrors and mirrors[0].num_owed <= room:
+                part.append(mirrors.pop(0))
+                room -= part[-1].num_owed
+            if not part:
+                break
+            self._run(part, [mirror.num_owed for mirror in part])
+
+    def _run(self, mirrors: list[Sequence], num_tokens: list[int]) -> bool:
+        """Run a step of those that there are blocks for. False: of none."""
+        step = Step()
+        for mirror, num in zip(mirrors, num_tokens, strict=True):
+            if self._grow(mirror, num, keep=mirrors):
+                step.add(mirror, num)
+        if not len(step):
+            return False
+        for mirror, num, sampled in zip(step.seqs, step.num_tokens, self._model.runner.run(step), strict=True):
+            if isinstance(sampled, Exception):
+                continue  # it has no further token; its own request will find out why
+            mirror.computed += num
+            mirror.output_ids += [token.token_id for token in sampled]
+        return True
+
+    def _grow(self, mirror: Sequence, num_tokens: int, keep: list[Sequence]) -> bool:
+        """Blocks for its next tokens, if need be those of mirrors that were not asked for lately."""
+        while not self._model.blocks.grow(mirror, num_tokens):
+            victim = next((m for m in self._mirrors.values() if m.blocks and m not in keep), None)
+            if victim is None:
+                return False
+            self._drop(victim)
+        return True
+
+    def _drop(self, mirror: Sequence) -> None:
+        """Its tokens are to be computed again, should it be asked for."""
+        self._model.blocks.release(mirror)
+        self._model.runner.forget(mirror)

@@ -1,0 +1,131 @@
+"""Whatever a drafter proposes, however sequences are batched, cut, preempted and cached: the text is the same."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from blade import Config, DraftOptions, EngineConfig, EngineStats, ModelOptions, SamplingParams, Sequence
+from blade.assembly import Assembly, build_engine, choose, load_model
+from blade.plugins import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from blade.contracts import Model
+
+counter = itertools.count(1)
+DRAFTERS = ["suffix", "ngram", "model", "suffix+model", "model, all verified"]
+PROMPTS = [[(i * 7 + j * j) % 200 + 10 for j in range(5 + 9 * i)] * (1 + i % 3) for i in range(8)]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "plain": {"temperature": 1.0},
+    "hot": {"temperature": 1.7, "top_k": 40},
+    "nucleus": {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01},
+    "penalties": {"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    "biased": {"temperature": 0.7, "logit_bias": {20: 4.0, 21: -4.0}, "min_tokens": 20, "stop_token_ids": (30, 31, 32)},
+    "logprobs": {"temperature": 0.6, "logprobs": 3},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "together": {},
+    "alone": {"max_num_seqs": 1},
+    "small steps": {"max_batch_tokens": 12, "max_num_seqs": 6},
+    "little memory": {"kv_cache_memory": 32 * 2 * 4 * 16 * 2 * 2 * 16},
+    "no prefix cache": {"prefix_cache": False},
+}
+
+
+@pytest.fixture(scope="module")
+def target(tiny_llama: Path, tiny_draft: Path) -> tuple[Assembly, Model, Model]:
+    options = ModelOptions(model=str(tiny_llama), dtype="float32", max_model_len=256)
+    draft = DraftOptions(model=str(tiny_draft), dtype="float32")
+    assembly = choose(Config(model=options, draft=draft, engine=EngineConfig(threads=1)), load())
+    assert assembly.draft is not None
+    return assembly, load_model(assembly), load_model(assembly.draft)
+
+
+def generate(target: tuple[Assembly, Model, Model], drafters: str | None, params: dict[str, Any], **engine: Any) -> Any:
+    """(what was sampled for each prompt, the engine's statistics)."""
+    assembly, model, draft_model = target
+    names = tuple((drafters or "").partition(",")[0].split("+")) if drafters else ()
+    adaptive = bool(drafters) and "all" not in str(drafters)
+    engine = {"kv_cache_memory": 4 << 20, **engine}
+    settings = EngineConfig(drafter=names, adaptive_drafts=adaptive, num_draft_tokens=5, threads=1, **engine)
+    assembly = replace(assembly, config=replace(assembly.config, engine=settings))
+    if "model" not in names:
+        assembly = replace(assembly, draft=None)
+    built = build_engine(assembly, model, assembly.plan_memory(), draft_model if "model" in names else None)
+    seqs = [
+        Sequence(next(counter), prompt, SamplingParams(max_tokens=40, seed=3 * i, **params))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    said: dict[int, list[Any]] = {seq.id: [] for seq in seqs}
+
+    async def main() -> None:
+        built.start(asyncio.get_running_loop())
+        async for outputs in built.submit(seqs):
+            for output in outputs:
+                assert output.error is None
+                assert output.num_accepted <= output.num_drafted
+                said[output.seq_id] += output.sampled
+        await asyncio.sleep(0)
+        built.stop()
+        assert await asyncio.to_thread(built.join, 10)
+
+    asyncio.run(main())
+    built.blocks.check()
+    assert built.blocks.num_used == 0
+    return list(said.values()), built.stats()
+
+
+@pytest.fixture(scope="module")
+def plain(target: Any) -> dict[str, Any]:
+    return {name: generate(target, None, params)[0] for name, params in SETTINGS.items()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("drafters", DRAFTERS)
+def test_drafts_do_not_change_the_text(target: Any, plain: dict[str, Any], drafters: str, settings: str) -> None:
+    said, _ = generate(target, drafters, SETTINGS[settings])
+    assert [[token.token_id for token in seq] for seq in said] == [
+        [token.token_id for token in seq] for seq in plain[settings]
+    ]
+    for seq, other in zip(said, plain[settings], strict=True):
+        for token, same in zip(seq, other, strict=True):
+            assert token.logprob == pytest.approx(same.logprob, abs=1e-4)
+            assert [top.token_id for top in token.top] == [top.token_id for top in same.top]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("drafters", ["suffix+model", "model, all verified"])
+def test_nor_does_how_steps_are_made(target: Any, plain: dict[str, Any], drafters: str, way: str) -> None:
+    said, stats = generate(target, drafters, SETTINGS["plain"], **WAYS[way])
+    assert said == plain["plain"]
+    assert stats.draft_tokens > 0
+    assert way != "little memory" or stats.preemptions > 0
+
+
+def test_the_same_model_as_draft_is_always_right(target: Any, tiny_llama: Path) -> None:
+    """At any temperature: it draws with the target's random numbers."""
+    assembly, model, _ = target
+    twin = replace(assembly, draft=replace(assembly, draft=None))
+    for settings in ("greedy", "hot", "penalties"):
+        _, stats = generate((twin, model, model), "model, all verified", SETTINGS[settings])
+        assert stats.draft_tokens_accepted == stats.draft_tokens > 200
+        (drafter,) = stats.drafters
+        assert drafter.tokens_accepted / drafter.drafts_verified > 4
+
+
+def test_what_is_counted(target: Any) -> None:
+    stats: EngineStats = generate(target, "ngram", SETTINGS["greedy"])[1]
+    (drafter,) = stats.drafters
+    assert drafter.name == "ngram"
+    assert drafter.tokens_verified == stats.draft_tokens
+    assert drafter.tokens_accepted == stats.draft_tokens_accepted
+    assert drafter.tokens_proposed >= drafter.tokens_verified >= drafter.tokens_accepted
+    assert drafter.seconds > 0
+    assert stats.steps < stats.generated_tokens
