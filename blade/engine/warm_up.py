@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
     from blade.engine.drafting import GuardedDrafter
     from blade.types import Limits
 
-NUM_TOKENS = (1, 8, 2, 4, 16, 5, 3, 9, 32, 6, 12, 17)  # of the steps to time, those that tell most first
+NUM_TOKENS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24)  # of the steps to time
 CONTEXT = 32  # tokens before those that are timed
-REPEATS = 3  # the first ones compile or capture; the quickest counts
-MOST_SECONDS = 1.5  # a large model has to do with the first few
+ROUNDS = 4  # through all of them; the first ones compile or capture, the quickest counts
+MOST_SECONDS = 2.0  # a large model has to do with fewer rounds
 WARM_UP_ID = -1  # of the sequence; no request has it
 
 
@@ -23,29 +24,28 @@ def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_
     """Tokens of a step -> seconds, by steps of one sequence with drafts. Raises what the executor raises."""
     most = min(max_batch_tokens, limits.max_context - CONTEXT - 2, max(NUM_TOKENS))
     seq = _sequence(CONTEXT, most, limits.vocab_size)
-    if most < 1 or not blocks.grow(seq, CONTEXT + most):
+    if most < 2 or not blocks.grow(seq, CONTEXT + most):
         return {1: 1.0, 2: 2.0}  # no room for a draft either
     seconds: dict[int, float] = {}
     started = time.monotonic()
     try:
         _run(executor, seq, CONTEXT)
-        for num_tokens in (num for num in NUM_TOKENS if num <= most):
-            seq.computed, seq.draft_ids = CONTEXT, _ids(num_tokens - 1, limits.vocab_size)
-            seconds[num_tokens] = min(_run(executor, seq, num_tokens) for _ in range(REPEATS))
-            if time.monotonic() - started > MOST_SECONDS:
+        for _ in range(ROUNDS):  # round by round, so that a short disturbance does not bend the curve
+            for num_tokens in (num for num in NUM_TOKENS if num <= most):
+                seq.computed, seq.draft_ids = CONTEXT, _ids(num_tokens - 1, limits.vocab_size)
+                seconds[num_tokens] = min(_run(executor, seq, num_tokens), seconds.get(num_tokens, math.inf))
+            if (time.monotonic() - started) > MOST_SECONDS:
                 break
     finally:
         blocks.release(seq)
         executor.forget(seq)
-    if len(seconds) == 1:
-        seconds[2] = 2 * seconds[1]  # nothing is known of more tokens: they are not expected to pay
     return seconds
 
 
 def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int) -> None:
     """Have the drafter compile what it compiles, and learn what it costs."""
     seq = _sequence(CONTEXT, max_tokens + 1, vocab_size)
-    for _ in range(REPEATS):
+    for _ in range(ROUNDS):
         drafter.propose([seq], [max_tokens])
         seq.output_ids += _ids(1, vocab_size)
     drafter.forget(seq)
