@@ -58,7 +58,9 @@ class Contender:
 
     async def run(self, prompts: dict[int, list[int]], options: argparse.Namespace, result: Result) -> None:
         """All prompts, so many at a time."""
-        before, left, num_tokens, decoding = self.engine.stats(), list(prompts.items()), 0, 0.0
+        before, num_tokens, decoding = self.engine.stats(), 0, 0.0
+        # Enough requests that the batch is full for most of the time.
+        left = list(prompts.items()) * (1 if options.concurrency == 1 else -(-3 * options.concurrency // len(prompts)))
 
         async def client() -> None:
             nonlocal num_tokens, decoding

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 MARGIN = 1.02  # an expected gain below this is left alone: estimates are not that good
 
 
+def is_common(num_tokens: int) -> bool:
+    """Whether steps are made to have just so many tokens. A step of a shape that came before is replayed rather than
+    launched call by call (contracts.Ops.capture); so the fewer shapes, the better."""
+    grain = 1 if num_tokens <= 12 else 4 if num_tokens <= 32 else 8 if num_tokens <= 64 else 16
+    return num_tokens % grain == 0
+
+
 def allocate(drafts: Seq[tuple[int, float]], seconds: Callable[[int, int], float], most: int) -> list[int]:
     """How many tokens to take of each sequence's draft.
 
@@ -29,7 +36,7 @@ def allocate(drafts: Seq[tuple[int, float]], seconds: Callable[[int, int], float
     for num, (chance, _, depth) in enumerate(offers[:most], start=1):
         expected += chance
         deepest = max(deepest, depth)
-        if (goodput := expected / seconds(num, deepest)) > best:
+        if is_common(len(drafts) + num) and (goodput := expected / seconds(num, deepest)) > best:
             best, num_taken = goodput, num
     taken = [0] * len(drafts)
     for _, place, _ in offers[:num_taken]:

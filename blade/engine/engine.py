@@ -231,7 +231,7 @@ class Engine:
                 self._counters["prompt_tokens_cached"] += seq.num_cached
         results = self._run(step)
         if self.speculator is not None and all(seq.num_owed == 1 + len(seq.draft_ids) for seq in step.seqs):
-            self.speculator.stepped(sum(step.num_tokens), time.monotonic() - started)
+            self.speculator.stepped(len(step), sum(step.num_tokens), time.monotonic() - started)
         outputs = []
         for seq, num_tokens, result in zip(step.seqs, step.num_tokens, results, strict=True):
             if isinstance(result, Exception):

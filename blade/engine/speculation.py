@@ -7,6 +7,7 @@ Verification itself is the engine's ordinary step (verify.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from blade.engine.acceptance import Acceptance
@@ -25,6 +26,7 @@ FREE = 0.02  # a drafter that takes no more than this share of a step is always 
 PRIOR_FREE, PRIOR_PAID = 0.4, 0.75  # chances believed in at first: what is not free is never tried without hope
 PROBE_STEPS = 128  # a drafter that did not pay is tried again after so many steps
 PROBE_TOKENS = 2
+FIRST_STEPS = 2
 
 
 class Speculator:
@@ -39,6 +41,7 @@ class Speculator:
         self._max_tokens = max_tokens
         self._max_context = max_context
         self._acceptance = Acceptance()
+        self._num_steps: Counter[tuple[int, int]] = Counter()  # by sequences and tokens
         self._sources: dict[int, str] = {}  # by id of the sequence: whose draft it has now
         self._unasked = dict.fromkeys(self._drafters, 0)  # steps since the drafter was last asked
 
@@ -70,9 +73,12 @@ class Speculator:
         if num_drafted:
             self._drafters[self._sources[seq.id]].verified(num_drafted, num_accepted)
 
-    def stepped(self, num_tokens: int, seconds: float) -> None:
-        """A step of decodes and verifications alone has taken so long."""
-        if self._costs is not None:
+    def stepped(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        """A step of decodes and verifications alone has taken so long. The first steps of a shape tell little: they
+        compile or capture."""
+        shape = num_seqs, num_tokens
+        self._num_steps[shape] += 1
+        if self._costs is not None and self._num_steps[shape] > FIRST_STEPS:
             self._costs.learn(num_tokens, seconds)
 
     def forget(self, seq: Sequence) -> None:
