@@ -20,14 +20,21 @@ log = logging.getLogger("blade.engine")
 LEARN = 1.1  # the most that one call moves what is believed of a drafter's price
 
 
+MANY = 64  # tokens that a drafter has not seen yet: taking them in is most of a call's time
+
+
 @dataclass(slots=True)
 class Price:
-    """Seconds a call of a drafter takes."""
+    """Seconds that a drafter takes."""
 
     call: float = 0.0
-    per_depth: float = 0.0  # of it, by the tokens of the longest draft: a model makes one token of all drafts at a time
+    per_depth: float = 0.0  # of a call, by the tokens of the longest draft: a model makes one token of all at a time
+    per_new: float = 0.0  # for each token of a sequence that it has not seen yet, prompts above all
 
-    def learn(self, seconds: float, depth: int) -> None:
+    def learn(self, seconds: float, depth: int, num_new: int) -> None:
+        if num_new >= MANY:
+            self.per_new = _towards(self.per_new, max(0.0, seconds - depth * self.per_depth) / num_new)
+            return
         self.call = _towards(self.call, seconds)
         if depth:
             self.per_depth = _towards(self.per_depth, seconds / depth)
@@ -41,7 +48,12 @@ class GuardedDrafter:
         self.price = Price()
         self.stats = DrafterStats(name)
         self._drafter: Drafter | None = drafter
+        self._num_seen: dict[int, int] = {}  # by id of the sequence: its tokens at the last call
         self._vocab_size = vocab_size
+
+    def num_new(self, seq: Sequence) -> int:
+        """Tokens of the sequence that came since the drafter was last asked for it."""
+        return seq.num_tokens - self._num_seen.get(seq.id, 0)
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         """One draft per sequence; empty ones from a drafter that has failed, which is never asked again."""
@@ -55,7 +67,9 @@ class GuardedDrafter:
             self._drafter = None
             return [Draft()] * len(seqs)
         seconds = time.perf_counter() - started
-        self.price.learn(seconds, max(len(draft.ids) for draft in drafts))
+        asked = [seq for seq, limit in zip(seqs, limits, strict=True) if limit]
+        self.price.learn(seconds, max(len(draft.ids) for draft in drafts), sum(map(self.num_new, asked)))
+        self._num_seen |= {seq.id: seq.num_tokens for seq in asked}
         self._count(calls=1, seconds=seconds, tokens_proposed=sum(len(draft.ids) for draft in drafts))
         return drafts
 
@@ -63,6 +77,7 @@ class GuardedDrafter:
         self._count(tokens_verified=num_tokens, tokens_accepted=num_accepted, drafts_verified=1)
 
     def forget(self, seq: Sequence) -> None:
+        self._num_seen.pop(seq.id, None)
         if self._drafter is not None:
             try:
                 self._drafter.forget(seq)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from blade.types import DrafterStats, Sequence
 
 FREE = 0.02  # a drafter that takes no more than this share of a step is always asked
-PRIOR_FREE, PRIOR_PAID = 0.4, 0.75  # chances believed in at first: what is not free is never tried without hope
-PROBE_STEPS = 128  # a drafter that did not pay is tried again after so many steps
-PROBE_TOKENS = 2
+PRIOR_FREE, PRIOR_PAID = 0.2, 0.75  # chances believed in at first: what is not free is never tried without hope
+FORESIGHT = 256  # tokens that a sequence is expected to go on for at most
+PROBE_SHARE, PROBE_TOKENS = 0.015, 2  # of the time, spent on asking a drafter that did not pay, for so few tokens
 FIRST_STEPS = 2
 
 
@@ -43,7 +43,7 @@ class Speculator:
         self._acceptance = Acceptance()
         self._num_steps: Counter[tuple[int, int]] = Counter()  # by sequences and tokens
         self._sources: dict[int, str] = {}  # by id of the sequence: whose draft it has now
-        self._unasked = dict.fromkeys(self._drafters, 0)  # steps since the drafter was last asked
+        self._unasked = dict.fromkeys(self._drafters, 0.0)  # seconds of steps since the drafter was last asked
 
     @property
     def stats(self) -> tuple[DrafterStats, ...]:
@@ -59,6 +59,7 @@ class Speculator:
             limits = self._worth_asking(drafter, seqs, open_, rooms, with_prompts)
             if not any(limits):
                 continue
+            self._unasked[drafter.name] = 0.0
             for i, draft in zip(open_, drafter.propose([seqs[i] for i in open_], limits), strict=True):
                 if draft.ids:
                     drafts[i] = draft
@@ -76,6 +77,8 @@ class Speculator:
     def stepped(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
         """A step of decodes and verifications alone has taken so long. The first steps of a shape tell little: they
         compile or capture."""
+        for name in self._unasked:
+            self._unasked[name] += seconds
         shape = num_seqs, num_tokens
         self._num_steps[shape] += 1
         if self._costs is not None and self._num_steps[shape] > FIRST_STEPS:
@@ -97,18 +100,25 @@ class Speculator:
     ) -> list[int]:
         """How many tokens to ask the drafter for, for each of the sequences at `places`."""
         asked = [rooms[i] for i in places]
-        if self._is_free(drafter) or not asked:
+        if self._costs is None or self._is_free(drafter) or not asked:
             return asked
         offers = [(0, 0.0)] * len(seqs)
         for i, room in zip(places, asked, strict=True):
-            offers[i] = (room, self._acceptance.of(seqs[i].id, (drafter.name, 0), PRIOR_PAID))
+            chance = self._acceptance.of(seqs[i].id, (drafter.name, 0), PRIOR_PAID)
+            if _repays(drafter, self._costs, seqs[i], room, chance, len(seqs)):
+                offers[i] = (room, chance)
         taken = self._allocate(offers, with_prompts, drafter.price.per_depth)
         limits = [taken[i] for i in places]
-        self._unasked[drafter.name] += 1
-        if not any(limits) and self._unasked[drafter.name] >= PROBE_STEPS:
-            limits = [min(room, PROBE_TOKENS) for room in asked]
-        if any(limits):
-            self._unasked[drafter.name] = 0
+        return limits if any(limits) else self._try_again(drafter, [seqs[i] for i in places], asked)
+
+    def _try_again(self, drafter: GuardedDrafter, seqs: list[Sequence], asked: list[int]) -> list[int]:
+        """Ask a drafter that did not pay for a few tokens of one sequence, if that takes a small share of the time
+        since it was last asked."""
+        price, limits = drafter.price, [0] * len(seqs)
+        place = min(range(len(seqs)), key=lambda i: drafter.num_new(seqs[i]))
+        seconds = PROBE_TOKENS * price.per_depth + drafter.num_new(seqs[place]) * price.per_new
+        if seconds < PROBE_SHARE * self._unasked[drafter.name]:
+            limits[place] = min(asked[place], PROBE_TOKENS)
         return limits
 
     def _lengths(self, seqs: Seq[Sequence], drafts: list[Draft], with_prompts: bool) -> list[int]:
@@ -140,3 +150,19 @@ class Speculator:
 
     def _is_free(self, drafter: GuardedDrafter) -> bool:
         return self._costs is None or drafter.price.call <= FREE * self._costs.seconds(1)
+
+
+def _repays(drafter: GuardedDrafter, costs: StepCosts, seq: Sequence, room: int, chance: float, num_seqs: int) -> bool:
+    """Whether what is left of the sequence is long enough for its gains to outweigh reading it first."""
+    price = drafter.price
+
+    def seconds(num_tokens: int, depth: int) -> float:
+        """Of a step, what this one sequence is to blame for, and of its draft."""
+        alone = costs.seconds(num_seqs)
+        return alone / num_seqs + costs.seconds(num_seqs + num_tokens) - alone + depth * price.per_depth
+
+    (length,) = allocate([(room, chance)], seconds, room)
+    expected = sum(chance**j for j in range(length + 1))
+    saved = seconds(0, 0) - seconds(length, length) / expected  # per token
+    num_left = min(seq.params.max_tokens - len(seq.output_ids), FORESIGHT)
+    return saved * num_left > drafter.num_new(seq) * price.per_new

@@ -6,7 +6,8 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from blade.types import SamplingParams, Sequence, Step
+from blade.engine.drafting import MANY, Price
+from blade.types import DrafterStats, SamplingParams, Sequence, Step
 
 if TYPE_CHECKING:
     from blade.contracts import Blocks, Executor
@@ -43,22 +44,25 @@ def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_
 
 
 def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int) -> None:
-    """Have the drafter compile what it compiles, and learn what it costs."""
-    seq = _sequence(CONTEXT, max_tokens + 1, vocab_size)
-    for _ in range(ROUNDS):
-        drafter.propose([seq], [max_tokens])
-        seq.output_ids += _ids(1, vocab_size)
-    drafter.forget(seq)
+    """Have the drafter compile what it compiles, and then learn what it costs."""
+    for turn in range(2):
+        drafter.price = Price()
+        seq = _sequence(MANY, max_tokens + 1, vocab_size, first=turn)
+        for _ in range(ROUNDS):
+            drafter.propose([seq], [max_tokens])
+            seq.output_ids += _ids(1, vocab_size)
+        drafter.forget(seq)
+    drafter.stats = DrafterStats(drafter.name)
 
 
-def _sequence(num_prompt: int, max_tokens: int, vocab_size: int) -> Sequence:
+def _sequence(num_prompt: int, max_tokens: int, vocab_size: int, first: int = 0) -> Sequence:
     """With one output token, so that it owes its next one."""
     params = SamplingParams(max_tokens=max_tokens + 1, temperature=0)
-    return Sequence(WARM_UP_ID, _ids(num_prompt, vocab_size), params, output_ids=_ids(1, vocab_size))
+    return Sequence(WARM_UP_ID, _ids(num_prompt, vocab_size, first), params, output_ids=_ids(1, vocab_size))
 
 
-def _ids(num: int, vocab_size: int) -> list[int]:
-    return [i * 37 % vocab_size for i in range(num)]
+def _ids(num: int, vocab_size: int, first: int = 0) -> list[int]:
+    return [(first + i * 37) % vocab_size for i in range(num)]
 
 
 def _run(executor: Executor, seq: Sequence, num_tokens: int) -> float:
