@@ -186,6 +186,8 @@ def test_a_broken_model_is_one_sentence_and_exit_2(broken: Path, damage: Any, sa
         (("--plugin", "qwen", "--max-batch-tokens", "16"), "--max-num-seqs 16"),
         (("--plugin", "qwen", "--max-gpu-memory-utilization", "nan"), "must be between"),
         (("--plugin", "qwen", "--prot", "1"), "--port"),
+        (("--plugin", "qwen", "--scheduler", "fcfs", "--drafter", "sufix"), "Did you mean 'suffix'?"),
+        (("--plugin", "qwen", "--scheduler", "fcfs", "--drafter", "model"), "--draft.model"),
     ],
 )
 def test_a_configuration_that_cannot_be_honoured_is_exit_2_with_the_remedy(
@@ -224,3 +226,37 @@ def test_plugins_lists_what_is_installed() -> None:
     assert done.returncode == 0
     rows = {line.split("\t")[0]: line.split("\t") for line in done.stdout.splitlines()}
     assert rows["qwen"][2:] == ["built-in", "register_models"]
+
+
+def test_a_draft_model_changes_nothing_of_the_text(tiny_llama: Path, tiny_draft: Path) -> None:
+    body = {"prompt": "abcabc", "max_tokens": 60, "temperature": 0.8, "seed": 4, "ignore_eos": True}
+    plain = Server("--model", str(tiny_llama), "--kv-cache-memory", "4194304")
+    expected = json.loads(plain.request("/v1/completions", body)[1])["choices"][0]["text"]
+    plain.stop()
+    drafted = Server(
+        "--model", str(tiny_llama), "--kv-cache-memory", "4194304", "--dialect", "openai",
+        "--draft.model", str(tiny_draft), "--draft.dtype", "float32", "--no-adaptive-drafts", "--served-model-name", "x",
+    )  # fmt: skip
+    assert re.search(r"^drafts +by 'model', up to 8 tokens, always; draft model tiny-draft", drafted.printed, re.M)
+    answer = json.loads(drafted.request("/v1/completions", {**body, "model": "x"})[1])
+    metrics = drafted.request("/metrics")[1]
+    drafted.stop()
+    assert answer["choices"][0]["text"] == expected
+    details = answer["usage"]["completion_tokens_details"]
+    assert details["rejected_prediction_tokens"] > 0
+    for name, count in (("verified", sum(details.values())), ("accepted", details["accepted_prediction_tokens"])):
+        assert f'blade_drafter_tokens_{name}_total{{drafter="model"}} {float(count)}' in metrics
+
+
+def test_a_draft_model_of_another_vocabulary_stops_the_start(
+    tiny_llama: Path, tiny_draft: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_draft, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = run_blade("serve", "--model", str(tiny_llama), "--draft.model", str(other), "--kv-cache-memory", "4194304")
+    assert done.returncode == 2
+    assert re.search(r"--draft.model other has another vocabulary than tiny-llama0?: token \d+ is", done.stderr)
