@@ -235,7 +235,8 @@ def test_a_draft_model_changes_nothing_of_the_text(tiny_llama: Path, tiny_draft:
     plain.stop()
     drafted = Server(
         "--model", str(tiny_llama), "--kv-cache-memory", "4194304", "--dialect", "openai",
-        "--draft.model", str(tiny_draft), "--draft.dtype", "float32", "--no-adaptive-drafts", "--served-model-name", "x",
+        "--draft.model", str(tiny_draft), "--draft.dtype", "float32", "--no-adaptive-drafts",
+        "--served-model-name", "x",
     )  # fmt: skip
     assert re.search(r"^drafts +by 'model', up to 8 tokens, always; draft model tiny-draft", drafted.printed, re.M)
     answer = json.loads(drafted.request("/v1/completions", {**body, "model": "x"})[1])
