@@ -50,6 +50,7 @@ class Assembly:
             head_dim=model.head_dim,
             dtype=str(self.dtype).removeprefix("torch."),
             block_size=self.config.engine.block_size,
+            storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
         )
 
     @property
@@ -98,6 +99,8 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
     model_config = architecture.configure(checkpoint.config)
     ops: Ops = plugins.registry("register_backends").create(_device(config.engine.device), config.engine.threads)
     dtype = _dtype(config, ops)
+    attention: Attention = plugins.registry("register_attention").create(config.engine.attention, ops)
+    _check_kv_cache(config, attention, ops)
     return Assembly(
         config=config,
         plugins=plugins,
@@ -109,7 +112,7 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
         model_name=config.model.served_model_name or _name(checkpoint, default),
         max_context=_max_context(config, model_config),
         ops=ops,
-        attention=plugins.registry("register_attention").create(config.engine.attention, ops),
+        attention=attention,
         dtype=dtype,
     )
 
@@ -202,6 +205,16 @@ def _dtype(config: Config, ops: Ops) -> torch.dtype:
     name = config.model.dtype
     dtype: torch.dtype = ops.default_dtype() if name == "auto" else getattr(torch, name)
     return dtype
+
+
+def _check_kv_cache(config: Config, attention: Attention, ops: Ops) -> None:
+    """A backend that says nothing of storages, as a plugin may, keeps KV in the model's dtype alone."""
+    wanted, possible = config.engine.kv_cache_quant, ("none", *getattr(attention, "kv_storages", ()))
+    if wanted not in possible:
+        raise ConfigError(
+            f"--kv-cache-quant {wanted} is not possible with --attention {config.engine.attention} on {ops.name}.",
+            f"Use {' or '.join(possible)}.",
+        )
 
 
 def _max_context(config: Config, model_config: ModelConfig) -> int:

@@ -17,6 +17,7 @@ from blade.errors import BladeError, ConfigError
 
 BAD_USAGE = 2
 DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
+KV_CACHE_QUANT = {"no_quant": "none", "int8": "int8", "fp8_e4m3": "fp8_e4m3"}
 LOG_LEVELS = {level: level.lower() for level in ("DEBUG", "INFO", "WARNING", "ERROR")}
 MIN_BATCH_TOKENS = 256  # of blade's default --max-num-seqs: a step carries at least one token of each sequence
 
@@ -131,8 +132,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         accepted("prompt_cache_enable_swap", "blade's prompt cache stays on the device", False, type=boolean),
         accepted("attn_cls", "blade's attention is paged, with prompts cut into chunks", "ragged_flash", "paged"),
-        accepted("kv_cache_quant", "blade keeps the KV cache in the model's dtype", "no_quant"),
-        accepted("kv_cache_quant_sub_heads", "blade does not quantise the KV cache", 1, type=int),
+        mapped(
+            "kv_cache_quant",
+            "kv-cache-quant",
+            one_of(KV_CACHE_QUANT),
+            why=f"--kv-cache-quant, of {', '.join(KV_CACHE_QUANT)}; fp8_e4m3 on CUDA alone",
+        ),
+        accepted("kv_cache_quant_sub_heads", "a head has one scale per token", 1, type=int),
     ),
     "Model": (
         mapped("model", "model"),
