@@ -10,6 +10,7 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -144,6 +145,29 @@ def attention(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
     return [row for name, batch in batches.items() for row in attention_steps(name, batch, backends, seconds)]
 
 
+def kv_cache(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
+    """Decodes over a cache in bfloat16 and in int8, of Qwen2.5-0.5B's heads and of Qwen3-0.6B's."""
+    native = SimdAttention(PagedAttention(ops.device), ops.library, ops.threads)
+    results = []
+    for heads, kv_heads, dim in ((14, 2, 64), (16, 8, 128)):
+        q, layers = torch.randn(8, heads, dim).bfloat16(), 16  # so many that no cache of the processor holds them
+        k, v = torch.randn(2, 8, kv_heads, dim).bfloat16()
+        for num_seqs, context in itertools.product((1, 8), (256, 2048, 8192)):
+            batch = decode_batch(num_seqs, context, 16)
+            contenders: dict[str, Call] = {}
+            for storage in (None, "int8"):
+                spec = KVSpec(layers, heads, kv_heads, dim, "bfloat16", storage=storage)
+                kv = native.allocate(spec, num_seqs * context // 16)
+                for layer in kv:
+                    layer.k.fill_(0), layer.v.fill_(0)  # so that there is memory behind it
+                calls = [partial(native.attend, q[:num_seqs], k, v, batch, layer, dim**-0.5, None) for layer in kv]
+                contenders[storage or "bf16"] = rotate(calls)
+            us = measure(contenders, seconds)
+            case = f"decode {heads}/{kv_heads}/{dim} b{num_seqs} ctx{context}"
+            results.append({"op": "attend", "case": case, "us": us, "ratio": round(us["bf16"][0] / us["int8"][0], 2)})
+    return results
+
+
 def attention_steps(name: str, batch: Batch, backends: dict[str, Attention], seconds: float) -> list[dict[str, object]]:
     heads, kv_heads, dim = 14, 2, 64
     caches = {
@@ -196,6 +220,8 @@ def read_bandwidth(ops: SimdOps, seconds: float) -> float:
 def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
     if name == "attention":
         return attention(ops, seconds)
+    if name == "kv":
+        return kv_cache(ops, seconds)
     if name == "rows":
         return [row for m in (1, 16, 1024) for row in row_ops(ops, m, seconds / 4)] + selection(ops, seconds / 4)
     return linears(ops, name, [m for m in rows if name != "lm_head" or m <= 16], seconds, formats)
@@ -204,7 +230,7 @@ def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="*", default=[*LINEARS, "attention", "rows"], help="what to measure")
+    parser.add_argument("--ops", nargs="*", default=[*LINEARS, "attention", "kv", "rows"], help="what to measure")
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 16, 64, 512], help="rows of the linears' input")
     parser.add_argument("--formats", nargs="*", default=["int8", "int4"], choices=[*FORMATS], help="of linears")
     parser.add_argument("--seconds", type=float, default=0.3, help="per row of the table")

@@ -58,6 +58,7 @@ class Assembly:
             head_dim=model.head_dim,
             dtype=str(self.dtype).removeprefix("torch."),
             block_size=self.config.engine.block_size,
+            storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
         )
 
     @property
@@ -131,6 +132,9 @@ def _choose(config: Config, plugins: Plugins, target: Assembly | None = None) ->
     device, threads = _device(config.engine.device), config.engine.threads
     ops: Ops = target.ops if target else plugins.registry("register_backends").create(device, threads)
     dtype = _dtype(config, ops)
+    make_attention = plugins.registry("register_attention").create
+    attention: Attention = target.attention if target else make_attention(config.engine.attention, ops)
+    _check_kv_cache(config, attention, ops)
     return Assembly(
         config=config,
         plugins=plugins,
@@ -142,9 +146,7 @@ def _choose(config: Config, plugins: Plugins, target: Assembly | None = None) ->
         model_name=config.model.served_model_name or _name(checkpoint, default),
         max_context=_max_context(config, model_config),
         ops=ops,
-        attention=target.attention
-        if target
-        else plugins.registry("register_attention").create(config.engine.attention, ops),
+        attention=attention,
         dtype=dtype,
     )
 
@@ -273,6 +275,16 @@ def _dtype(config: Config, ops: Ops) -> torch.dtype:
     name = config.model.dtype
     dtype: torch.dtype = ops.default_dtype() if name == "auto" else getattr(torch, name)
     return dtype
+
+
+def _check_kv_cache(config: Config, attention: Attention, ops: Ops) -> None:
+    """A backend that says nothing of storages, as a plugin may, keeps KV in the model's dtype alone."""
+    wanted, possible = config.engine.kv_cache_quant, ("none", *getattr(attention, "kv_storages", ()))
+    if wanted not in possible:
+        raise ConfigError(
+            f"--kv-cache-quant {wanted} is not possible with --attention {config.engine.attention} on {ops.name}.",
+            f"Use {' or '.join(possible)}.",
+        )
 
 
 def _max_context(config: Config, model_config: ModelConfig) -> int:

@@ -21,6 +21,7 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
     """Model, weights, device and memory, a line each."""
     checkpoint, engine = assembly.checkpoint, assembly.config.engine
     cache = "prefix cache on" if engine.prefix_cache else "prefix cache off"
+    quant = "" if engine.kv_cache_quant == "none" else f" in {engine.kv_cache_quant}"
     return [
         f"model   {assembly.model_name}: {assembly.model_config.architecture} by plugin {assembly.family!r}, "
         f"{checkpoint.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
@@ -28,7 +29,7 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
         f"device  {assembly.ops.name}, {str(assembly.dtype).removeprefix('torch.')}, "
         f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
         *_speculation(assembly),
-        f"memory  KV cache of {size(memory.num_bytes)}: {memory.num_tokens:,} tokens, "
+        f"memory  KV cache of {size(memory.num_bytes)}{quant}: {memory.num_tokens:,} tokens, "
         f"{memory.num_full_requests:.1f} requests of the full context of {memory.max_context:,}",
     ]
 

@@ -17,6 +17,7 @@ from blade.errors import BladeError, ConfigError
 
 BAD_USAGE = 2
 DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
+KV_CACHE_QUANT = {"no_quant": "none", "int8": "int8", "fp8_e4m3": "fp8_e4m3"}
 LOG_LEVELS = {level: level.lower() for level in ("DEBUG", "INFO", "WARNING", "ERROR")}
 MIN_BATCH_TOKENS = 256  # of blade's default --max-num-seqs: a step carries at least one token of each sequence
 
@@ -84,6 +85,7 @@ NO_DISAGGREGATION = "blade prefills and decodes in one engine"
 NO_REMOTE = "blade has no remote workers; `blade serve --device` chooses the device"
 ONE_OF_TWO = "--cuda_graph_batch_sizes names the sizes"
 NO_LLUMNIX = "blade has no Llumnix layer"
+DRAFT_KV = "the draft model's KV cache is kept as the model's: --kv_cache_quant"
 SPECIAL_TOKENS = "blade takes special tokens from the tokenizer's files alone"
 NO_MLA = "blade serves no MLA models yet"
 TEXT_ALONE = "blade serves text alone"
@@ -132,8 +134,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         accepted("prompt_cache_enable_swap", "blade's prompt cache stays on the device", False, type=boolean),
         accepted("attn_cls", "blade's attention is paged, with prompts cut into chunks", "ragged_flash", "paged"),
-        accepted("kv_cache_quant", "blade keeps the KV cache in the model's dtype", "no_quant"),
-        accepted("kv_cache_quant_sub_heads", "blade does not quantise the KV cache", 1, type=int),
+        mapped(
+            "kv_cache_quant",
+            "kv-cache-quant",
+            one_of(KV_CACHE_QUANT),
+            why=f"--kv-cache-quant, of {', '.join(KV_CACHE_QUANT)}; fp8_e4m3 on CUDA alone",
+        ),
+        accepted("kv_cache_quant_sub_heads", "a head has one scale per token", 1, type=int),
     ),
     "Model": (
         mapped("model", "model"),
@@ -173,8 +180,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         mapped("draft.tokenizer_dir", "draft.tokenizer-dir"),
         accepted("draft.chat_template", DRAFT_TEXT),
         mapped("draft.dtype", "draft.dtype", one_of(DTYPES)),
-        accepted("draft.kv_cache_quant", "the draft model's KV cache is kept in its dtype", "no_quant"),
-        accepted("draft.kv_cache_quant_sub_heads", "the draft model's KV cache is kept in its dtype", 1, type=int),
+        accepted("draft.kv_cache_quant", DRAFT_KV, "no_quant"),
+        accepted("draft.kv_cache_quant_sub_heads", DRAFT_KV, 1, type=int),
         accepted("draft.attn_cls", "blade's attention is paged", "ragged_flash", "paged"),
         refused("draft.tokenizer_special_tokens", SPECIAL_TOKENS, many=True),
         accepted("draft.enable_triton_mla", NO_MLA, False, type=boolean),

@@ -103,6 +103,9 @@ class EngineConfig:
     """Keep the KV of finished requests for those that begin alike."""
     max_gpu_memory_utilization: float = 0.85
     """Share of the device memory left after the weights that the KV cache takes (on a CPU at most 4 GiB of it)."""
+    kv_cache_quant: str = "none"
+    """What keys and values are rounded to in the KV cache: int8, which halves it, on CUDA fp8_e4m3 too, or a plugin's.
+    none keeps them in --dtype."""
     kv_cache_memory: int | None = None
     """Bytes of the KV cache, instead of a share."""
     max_queue_time: float | None = None

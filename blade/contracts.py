@@ -186,7 +186,11 @@ class Ops(Protocol):
 
 class Attention(Protocol):
     """Paged attention on one device. It alone knows the layout of the KV it allocates. A block that changed hands keeps
-    its old content, whatever that is, NaN included: what lies beyond a sequence's context must have no effect."""
+    its old content, whatever that is, NaN included: what lies beyond a sequence's context must have no effect.
+
+    A backend that can round KV names what to in an attribute `kv_storages`, strings of its own choosing, and finds what
+    ``--kv-cache-quant`` asked for in spec.storage. A token's KV is rounded once, when it is stored. Without the attribute
+    it is never asked to."""
 
     def block_bytes(self, spec: KVSpec) -> int:
         """Bytes of one block over all layers."""

@@ -180,7 +180,8 @@ class Output:
 
 @dataclass(slots=True, frozen=True)
 class KVSpec:
-    """What a model asks of a paged KV cache. bytes per token = 2 * num_layers * num_kv_heads * head_dim * itemsize."""
+    """What a model asks of a paged KV cache. bytes per token = 2 * num_layers * num_kv_heads * head_dim * itemsize,
+    where `storage` is None."""
 
     num_layers: int
     num_heads: int  # query heads
@@ -188,6 +189,7 @@ class KVSpec:
     head_dim: int
     dtype: str  # torch's name: "float32", "bfloat16", "float16"
     block_size: int = 16  # tokens per block
+    storage: str | None = None  # what K and V are rounded to: one of the attention's kv_storages. None: kept in dtype
 
 
 @dataclass(slots=True, frozen=True)

@@ -98,7 +98,7 @@ class Contiguous(PagedAttention):
 
     def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
         tables = batch.block_tables
-        batch.block_tables = (tables[:, :1] + torch.arange(tables.shape[1])) % len(layer_kv)
+        batch.block_tables = (tables[:, :1] + torch.arange(tables.shape[1])) % layer_kv.num_blocks
         return super().attend(q, k, v, batch, layer_kv, scale, window)
 
 

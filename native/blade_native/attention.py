@@ -1,7 +1,7 @@
 """Paged attention (Kwon et al. 2023) in plain torch, for any device; the twin of native kernels.
 
-A layer's cache is [num_blocks, block_size, 2, KV, D], keys at 0 and values at 1: one token's KV lies together, so a
-step gathers and stores whole rows. Per tile the blocks are gathered and handed to torch's flash attention, in which
+A layer's cache (kv_cache.py) keeps one token's KV together, so a step gathers and stores whole rows; what it keeps in
+int8 is gathered in the model's dtype. Per tile the blocks are gathered and handed to torch's flash attention, in which
 the query heads of one KV head are further queries (grouped-query attention, Ainslie et al. 2023): on a CPU 9 times
 faster in a bfloat16 decode of Qwen2.5-0.5B, 16 sequences of 256 tokens, than head by head.
 """
@@ -14,11 +14,15 @@ import torch
 from torch.nn import functional as F
 
 from blade_native import tiles
+from blade_native.kv_cache import STORAGES, Firsts, block_bytes, make
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from blade import Batch, KVCache, KVSpec
+    from blade_native.kv_cache import DenseKV
 
 MAX_ROWS = 512  # queries times grouped heads of a tile: enough to fill the cores, few enough for the caches
 MAX_GATHER_BYTES = {"cpu": 4 << 20}  # KV of a tile of several sequences: about what the caches hold
@@ -28,40 +32,40 @@ MAX_GATHER_BYTES_ELSEWHERE = 256 << 20
 class PagedAttention:
     """contracts.Attention on one device."""
 
+    kv_storages = STORAGES
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._plan: Plan | None = None  # of the batch that was last seen: all layers of a step share it
 
     def block_bytes(self, spec: KVSpec) -> int:
-        itemsize: int = getattr(torch, spec.dtype).itemsize
-        return 2 * spec.num_layers * spec.block_size * spec.num_kv_heads * spec.head_dim * itemsize
+        return spec.num_layers * block_bytes(spec)
 
     def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
-        shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
-        dtype = getattr(torch, spec.dtype)
-        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(spec.num_layers)]
+        return [make(spec, num_blocks, self.device) for _ in range(spec.num_layers)]
 
     def rope_and_store(
-        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: DenseKV
     ) -> tuple[Tensor, Tensor]:
-        """See contracts.Attention. layer_kv [num_blocks, block_size, 2, KV, D]."""
+        """See contracts.Attention."""
         plan = self._plan_for(batch)
         rotated = rotate(torch.cat((q, k), dim=1), *plan.rotation(cos_sin))  # [T, H + KV, D]
         q, k = torch.split_with_sizes(rotated, (q.shape[1], k.shape[1]), dim=1)
         plan.clear_new_blocks(layer_kv)
-        layer_kv.flatten(0, 1).index_copy_(0, batch.slots, torch.stack((k, v), dim=1))
+        layer_kv.store(batch.slots, k, v, plan.firsts)
         return q, k
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Tensor, scale: float, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: DenseKV, scale: float, window: int | None
     ) -> Tensor:
-        """See contracts.Attention. layer_kv [num_blocks, block_size, 2, KV, D]."""
+        """See contracts.Attention."""
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
         out = q.new_empty(num_tokens, num_heads * head_dim)
-        for tile in self._plan_for(batch).tiles(layer_kv, num_heads // num_kv_heads, window):
+        q = layer_kv.queries(q)
+        for tile in self._plan_for(batch).tiles(layer_kv, num_heads // num_kv_heads, window, q.dtype):
             b, n = tile.num_pieces, len(tile.rows) // tile.num_pieces
-            gathered = layer_kv.index_select(0, tile.blocks).view(b, -1, 2, num_kv_heads, head_dim)
+            gathered = layer_kv.gather(tile.blocks, q.dtype).view(b, -1, 2, num_kv_heads, head_dim)
             keys, values = gathered.permute(2, 0, 3, 1, 4)  # [B, KV, L, D]
             queries = q.index_select(0, tile.rows).view(b, n, num_kv_heads, -1, head_dim)
             queries = queries.transpose(1, 2).flatten(2, 3)  # [B, KV, n * G, D]
@@ -83,6 +87,7 @@ class Plan:
         self.batch = batch
         self._rotations: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._new_blocks: Tensor | None = None
+        self._firsts: Firsts | None = None
         self._tiles: dict[int | None, list[tiles.Tile]] = {}
 
     def rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,29 +98,39 @@ class Plan:
             self._rotations[id(cos_sin)] = (cos_sin, *rotation)  # the table is held, so its id stays its own
         return self._rotations[id(cos_sin)][1:]
 
-    def clear_new_blocks(self, layer_kv: Tensor) -> None:
+    def clear_new_blocks(self, layer_kv: DenseKV) -> None:
         """Zero the blocks that get their first token. What another sequence left in the slots behind is never seen, but
         its weight 0 times an infinity or NaN would be."""
         if self._new_blocks is None:
-            block_size = layer_kv.shape[1]
-            spans = zip(self.batch.query_lens, self.batch.kv_lens, strict=True)
-            positions = [i for length, end in spans for i in range(end - length, end)]
-            rows = [row for row, position in enumerate(positions) if position % block_size == 0]
-            on_device = torch.tensor(rows, dtype=torch.int64).to(layer_kv.device, non_blocking=True)
-            self._new_blocks = self.batch.slots[on_device] // block_size
+            rows = self._rows_where(lambda position: position % layer_kv.block_size == 0)
+            self._new_blocks = self.batch.slots[rows] // layer_kv.block_size
         if len(self._new_blocks):
-            layer_kv.index_fill_(0, self._new_blocks, 0)
+            layer_kv.clear(self._new_blocks)
 
-    def tiles(self, layer_kv: Tensor, num_groups: int, window: int | None) -> list[tiles.Tile]:
+    def firsts(self) -> Firsts:
+        if self._firsts is None:
+            lens = torch.tensor(self.batch.query_lens).to(self.batch.slots.device, non_blocking=True)
+            blocks = self.batch.block_tables[:, 0].long().repeat_interleave(lens, output_size=len(self.batch.slots))
+            self._firsts = Firsts(blocks, self._rows_where(lambda position: position == 0))
+        return self._firsts
+
+    def _rows_where(self, chosen: Callable[[int], bool]) -> Tensor:
+        """Of the step's tokens, those at the chosen positions."""
+        spans = zip(self.batch.query_lens, self.batch.kv_lens, strict=True)
+        positions = [i for length, end in spans for i in range(end - length, end)]
+        rows = [row for row, position in enumerate(positions) if chosen(position)]
+        return torch.tensor(rows, dtype=torch.int64).to(self.batch.slots.device, non_blocking=True)
+
+    def tiles(self, layer_kv: DenseKV, num_groups: int, window: int | None, dtype: torch.dtype) -> list[tiles.Tile]:
         if window not in self._tiles:
-            batch, block_size = self.batch, layer_kv.shape[1]
-            max_bytes = MAX_GATHER_BYTES.get(layer_kv.device.type, MAX_GATHER_BYTES_ELSEWHERE)
-            max_keys = max_bytes // (layer_kv[0, 0].numel() * layer_kv.itemsize)
+            batch, block_size = self.batch, layer_kv.block_size
+            max_bytes = MAX_GATHER_BYTES.get(batch.slots.device.type, MAX_GATHER_BYTES_ELSEWHERE)
+            max_keys = max_bytes // layer_kv.token_bytes
             max_queries = max(1, MAX_ROWS // num_groups // block_size) * block_size
             groups = tiles.group(tiles.cut(batch.query_lens, batch.kv_lens, max_queries), max_keys)
             biases: dict[tuple[int, int], Tensor] = {}
             self._tiles[window] = [
-                tiles.build(pieces, batch, block_size, num_groups, window, layer_kv.dtype, biases) for pieces in groups
+                tiles.build(pieces, batch, block_size, num_groups, window, dtype, biases) for pieces in groups
             ]
         return self._tiles[window]
 

@@ -110,7 +110,7 @@ def test_no_step_copies_the_cache() -> None:
     kv = attention.allocate(SPEC, 4096)
     with LargestResult() as largest:
         attend(attention, kv, [[5, 7], [9]], [(0, 20), (3, 4)], draw(21))
-    assert 0 < largest.num_bytes < kv[0].nbytes / 100
+    assert 0 < largest.num_bytes < kv[0].kv.nbytes / 100
 
 
 def test_memory_of_a_long_prompt_grows_with_its_length_not_its_square() -> None:

@@ -53,5 +53,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, num_owed: int, scale: float, windo
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
 
 
-def spec(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, block_size: int = 16) -> KVSpec:
-    return KVSpec(2, num_heads, num_kv_heads, head_dim, dtype, block_size)
+def spec(num_heads: int, num_kv_heads: int, head_dim: int, kind: str, block_size: int = 16) -> KVSpec:
+    """`kind` is a dtype, or "dtype/storage"."""
+    dtype, _, storage = kind.partition("/")
+    return KVSpec(2, num_heads, num_kv_heads, head_dim, dtype, block_size, storage or None)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from blade import Batch, KVSpec
 from blade_native.attention import PagedAttention
+from blade_native.kv_cache import hadamard, quantize
 from blade_native.simd.attention import SimdAttention
 from blade_native.simd.library import Library
 
 from .batches import attended, ragged, rotated, spec
 
-ATOL = {"float32": 1e-5, "bfloat16": 0.03}
+ATOL = {"float32": 1e-5, "bfloat16": 0.03, "float32/int8": 2e-3, "bfloat16/int8": 0.03}
 THREADS = 2
 CONTEXT = 700  # beyond two spans of the kernel
 
@@ -43,7 +44,7 @@ class World:
         num_blocks = sum(-(-n // spec.block_size) for n in self.kv_lens) + 1
         self.layer_kv = self.attention.allocate(spec, num_blocks)[1]
         for buffer in (self.layer_kv.k, self.layer_kv.v):
-            buffer.fill_(255)  # NaN in either dtype
+            buffer.fill_(255)  # NaN in either dtype, and as a scale
 
     def step(self, query_lens: list[int], batch: Batch, window: int | None = None) -> Tensor:
         """Store the owed tokens and attend with them."""
@@ -60,18 +61,36 @@ class World:
         for k, v, table in zip(self.k, self.v, batch.block_tables, strict=True):
             at = torch.arange(len(k))
             batch_of_one = ragged([len(k)], [len(k)], size)
+            batch_of_one.block_tables = table[None]
             batch_of_one.slots = table[at // size].long() * size + at % size
             q = torch.zeros(len(k), self.spec.num_heads, self.spec.head_dim, dtype=k.dtype)
             self.attention.rope_and_store(q, k, v, self.cos_sin, batch_of_one, self.layer_kv)
 
     def want(self, query_lens: list[int], window: int | None = None) -> Tensor:
-        dtype = getattr(torch, self.spec.dtype)
+        dtype, spec = getattr(torch, self.spec.dtype), self.spec
         parts = []
         for q, k, v, owed in zip(self.q, self.k, self.v, query_lens, strict=True):
             at = torch.arange(len(k))
             q, k = (rotated(x, self.cos_sin, at).to(dtype) for x in (q, k))
-            parts.append(attended(q[len(q) - owed :], k, v, owed, self.spec.head_dim**-0.5, window))
+            if spec.storage:
+                k, v = rounded_keys(k), rounded(v)
+            parts.append(attended(q[len(q) - owed :], k, v, owed, spec.head_dim**-0.5, window))
         return torch.cat(parts)
+
+
+def rounded(x: Tensor) -> Tensor:
+    codes, scales = quantize(x)
+    return codes * scales.unsqueeze(-1)
+
+
+def rounded_keys(k: Tensor) -> Tensor:
+    """But for what they have in common, k [L, KV, D]."""
+    k = hadamard(k)
+    return hadamard(rounded(k - rounded(k[:1])))
+
+
+def kind_of(spec: KVSpec) -> str:
+    return f"{spec.dtype}/{spec.storage}" if spec.storage else spec.dtype
 
 
 def world(library: Library, spec: KVSpec, kv_lens: list[int], rotary_dim: int = 0) -> World:
@@ -82,45 +101,45 @@ def check(w: World, query_lens: list[int], window: int | None = None) -> None:
     batch = ragged(query_lens, w.kv_lens, w.spec.block_size)
     w.store_all(batch)
     out = w.step(query_lens, batch, window)
-    torch.testing.assert_close(out.double(), w.want(query_lens, window), rtol=0, atol=ATOL[w.spec.dtype])
+    torch.testing.assert_close(out.double(), w.want(query_lens, window), rtol=0, atol=ATOL[kind_of(w.spec)])
 
 
-@pytest.mark.parametrize("dtype", ATOL)
+@pytest.mark.parametrize("kind", ATOL)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1), (14, 2), (8, 1)], ids=str)  # groups of 1, 3, 4, 7, 8
-def test_ragged_batch(library: Library, heads: tuple[int, int], dtype: str) -> None:
+def test_ragged_batch(library: Library, heads: tuple[int, int], kind: str) -> None:
     """Decodes, whole prompts, a chunk and a verification together, lengths around block, step and span edges."""
     kv_lens = [1, 2, 16, 17, 33, 31, 255, 256, 257, 290, 20]
-    check(world(library, spec(*heads, 32, dtype), kv_lens), [1, 1, 1, 1, 33, 31, 1, 5, 1, 40, 0])
+    check(world(library, spec(*heads, 32, kind), kv_lens), [1, 1, 1, 1, 33, 31, 1, 5, 1, 40, 0])
 
 
-@pytest.mark.parametrize("dtype", ATOL)
+@pytest.mark.parametrize("kind", ATOL)
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_shapes(library: Library, head_dim: int, block_size: int, dtype: str) -> None:
-    check(world(library, spec(4, 2, head_dim, dtype, block_size), [1, 50, 65, 40]), [1, 1, 20, 40])
+def test_shapes(library: Library, head_dim: int, block_size: int, kind: str) -> None:
+    check(world(library, spec(4, 2, head_dim, kind, block_size), [1, 50, 65, 40]), [1, 1, 20, 40])
 
 
-@pytest.mark.parametrize("dtype", ATOL)
+@pytest.mark.parametrize("kind", ATOL)
 @pytest.mark.parametrize("window", [1, 5, 64, 300])
-def test_window(library: Library, window: int, dtype: str) -> None:
-    check(world(library, spec(6, 2, 32, dtype), [3, 90, 330, 600]), [3, 1, 30, 1], window)
+def test_window(library: Library, window: int, kind: str) -> None:
+    check(world(library, spec(6, 2, 32, kind), [3, 90, 330, 600]), [3, 1, 30, 1], window)
 
 
-@pytest.mark.parametrize("dtype", ATOL)
-def test_long_context_of_one_sequence_is_split(library: Library, dtype: str) -> None:
-    check(world(library, spec(4, 1, 64, dtype), [CONTEXT]), [1])
-    check(world(library, spec(4, 1, 64, dtype), [CONTEXT]), [5], 400)
+@pytest.mark.parametrize("kind", ATOL)
+def test_long_context_of_one_sequence_is_split(library: Library, kind: str) -> None:
+    check(world(library, spec(4, 1, 64, kind), [CONTEXT]), [1])
+    check(world(library, spec(4, 1, 64, kind), [CONTEXT]), [5], 400)
 
 
-@pytest.mark.parametrize("dtype", ATOL)
-def test_rotary_part_of_a_head(library: Library, dtype: str) -> None:
-    check(world(library, spec(4, 2, 80, dtype), [20, 9], rotary_dim=20), [20, 1])
+@pytest.mark.parametrize("kind", ATOL)
+def test_rotary_part_of_a_head(library: Library, kind: str) -> None:
+    check(world(library, spec(4, 2, 80, kind), [20, 9], rotary_dim=20), [20, 1])
 
 
-@pytest.mark.parametrize("dtype", ATOL)
-def test_a_sequence_does_not_depend_on_its_batch(library: Library, dtype: str) -> None:
+@pytest.mark.parametrize("kind", ATOL)
+def test_a_sequence_does_not_depend_on_its_batch(library: Library, kind: str) -> None:
     kv_lens, owed = [CONTEXT, 270, 40, 500], [1, 3, 40, 1]
-    w = world(library, spec(14, 2, 64, dtype), kv_lens)
+    w = world(library, spec(14, 2, 64, kind), kv_lens)
     batch = ragged(owed, kv_lens, 16)
     w.store_all(batch)
     together = w.step(owed, batch).split(owed)

@@ -12,6 +12,7 @@ from blade import Batch, KVSpec
 from blade_native.attention import PagedAttention
 from blade_native.cuda.attention import CudaAttention, LayerKV
 from blade_native.cuda.attention_kernels import STORAGE, AttentionKernels, Shape
+from blade_native.kv_cache import hadamard, quantize
 
 NAMES = {dtype: name for name, dtype in STORAGE.items()}
 BF16, F16, F32, INT8, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
@@ -24,9 +25,13 @@ def cos_sin(length: int, rotary_dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def attention(kernels: AttentionKernels, shape: Shape, num_sms: int = NUM_SMS) -> CudaAttention:
-    storage = None if shape.storage is shape.dtype else NAMES[shape.storage]
-    return CudaAttention(PagedAttention(torch.device("cpu")), kernels, storage, num_sms)
+def attention(kernels: AttentionKernels, num_sms: int = NUM_SMS) -> CudaAttention:
+    return CudaAttention(PagedAttention(torch.device("cpu")), kernels, num_sms)
+
+
+def kv_spec(shape: Shape, num_layers: int, heads: tuple[int, int], block_size: int) -> KVSpec:
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return KVSpec(num_layers, *heads, shape.head_dim, dtype, block_size, NAMES.get(shape.storage))
 
 
 @dataclass
@@ -45,7 +50,7 @@ class World:
         torch.manual_seed(len(self.kv_lens) + sum(self.kv_lens))
         num_heads, num_kv_heads = self.heads
         dtype, head_dim = self.shape.dtype, self.shape.head_dim
-        self.spec = KVSpec(1, num_heads, num_kv_heads, head_dim, str(dtype).removeprefix("torch."), self.block_size)
+        self.spec = kv_spec(self.shape, 1, self.heads, self.block_size)
         self.q = [torch.randn(n, num_heads, head_dim).to(dtype) for n in self.kv_lens]
         self.k = [torch.randn(n, num_kv_heads, head_dim).to(dtype) for n in self.kv_lens]
         self.v = [torch.randn(n, num_kv_heads, head_dim).to(dtype) for n in self.kv_lens]
@@ -68,9 +73,12 @@ class World:
     def store_past(self, query_lens: list[int]) -> None:
         """Put what earlier steps stored, all but the owed tokens, into the cache."""
         for k, v, slots, n in zip(self.k, self.v, self.whole.slots.split(self.kv_lens), query_lens, strict=True):
-            at = torch.arange(len(k) - n)
-            put(self.layer_kv, 0, rotated(k[: len(at)], self.cos_sin, at).to(k.dtype), slots[: len(at)])
-            put(self.layer_kv, 1, v[: len(at)], slots[: len(at)])
+            past = len(k) - n
+            if past == 0:
+                continue
+            keys = rotated(k[:past], self.cos_sin, torch.arange(past)).to(k.dtype)
+            put(self.layer_kv, 0, related(self.layer_kv, keys, slots[0]), slots[:past])
+            put(self.layer_kv, 1, v[:past], slots[:past])
 
     def step(self, query_lens: list[int], window: int | None = None, batch: Batch | None = None) -> Tensor:
         """Store the owed tokens and attend with them."""
@@ -89,7 +97,7 @@ class World:
         for q, k, v, n in zip(self.q, self.k, self.v, query_lens, strict=True):
             at = torch.arange(len(k))
             q, k = (rotated(x, self.cos_sin, at).to(self.shape.dtype) for x in (q, k))
-            k, v = (stored(x, self.shape.storage) for x in (k, v))
+            k, v = keys_as_stored(k, self.shape.storage), stored(v, self.shape.storage)
             parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window))
         return torch.cat(parts)
 
@@ -98,14 +106,33 @@ def encoded(x: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """x [L, KV, D] in the cache's dtype, and int8's scales [L, KV]."""
     if storage is not INT8:
         return x.to(storage), None
-    scale = x.float().abs().amax(-1) / 127
-    return (x.float() * (1 / scale)[..., None]).round().clamp(-127, 127).to(INT8), scale
+    return quantize(x)
 
 
 def stored(x: Tensor, storage: torch.dtype) -> Tensor:
     """x [L, KV, D] as it comes back from the cache."""
     codes, scale = encoded(x, storage)
     return codes.float() if scale is None else codes.float() * scale[..., None]
+
+
+def keys_as_stored(k: Tensor, storage: torch.dtype) -> Tensor:
+    """Of a whole sequence, k [L, KV, D], but for what all keys have in common."""
+    if storage.itemsize > 1:
+        return stored(k, storage)
+    k = hadamard(k)
+    return hadamard(stored(k - stored(k[:1], storage), storage))
+
+
+def related(layer_kv: LayerKV, k: Tensor, first_slot: Tensor) -> Tensor:
+    """The keys of a sequence, from its first one on, as they are rounded; puts their origin into its place."""
+    if layer_kv.origins is None:
+        return k
+    k, block, storage = hadamard(k), int(first_slot) // layer_kv.spec.block_size, layer_kv.shape.storage
+    codes, scale = encoded(k[0], storage)
+    layer_kv.origins.view(torch.uint8)[block] = codes.contiguous().view(torch.uint8)
+    if scale is not None and layer_kv.origin_scales is not None:
+        layer_kv.origin_scales[block] = scale
+    return k - stored(k[:1], storage)
 
 
 def put(layer_kv: LayerKV, kind: int, x: Tensor, slots: Tensor) -> None:
@@ -122,6 +149,8 @@ def spoil(layer_kv: LayerKV) -> None:
     layer_kv.kv.view(torch.uint8).fill_(0x7F if layer_kv.shape.storage.itemsize == 1 else 0xFF)
     if layer_kv.scales is not None:
         layer_kv.scales.fill_(torch.nan)
+    if layer_kv.origins is not None:
+        layer_kv.origins.view(torch.uint8).fill_(0x7F)
 
 
 def check(world: World, query_lens: list[int], window: int | None = None) -> None:

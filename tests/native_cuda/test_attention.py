@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from blade_native.cuda.attention import CudaAttention
 from blade_native.cuda.attention_kernels import AttentionKernels, Shape
 from blade_native.cuda.launch import Launcher
 
-from .attention_world import ATOL, BF16, F16, F32, FP8, INT8, World, attention, check, cos_sin
+from .attention_world import ATOL, BF16, F16, F32, FP8, INT8, World, attention, check, cos_sin, kv_spec
 
 SHAPES = [
     Shape(BF16, BF16, 64),
@@ -38,7 +39,7 @@ def kernels(launcher: Launcher) -> AttentionKernels:
 
 
 def world(kernels: AttentionKernels, shape: Shape, heads: tuple[int, int], kv_lens: list[int], **more: int) -> World:
-    return World(attention(kernels, shape), shape, heads, kv_lens, **more)
+    return World(attention(kernels), shape, heads, kv_lens, **more)
 
 
 def each(shapes: list[Shape], values: list[object], of_plain: list[object]) -> list[object]:
@@ -110,7 +111,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_device(kernels: Attention
     together = world(kernels, shape, (6, 1), kv_lens)
     together.store_past(owed)
     parts = together.step(owed).split(owed)
-    together.attention = attention(kernels, shape, num_sms=132)
+    together.attention = attention(kernels, num_sms=132)
     torch.testing.assert_close(together.step(owed).split(owed), parts, rtol=0, atol=0)
     whole = together.owed(owed)
     for i, part in enumerate(parts):
@@ -203,23 +204,23 @@ def test_other_shapes_are_served_by_torch(kernels: AttentionKernels) -> None:
     q, k, v = torch.randn(20, 4, 8), *torch.randn(2, 20, 2, 8)
     q, k = attention.rope_and_store(q, k, v, cos_sin(21, 8), batch, layer_kv)
     assert attention.attend(q, k, v, batch, layer_kv, 8**-0.5, None).shape == (20, 32)
-    with pytest.raises(ConfigError, match="head_dim 8"):
-        CudaAttention(PagedAttention(torch.device("cpu")), kernels, "int8", num_sms=1).allocate(tiny, 3)
-    with pytest.raises(ConfigError, match="int3"):
-        CudaAttention(PagedAttention(torch.device("cpu")), kernels, "int3", num_sms=1)
+    assert attention.block_bytes(replace(tiny, storage="int8")) == 2 * (2 * 16 + 1) * 2 * (8 + 4)
+    with pytest.raises(ConfigError, match="in fp8_e4m3 here"):
+        attention.allocate(replace(tiny, storage="fp8_e4m3"), 3)
 
 
 def test_bytes_of_a_block(kernels: AttentionKernels) -> None:
-    spec = KVSpec(3, 8, 2, 128, "bfloat16", 32)
     rows = 3 * 2 * 2 * 32
     for shape, row_bytes in (
         (Shape(BF16, BF16, 128), 256),
         (Shape(BF16, INT8, 128), 132),
         (Shape(BF16, FP8, 128), 128),
     ):
-        assert attention(kernels, shape).block_bytes(spec) == rows * row_bytes
-    kv = attention(kernels, Shape(BF16, INT8, 128)).allocate(spec, 5)
+        origin_bytes = 0 if row_bytes == 256 else 3 * 2 * row_bytes
+        assert attention(kernels).block_bytes(kv_spec(shape, 3, (8, 2), 32)) == rows * row_bytes + origin_bytes
+    kv = attention(kernels).allocate(kv_spec(Shape(BF16, INT8, 128), 3, (8, 2), 32), 5)
     assert sum(x.kv.nbytes + x.scales.nbytes for x in kv) == 5 * rows * 132
+    assert sum(x.origins.nbytes + x.origin_scales.nbytes for x in kv) == 5 * 3 * 2 * 132
 
 
 def test_wrong_input_is_refused(kernels: AttentionKernels) -> None:

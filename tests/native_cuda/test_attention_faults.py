@@ -33,14 +33,14 @@ def run_decode(launcher: Launcher, source: Path) -> None:
     kernels = AttentionKernels(Replaced(launcher, source))  # type: ignore[arg-type]
     kernels.add(SHAPES)
     for shape, window in zip(SHAPES, (None, 20), strict=True):
-        check(World(attention(kernels, shape, 1), shape, (8, 2), [300, 41, 17, 3]), [1, 4, 1, 1], window)
+        check(World(attention(kernels, 1), shape, (8, 2), [300, 41, 17, 3]), [1, 4, 1, 1], window)
 
 
 def run_prefill(launcher: Launcher, source: Path) -> None:
     kernels = AttentionKernels(Replaced(launcher, source))  # type: ignore[arg-type]
     kernels.add(SHAPES)
     for shape, window in zip(SHAPES, (None, 50), strict=True):
-        check(World(attention(kernels, shape, 1), shape, (4, 1), [300, 41, 150]), [12, 40, 33], window)
+        check(World(attention(kernels, 1), shape, (4, 1), [300, 41, 150]), [12, 40, 33], window)
 
 
 SHARED_BY_BOTH = [

@@ -8,7 +8,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status { OK = 0, OUT_OF_MEMORY = 1 };
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // How a group's scale or offset is kept. CODES count multiples of a block's float16; ZEROS are integer zero points.
 enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4 };
@@ -51,12 +51,12 @@ struct Grouped {
     const uint16_t *block_scales, *block_offsets;
 };
 
-// One layer's paged cache. K is [block][kv head][block_size / 16][head_dim / P][16][P] and V is
-// [block][kv head][block_size / P][head_dim][P] with P = 4 / itemsize elements per word: both are read as whole words
-// by the same dot product that linears use, so neither QK^T nor PV needs a transpose.
+// One layer's paged cache, [block][kv head][block_size / 16] chunks of sixteen tokens; kv_chunk.h has their layout.
+// `dtype` is that of q, k, v and the output; `storage` is the cache's: the same, or INT8.
 struct PagedKV {
-    int32_t dtype, num_heads, num_kv_heads, head_dim, block_size;  // block_size and head_dim: multiples of 16
+    int32_t dtype, storage, num_heads, num_kv_heads, head_dim, block_size;  // block_size and head_dim: multiples of 16
     char *k, *v;
+    char* origins;  // [block][kv head], with INT8
 };
 
 // One ragged step (blade.types.Batch): B sequences, T tokens laid end to end.
@@ -130,7 +130,7 @@ struct RopeAndStoreCall {
     int32_t threads;
 };
 
-// q [T, H, D] with q_stride elements between tokens -> out [T, H, D] contiguous, in the cache's dtype. Sequence b has
+// q [T, H, D] with q_stride elements between tokens -> out [T, H, D] contiguous, in q's dtype. Sequence b has
 // tokens [cu_seqlens[b], cu_seqlens[b + 1]), the last of context_lens[b] whose KV is stored. head_dim <= 256.
 struct AttendCall {
     const PagedKV* kv;

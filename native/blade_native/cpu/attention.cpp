@@ -106,5 +106,6 @@ int attend(const Job& job) {
 }  // namespace
 
 EXPORT int blade_attend(const AttendCall* call) {
-    return call->kv->dtype == FLOAT32 ? attend<float>(*call) : attend<bf16>(*call);
+    if (call->kv->storage == INT8) return attend<Code>(*call);
+    return call->kv->storage == FLOAT32 ? attend<float>(*call) : attend<bf16>(*call);
 }

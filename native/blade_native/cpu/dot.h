@@ -1,7 +1,7 @@
 // Attention's inner loop: R rows of activations against NV vectors of 16 channels, a 32-bit word of K per lane and step.
 #pragma once
+#include "kv_chunk.h"
 #include "tile_shape.h"
-#include "vec.h"
 
 // What a word of the cache holds, and how a step accumulates it in PARTS. The order along K is the same for every R, so
 // a row's result does not depend on the rows beside it.
@@ -10,6 +10,7 @@ struct Word;
 template <>
 struct Word<float> {
     typedef float Activation;
+    typedef vec::F Sum;
     static constexpr int ELEMENTS = 1, PARTS = 1;
     template <int I>
     INLINE vec::W part(vec::W w) { return w; }
@@ -18,6 +19,7 @@ struct Word<float> {
 };
 template <>
 struct Word<bf16> {
+    typedef vec::F Sum;
     static constexpr int ELEMENTS = 2;
 #ifdef __AVX512BF16__
     typedef bf16 Activation;
@@ -35,9 +37,18 @@ struct Word<bf16> {
     INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::fma(vec::as_float(w), vec::as_float(a), c); }
 #endif
 };
+template <>
+struct Word<Code> {  // exact: activations have 16 bits, and 256 products of 2^15 * 255 fit a Sum
+    typedef int16_t Activation;
+    typedef vec::I Sum;
+    static constexpr int ELEMENTS = 4, PARTS = 2;
+    template <int I>
+    INLINE vec::W part(vec::W w) { return I ? vec::odd_bytes(w) : vec::even_bytes(w); }
+    INLINE vec::I dot(vec::I c, vec::W w, vec::W a) { return vec::add_dot_shorts(c, w, a); }
+};
 
 template <class E, int I, int R, int NV>
-INLINE void dot_part(const uint32_t* a, long a_row, const vec::W (&words)[NV], vec::F (&c)[R][NV]) {
+INLINE void dot_part(const uint32_t* a, long a_row, const vec::W (&words)[NV], typename Word<E>::Sum (&c)[R][NV]) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) {
         vec::W weights = Word<E>::template part<I>(words[v]);
@@ -50,7 +61,7 @@ INLINE void dot_part(const uint32_t* a, long a_row, const vec::W (&words)[NV], v
 // the parts of steps; w advances w_step words per step.
 template <class E, int R, int NV>
 INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
-                     long steps, vec::F (&c)[R][NV]) {
+                     long steps, typename Word<E>::Sum (&c)[R][NV]) {
     for (long s = 0; s < steps; s++) {
         vec::W words[NV];
 #pragma GCC unroll 4

@@ -52,6 +52,10 @@ INLINE void store(int8_t* p, F x) {  // whole numbers that fit
     _mm_storeu_si128((__m128i*)p,
                      _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
 }
+INLINE void store(int16_t* p, F x) {  // whole numbers that fit
+    __m256i shorts = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // interleaves halves
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(shorts, 0xd8));
+}
 INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }

@@ -37,6 +37,9 @@ INLINE void store(bf16* p, F x) {
 INLINE void store(int8_t* p, F x) {  // whole numbers that fit
     _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+INLINE void store(int16_t* p, F x) {  // whole numbers that fit
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
 INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -89,6 +92,8 @@ INLINE F dot_bf16(F c, W w, W a) {
 #endif
 }
 
+INLINE W even_bytes(W w) { return _mm512_and_si512(w, _mm512_set1_epi16(0xff)); }
+INLINE W odd_bytes(W w) { return _mm512_srli_epi16(w, 8); }
 #ifdef __AVX512VNNI__
 // c + sum over the four bytes of w (unsigned) times a (signed); exact.
 INLINE I dot_bytes(I c, W w, W a) {
@@ -100,11 +105,18 @@ INLINE I dot_bytes(I c, W w, W a) {
     return c;
 #endif
 }
+// c + sums of two products of int16, in int32.
+INLINE I add_dot_shorts(I c, W w, W a) {
+#ifdef BLADE_NO_INLINE_ASM
+    return _mm512_dpwssd_epi32(c, w, a);
+#else
+    asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(w), "v"(a));
+    return c;
+#endif
+}
 #else
 // The steps of a dot product of bytes, where no instruction does all of it (byte_dot.h).
 #define BLADE_DOT_BY_PAIRS
-INLINE W even_bytes(W w) { return _mm512_and_si512(w, _mm512_set1_epi16(0xff)); }
-INLINE W odd_bytes(W w) { return _mm512_srli_epi16(w, 8); }
 #ifdef BLADE_NO_INLINE_ASM
 INLINE I add_dot_shorts(I c, W w, W a) { return _mm512_add_epi32(c, _mm512_madd_epi16(w, a)); }
 INLINE W add_dot_bytes(W c, W w, W a) { return _mm512_add_epi16(c, _mm512_maddubs_epi16(w, a)); }

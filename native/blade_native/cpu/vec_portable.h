@@ -1,5 +1,8 @@
 // GCC vector extensions of 128 bits, which become SSE2, NEON or whatever the compiler's target has.
 #pragma once
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace vec {
 typedef float F4 __attribute__((vector_size(16)));
@@ -44,6 +47,11 @@ INLINE void store(int8_t* p, F x) {  // whole numbers that fit
     float lanes[LANES];
     store(lanes, x);
     for (int i = 0; i < LANES; i++) p[i] = int8_t(lanes[i]);
+}
+INLINE void store(int16_t* p, F x) {  // whole numbers that fit
+    float lanes[LANES];
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) p[i] = int16_t(lanes[i]);
 }
 INLINE F add(F a, F b) { QUARTERS(F, a.v[q] + b.v[q]) }
 INLINE F sub(F a, F b) { QUARTERS(F, a.v[q] - b.v[q]) }
@@ -123,6 +131,16 @@ INLINE I4 byte(I4 x, int i) { return (x << (24 - 8 * i)) >> 24; }
 INLINE I dot_bytes(I c, W w, W a) {
     QUARTERS(I, c.v[q] + (byte(w.v[q], 0) & 0xff) * byte(a.v[q], 0) + (byte(w.v[q], 1) & 0xff) * byte(a.v[q], 1) +
                     (byte(w.v[q], 2) & 0xff) * byte(a.v[q], 2) + (byte(w.v[q], 3) & 0xff) * byte(a.v[q], 3))
+}
+INLINE W even_bytes(W w) { QUARTERS(W, w.v[q] & 0x00ff00ff) }
+INLINE W odd_bytes(W w) { QUARTERS(W, (w.v[q] >> 8) & 0x00ff00ff) }
+// c + sums of two products of int16, in int32.
+INLINE I add_dot_shorts(I c, W w, W a) {
+#ifdef __SSE2__
+    QUARTERS(I, c.v[q] + (I4)_mm_madd_epi16((__m128i)w.v[q], (__m128i)a.v[q]))
+#else
+    QUARTERS(I, c.v[q] + (w.v[q] << 16 >> 16) * (a.v[q] << 16 >> 16) + (w.v[q] >> 16) * (a.v[q] >> 16))
+#endif
 }
 #undef QUARTERS
 }  // namespace vec

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blade import Batch, ConfigError, KVCache, KVSpec
+from blade import Batch, KVCache, KVSpec
 from blade.contracts import Attention
 from blade_native.cuda.attention_kernels import (
     HEAD_DIMS,
@@ -24,12 +24,13 @@ from blade_native.cuda.attention_kernels import (
 from blade_native.cuda.attention_plan import Plan, Split
 from blade_native.simd.check import check, check_heads
 
+ALL, ORIGINS, REST = range(3)  # phases of kv_store.cu
 LOG2E = 1.4426950408889634
 BLOCK_SIZES = (16, 32, 64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def shape_of(spec: KVSpec, storage: str | None = None) -> Shape | None:
+def shape_of(spec: KVSpec) -> Shape | None:
     """The kernels' shape for a spec; None where they do not cover it."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     covered = (
@@ -38,20 +39,21 @@ def shape_of(spec: KVSpec, storage: str | None = None) -> Shape | None:
         and spec.block_size in BLOCK_SIZES
         and spec.num_heads % spec.num_kv_heads == 0
         and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
+        and spec.storage in (None, *STORAGE)
     )
-    return Shape(dtype, STORAGE[storage] if storage else dtype, spec.head_dim) if covered else None
+    return Shape(dtype, STORAGE[spec.storage] if spec.storage else dtype, spec.head_dim) if covered else None
 
 
 def layer_block_bytes(spec: KVSpec, shape: Shape) -> int:
     row_bytes = spec.head_dim * shape.storage.itemsize + (4 if shape.storage is torch.int8 else 0)
-    return 2 * spec.num_kv_heads * spec.block_size * row_bytes
+    return (2 * spec.block_size + shape.related) * spec.num_kv_heads * row_bytes
 
 
 class LayerKV:
     """One layer's K and V as kv_storage.cuh has them, and the kernels for them.
 
     kv [num_blocks, 2, KV, block_size, D] in the dtype of the storage; scales [num_blocks, 2, KV, block_size] float32
-    with int8.
+    with int8. origins [num_blocks, KV, D] and origin_scales [num_blocks, KV] likewise, with 8 bits: see kv_store.cu.
     """
 
     def __init__(self, spec: KVSpec, shape: Shape, num_blocks: int, kernels: AttentionKernels) -> None:
@@ -62,54 +64,46 @@ class LayerKV:
         num_bytes = spec.head_dim * shape.storage.itemsize
         self.kv = torch.zeros((*rows, num_bytes), dtype=torch.uint8, device=device).view(shape.storage)
         self.scales = torch.zeros(rows, device=device) if shape.storage is torch.int8 else None
+        firsts = (num_blocks, spec.num_kv_heads)
+        origins = torch.zeros((*firsts, spec.head_dim), dtype=torch.uint8, device=device).view(shape.storage)
+        self.origins = origins if shape.related else None
+        self.origin_scales = torch.zeros(firsts, device=device) if self.scales is not None else None
 
 
 class CudaAttention:
     """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes are allocated and
-    served by `base`. `storage` "int8" (a scale per token and head) or "fp8" (e4m3) halves a 16-bit cache.
+    served by `base`. In "int8" (a scale per token and head) or "fp8_e4m3" a 16-bit cache is half as large.
 
     A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
     step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
     """
 
     capturable = True
+    kv_storages = tuple(STORAGE)
 
-    def __init__(
-        self, base: Attention, kernels: AttentionKernels, storage: str | None = None, num_sms: int | None = None
-    ) -> None:
+    def __init__(self, base: Attention, kernels: AttentionKernels, num_sms: int | None = None) -> None:
         """`num_sms`: multiprocessors to fill; the device's own by default."""
-        if storage not in (None, *STORAGE):
-            raise ConfigError(f"There is no KV cache in {storage}.", f"Use one of {', '.join(STORAGE)}.")
-        self.base, self.kernels, self.storage = base, kernels, storage
+        self.base, self.kernels = base, kernels
         device = kernels.launcher.device
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
         self._plan: Plan | None = None
 
     def block_bytes(self, spec: KVSpec) -> int:
-        shape = self._shape(spec)
+        shape = shape_of(spec)
         return spec.num_layers * layer_block_bytes(spec, shape) if shape else self.base.block_bytes(spec)
 
     def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """Compiles the kernels as well, or takes them from CuPy's cache."""
-        shape = self._shape(spec)
+        shape = shape_of(spec)
         if shape is None:
             return self.base.allocate(spec, num_blocks)
         return [LayerKV(spec, shape, num_blocks, self.kernels) for _ in range(spec.num_layers)]
 
-    def _shape(self, spec: KVSpec) -> Shape | None:
-        shape = shape_of(spec, self.storage)
-        if shape is None and self.storage:
-            raise ConfigError(
-                f"The kernels for a KV cache in {self.storage} do not cover head_dim {spec.head_dim} in {spec.dtype} "
-                f"with blocks of {spec.block_size} tokens.",
-                "Keep the KV cache in the model's dtype.",
-            )
-        return shape
-
     def rope_and_store(
         self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
     ) -> tuple[Tensor, Tensor]:
-        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored."""
+        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored. With 8 bits
+        q comes as its keys are kept, which is for `attend` alone."""
         if not isinstance(layer_kv, LayerKV):
             return self.base.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
         plan, spec, dtype = self._plan_for(batch, layer_kv), layer_kv.spec, layer_kv.shape.dtype
@@ -120,26 +114,32 @@ class CudaAttention:
         check("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], rotary_dim))
         if rotary_dim % 2 or rotary_dim > spec.head_dim:
             raise ValueError(f"rotary_dim {rotary_dim} does not fit head_dim {spec.head_dim}")
-        num_units = spec.num_heads + 2 * spec.num_kv_heads
-        layer_kv.kernels.store(
-            (plan.num_tokens, -(-num_units // STORE_WARPS)),
-            (STORE_WARPS * 32,),
-            q=q,
-            k=k,
-            v=v,
-            kv=layer_kv.kv,
-            scales=layer_kv.scales,
-            cos_sin=cos_sin,
-            positions=batch.positions,
-            slots=batch.slots,
-            q_stride=q.stride(0),
-            k_stride=k.stride(0),
-            v_stride=v.stride(0),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            rotary_dim=rotary_dim,
-            block_size=spec.block_size,
-        )
+        grid = (plan.num_tokens, -(-(spec.num_heads + 2 * spec.num_kv_heads) // STORE_WARPS))
+        arguments: dict[str, Any] = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "kv": layer_kv.kv,
+            "scales": layer_kv.scales,
+            "origins": layer_kv.origins,
+            "origin_scales": layer_kv.origin_scales,
+            "cos_sin": cos_sin,
+            "positions": batch.positions,
+            "slots": batch.slots,
+            "block_tables": batch.block_tables,
+            "cu_seqlens": batch.cu_seqlens,
+            "q_stride": q.stride(0),
+            "k_stride": k.stride(0),
+            "v_stride": v.stride(0),
+            "num_heads": spec.num_heads,
+            "num_kv_heads": spec.num_kv_heads,
+            "rotary_dim": rotary_dim,
+            "block_size": spec.block_size,
+            "num_seqs": plan.num_seqs,
+            "table_stride": plan.table_stride,
+        }
+        for phase in (ORIGINS, REST) if layer_kv.shape.related and plan.any_beginning else (ALL,):
+            layer_kv.kernels.store(grid, (STORE_WARPS * 32,), phase=phase, **arguments)
         return q, k
 
     def attend(

@@ -10,7 +10,7 @@ import torch
 from blade_native.cuda.launch import CUDA_NAMES, Kernel, Launcher, Module
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of a cache that is not in the model's dtype
+STORAGE = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}  # of KVSpec.storage
 CHUNK, MAX_CHUNKS = 256, 32  # these four as in attention.cuh
 SPLIT_ROWS, DECODE_ROWS = 64, 16
 SIMT_ROWS = (1, 4)
@@ -29,6 +29,11 @@ class Shape:
     @property
     def types(self) -> str:
         return f"{CUDA_NAMES[self.dtype]}, {CUDA_NAMES[self.storage]}, {self.head_dim}"
+
+    @property
+    def related(self) -> bool:
+        """Whether keys are kept relative to an origin."""
+        return self.storage.itemsize == 1
 
     @property
     def tensor_cores(self) -> bool:

@@ -41,6 +41,8 @@ class Plan:
 
         rows = [length * group for length in batch.query_lens]
         self.max_rows = max(rows)
+        # Several tokens of a sequence from its first on: a lone first one needs no other launch's results.
+        self.any_beginning = any(n == kv > 1 for n, kv in zip(batch.query_lens, batch.kv_lens, strict=True))
         self.any_split_item = any(DECODE_ROWS < n <= SPLIT_ROWS for n in rows)
         self.any_short = any(0 < n <= DECODE_ROWS for n in rows)
         self._split = [n <= SPLIT_ROWS for n in rows]

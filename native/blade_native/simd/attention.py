@@ -10,7 +10,8 @@ from torch import Tensor
 
 from blade import Batch, KVCache, KVSpec
 from blade.contracts import Attention
-from blade_native.simd.check import DTYPES, check, check_heads
+from blade_native.kv_cache import STORAGES, block_bytes, origin_bytes
+from blade_native.simd.check import DTYPES, INT8, check, check_heads
 from blade_native.simd.library import CPagedKV, CStep, Library
 from blade_native.simd.memory import allocate
 
@@ -18,37 +19,38 @@ MAX_HEAD_DIM = 256
 
 
 class LayerKV:
-    """One layer's K and V in the kernels' layout (PagedKV of api.h), on huge pages."""
+    """One layer's K and V in the kernels' layout (kv_chunk.h), on huge pages."""
 
     def __init__(self, spec: KVSpec, num_blocks: int) -> None:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        num_bytes = num_blocks * layer_block_bytes(spec) // 2
+        num_bytes = num_blocks * (block_bytes(spec) - origin_bytes(spec)) // 2
         self.k, self.v = allocate(num_bytes), allocate(num_bytes)
+        self.origins = allocate(num_blocks * origin_bytes(spec))
         self._struct = CPagedKV(
             DTYPES[self.dtype],
+            INT8 if spec.storage == "int8" else DTYPES[self.dtype],
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
             spec.block_size,
             self.k.data_ptr(),
             self.v.data_ptr(),
+            self.origins.data_ptr(),
         )
         self.address = ctypes.addressof(self._struct)
 
 
-def layer_block_bytes(spec: KVSpec) -> int:
-    return int(2 * spec.block_size * spec.num_kv_heads * spec.head_dim * getattr(torch, spec.dtype).itemsize)
-
-
 def covers(spec: KVSpec) -> bool:
-    """Whether the kernels have this shape: float32 or bfloat16, head_dim 16, 32, ... 256, block size 16, 32, ..."""
+    """Whether the kernels have this shape: float32 or bfloat16, head_dim 16, 32, ... 256, block size 16, 32, ..., kept
+    in dtype or in int8."""
     return (
         getattr(torch, spec.dtype) in DTYPES
         and spec.head_dim % 16 == 0
         and spec.head_dim <= MAX_HEAD_DIM
         and spec.block_size % 16 == 0
         and spec.num_heads % spec.num_kv_heads == 0
+        and spec.storage in (None, *STORAGES)
     )
 
 
@@ -88,6 +90,8 @@ class SimdAttention:
     Caches of a shape that the kernels do not cover are allocated and served by `base`.
     """
 
+    kv_storages = STORAGES
+
     def __init__(self, base: Attention, library: Library, threads: int) -> None:
         self.base = base
         self.library = library
@@ -95,7 +99,7 @@ class SimdAttention:
         self._step: StepArguments | None = None
 
     def block_bytes(self, spec: KVSpec) -> int:
-        return spec.num_layers * layer_block_bytes(spec) if covers(spec) else self.base.block_bytes(spec)
+        return spec.num_layers * block_bytes(spec) if covers(spec) else self.base.block_bytes(spec)
 
     def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
         if not covers(spec):

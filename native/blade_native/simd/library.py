@@ -48,12 +48,14 @@ class CPagedKV(Structure):
 
     _fields_ = (
         ("dtype", c_int32),
+        ("storage", c_int32),
         ("num_heads", c_int32),
         ("num_kv_heads", c_int32),
         ("head_dim", c_int32),
         ("block_size", c_int32),
         ("k", c_void_p),
         ("v", c_void_p),
+        ("origins", c_void_p),
     )
 
 
