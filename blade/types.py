@@ -60,6 +60,9 @@ class Sequence:
     namespace: bytes = b""  # prefix-cache namespace: only sequences of the same one share blocks
     priority: int = 0  # lower runs earlier, where the scheduler looks at it
     arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic clock
+    prediction_ids: list[int] = field(
+        default_factory=list
+    )  # what the client expects the output to be like: for drafters
 
     # The engine fills these.
     output_ids: list[int] = field(default_factory=list)

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from blade.api import params
-from blade.api.prompts import chat_prompt, completion_prompts, uses_tools
+from blade.api.prompts import chat_prompt, completion_prompts, predicted, uses_tools
 from blade.api.wire import ChatRequest, CompletionRequest, Sampling, decode
 from blade.errors import RequestError
 from blade.types import Sequence
@@ -70,7 +70,11 @@ async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
     sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
     has_parser = server.tool_parser is not None
     prompt = await chat_prompt(request, len(body), server.chat_template, server.tokenizer, has_parser)
-    return _job(server, http, request, sampling, [prompt], [], arrival)
+    prediction = await predicted(request, len(body), server.tokenizer, server.engine.limits.max_context)
+    job = _job(server, http, request, sampling, [prompt], [], arrival)
+    for seq in job.seqs:
+        seq.prediction_ids = prediction
+    return job
 
 
 def _echo(request: CompletionRequest, prompt: list[int], index: int, server: ServerContext) -> str:

@@ -68,6 +68,19 @@ async def chat_prompt(
         raise RequestError("messages or tools are nested too deeply.", param="messages") from None
 
 
+async def predicted(request: ChatRequest, size: int, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
+    """Ids of what the client expects the reply to be, [] where it says nothing of that."""
+    if request.prediction is None:
+        return []
+    text = request.prediction.text
+    ids = await _run(size, lambda: tokenizer.encode(text, add_special_tokens=False))
+    if len(ids) > max_tokens:
+        raise RequestError(
+            f"prediction has {len(ids)} tokens, the context {max_tokens}.", "prediction", "Predict less, or nothing."
+        )
+    return ids
+
+
 def _render(request: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     messages = [_template_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
     tools = [msgspec.to_builtins(tool) for tool in request.tools or []] if uses_tools(request) else None

@@ -104,11 +104,25 @@ class Tool(Struct):
     function: Function
 
 
+class Prediction(Struct):
+    """What the client expects the reply to be, mostly: a file that is to be changed a little, say."""
+
+    type: Literal["content"]
+    content: str | list[ContentPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or "" for part in self.content)
+
+
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=4096)]
     resume_response: str | None = None
+    prediction: Prediction | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: Annotated[dict[Name, bool | int | float | Name], Meta(max_length=16)] | None = None

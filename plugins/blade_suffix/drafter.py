@@ -1,4 +1,5 @@
-"""Drafts from what was said before: in the sequence's own text, and in earlier replies to the same tenant.
+"""Drafts from what was said before: in the sequence's own text, in what its client predicted, and in earlier replies
+to the same tenant.
 
 After Hu et al. 2024 (SAM decoding) and Oliaro et al. 2024 (SuffixDecoding): the text goes on as it did after the last
 place that ended alike.
@@ -64,15 +65,18 @@ class SuffixDrafter:
 
     def _index(self, seq: Sequence, budget: int) -> int:
         """Take new tokens in, at most `budget`; how many."""
-        own = self._own.setdefault(seq.id, SuffixAutomaton())
-        new = seq.tokens(len(own), min(seq.num_tokens, len(own) + max(budget, 0)))
+        own, budget = self._own.setdefault(seq.id, SuffixAutomaton()), max(budget, 0)
+        # The text begins with what the client expects the output to be.
+        predicted = seq.prediction_ids[len(own) : len(own) + budget]
+        start = max(0, len(own) - len(seq.prediction_ids))
+        new = [*predicted, *seq.tokens(start, min(seq.num_tokens, start + budget - len(predicted)))]
         for token in new:
             own.append(token)
         return len(new)
 
     def _draft(self, seq: Sequence, limit: int) -> Draft:
         own = self._own[seq.id]
-        if len(own) < seq.num_tokens:
+        if len(own) < len(seq.prediction_ids) + seq.num_tokens:
             return Draft()  # its prompt is still being taken in
         length, ids = own.match_length, []
         if length:

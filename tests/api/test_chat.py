@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from .fakes import Client, FakeEngine, run
+from .fakes import Client, FakeEngine, chat, run
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -155,3 +155,18 @@ def test_a_model_without_a_template_says_what_to_do() -> None:
     answer = run(Client(chat_template=None).chat())
     assert (answer.status, answer.json["error"]["param"]) == (400, "messages")
     assert "--chat-template" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("content", ["abc", [{"type": "text", "text": "a"}, {"type": "text", "text": "bc"}]])
+def test_a_prediction_goes_along_with_every_choice(content: Any) -> None:
+    client = Client()
+    answer = run(client.chat(prediction={"type": "content", "content": content}, n=2))
+    assert answer.status == 200
+    assert [seq.prediction_ids for seq in client.engine.seqs] == [[*b"abc"]] * 2
+
+
+@pytest.mark.parametrize("prediction", [{"type": "content"}, {"type": "x", "content": "a"}, "abc"])
+def test_a_malformed_prediction_is_refused(prediction: Any) -> None:
+    assert chat(prediction=prediction).status == 400
+    long = chat(prediction={"type": "content", "content": "a" * 600})
+    assert (long.status, long.json["error"]["param"]) == (400, "prediction")

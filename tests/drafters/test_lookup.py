@@ -63,6 +63,18 @@ def test_a_long_prompt_is_taken_in_over_several_calls(monkeypatch: pytest.Monkey
     assert [one(drafter, seq).ids for _ in range(3)] == [[], [], [5, 6, 7, 8]]
 
 
+@pytest.mark.parametrize("tokens_per_call", [2, 3, 100])
+def test_a_clients_prediction_is_looked_at_as_well(tokens_per_call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suffix, "TOKENS_PER_CALL", tokens_per_call)
+    drafter = SuffixDrafter()
+    seq = make_seq(1, [50, 51], [10, 11])
+    seq.prediction_ids = [10, 11, 12, 13, 14]
+    drafts = [one(drafter, seq, 2).ids for _ in range(6)]
+    assert drafts[-1] == [12, 13]
+    seq.output_ids += [12, 40, 13]
+    assert [one(drafter, seq, 2).ids for _ in range(3)][-1] == [14, 50]
+
+
 def test_earlier_replies_help_the_same_tenant_alone() -> None:
     drafter = SuffixDrafter()
     drafter.forget(make_seq(1, [99], [1, 2, 3, 4, 5], b"a"))
