@@ -99,11 +99,10 @@ struct Job {
         slice = std::clamp((stream ? STREAM_BYTES : SLICE_BYTES) / unpacked, 1L, layout.units);
         long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
         block = stream ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
-        chunk = std::clamp(num_panels / (c.threads * 8), 1L, stream ? 16L : 8L);
+        chunk = stream ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
         per_thread = sums_bytes() + slice * (unpacked + 8L * PANEL);
     }
-    long panels_at_once() const { return stream ? 1 : chunk; }
-    long sums_bytes() const { return panels_at_once() * block * MAX_TILE_ROWS * PANEL * 4; }
+    long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
     long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
     const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
 };
@@ -229,12 +228,16 @@ void run(const Job& job) {
         else
             pack_tile<bf16>(job, tile);
     });
+    auto scratch = [&](int thread) { return job.scratch + thread * job.per_thread; };
+    if (job.stream)
+        return parallel_parts(threads, job.num_panels, [&](long panel, int thread) {
+            multiply_block(job, 0, panel, panel + 1, scratch(thread));
+        });
     long num_blocks = (job.tiling.num_tiles + job.block - 1) / job.block;
-    long at_once = job.panels_at_once(), num_chunks = (job.num_panels + at_once - 1) / at_once;
-    parallel_for(threads, num_blocks * num_chunks, job.stream ? job.chunk : 1, [&](long item, int thread) {
-        long first = item % num_chunks * at_once;
-        multiply_block(job, item / num_chunks * job.block, first, std::min(first + at_once, job.num_panels),
-                       job.scratch + thread * job.per_thread);
+    long num_chunks = (job.num_panels + job.chunk - 1) / job.chunk;
+    parallel_for(threads, num_blocks * num_chunks, 1, [&](long item, int thread) {
+        long first = item % num_chunks * job.chunk, last = std::min(first + job.chunk, job.num_panels);
+        multiply_block(job, item / num_chunks * job.block, first, last, scratch(thread));
     });
 }
 
