@@ -9,7 +9,6 @@ replay's time, by the cost of the calls). Ends in one JSON line, milliseconds as
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import random
 import statistics
@@ -23,8 +22,7 @@ from blade.assembly import Assembly, choose, load_model
 from blade.config import Config, EngineConfig, ModelOptions
 from blade.engine.runner import ModelRunner
 from blade.plugins import load
-from blade_native.simd.capture import Capture, CapturedForward
-from blade_native.simd.library import CALLS
+from blade_native.simd.capture import CapturedForward, Program
 
 BLOCK_SIZE = 16
 
@@ -59,43 +57,38 @@ def advance(seqs: list[Sequence], results: list[Any]) -> None:
         seq.output_ids.append(sampled[0].token_id)
 
 
-def time_steps(seqs: list[Sequence], runner: ModelRunner, num_steps: int) -> tuple[list[float], list[float], Capture]:
-    """Seconds of each step, and of its replay; and the capture that was replayed."""
+def time_steps(seqs: list[Sequence], runner: ModelRunner, num_steps: int) -> tuple[list[float], list[float], Program]:
+    """Seconds of each step, and of its replay; and the program that was replayed."""
     forward = runner.forward
     assert isinstance(forward, CapturedForward), "the op set does not capture"
     for _ in range(4):
         advance(seqs, runner.run(Step(seqs, [1] * len(seqs))))
-    (capture,) = [c for shape, c in forward._captures.items() if shape == (len(seqs),) * 3]
-    replay, inside, whole = capture._replay, [], []
+    program = forward.captures[(len(seqs),) * 3].program
+    run, inside, whole = program.run, [], []
 
-    def timed(*arguments: int) -> int:
+    def timed() -> None:
         start = time.perf_counter()
-        status = replay(*arguments)
+        run()
         inside.append(time.perf_counter() - start)
-        return status
 
-    capture._replay = timed
+    program.run = timed  # type: ignore[method-assign]
     for _ in range(num_steps):
         start = time.perf_counter()
         results = runner.run(Step(seqs, [1] * len(seqs)))
         whole.append(time.perf_counter() - start)
         advance(seqs, results)
-    capture._replay = replay
-    return whole, inside, capture
+    return whole, inside, program
 
 
-def time_kernels(capture: Capture, dll: ctypes.CDLL, turns: int) -> dict[str, float]:
+def time_kernels(program: Program, turns: int) -> dict[str, float]:
     """Median milliseconds of all calls of each kernel, run one by one."""
-    names = {ctypes.cast(dll[f"blade_{name}"], ctypes.c_void_p).value: name for name in CALLS}
-    replay = dll.blade_replay
     sums: dict[str, list[float]] = {}
     for _ in range(turns):
         turn: Counter[str] = Counter()
-        for i, instruction in enumerate(capture._program):
-            at = ctypes.addressof(capture._program) + i * ctypes.sizeof(instruction)
+        for i, (kernel, _) in enumerate(program.tape):
             start = time.perf_counter()
-            replay(ctypes.c_void_p(at), ctypes.c_int64(1))
-            turn[names[instruction.kernel]] += (time.perf_counter() - start) * 1e3
+            program.run_one(i)
+            turn[kernel.name] += (time.perf_counter() - start) * 1e3
         for name, ms in turn.items():
             sums.setdefault(name, []).append(ms)
     return {name: round(statistics.median(values), 3) for name, values in sums.items()}
@@ -112,9 +105,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of the kernels")
     args = parser.parse_args()
     assembly, runner = make_runner(args)
-    whole, inside, capture = time_steps(make_sequences(args, runner), runner, args.steps)
+    whole, inside, program = time_steps(make_sequences(args, runner), runner, args.steps)
     python = [a - b for a, b in zip(whole, inside, strict=True)]
-    kernels = time_kernels(capture, assembly.ops.library._dll, 9)
+    kernels = time_kernels(program, 9)
     step_ms, python_ms = statistics.median(whole) * 1e3, statistics.median(python) * 1e3
     for name, ms in sorted(kernels.items(), key=lambda item: -item[1]):
         print(f"{name:16} {ms:8.3f} ms")

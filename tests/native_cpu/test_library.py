@@ -12,7 +12,7 @@ from blade import ConfigError
 from blade_native.simd import build
 from blade_native.simd.library import Library, Unavailable, load, runnable_levels
 from blade_native.simd.linear import pack_dense
-from blade_native.simd.memory import HUGE_PAGE, allocate
+from blade_native.simd.memory import HUGE_PAGE, REGION, Regions, allocate
 from blade_native.simd.ops import SimdOps
 
 
@@ -52,9 +52,20 @@ def test_large_buffers_are_aligned_zeroed_and_outlive_their_mapping() -> None:
     assert tail.tolist() == [7] * 5
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_results_do_not_depend_on_the_number_of_threads(library: Library, threads: int) -> None:
-    weight, x = torch.randn(200, 4096), torch.randn(40, 4096)
+def test_small_buffers_lie_side_by_side_and_never_overlap() -> None:
+    regions = Regions()
+    buffers = [regions.allocate(size) for size in (100, 64, REGION // 3, REGION // 3, REGION // 3, REGION)]
+    assert buffers[1].data_ptr() == buffers[0].data_ptr() + 128
+    for i, buffer in enumerate(buffers):
+        assert not buffer.any()
+        buffer.fill_(i + 1)
+    assert all((buffer == i + 1).all() for i, buffer in enumerate(buffers))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("threads", [1, 2, 5, 70])
+def test_results_do_not_depend_on_the_number_of_threads(library: Library, threads: int, rows: int) -> None:
+    weight, x = torch.randn(200, 4096), torch.randn(rows, 4096)
     want = pack_dense(library, weight, None, 1)(x)
     torch.testing.assert_close(pack_dense(library, weight, None, threads)(x), want, rtol=0, atol=0)
 

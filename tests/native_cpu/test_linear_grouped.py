@@ -11,7 +11,7 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade_native.reference import TorchOps, dequantize
 from blade_native.simd.grouped import covers
-from blade_native.simd.linear import StackedLinear
+from blade_native.simd.linear import PackedLinear, StackedLinear
 from blade_native.simd.ops import SimdOps
 
 # bits, group, scales, offsets, groups per block (0: the whole row)
@@ -128,6 +128,24 @@ def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
     assert stacked(x).equal(torch.cat(parts, dim=-1))
     assert stacked(x.bfloat16(), torch.float32).shape == (3, 5, 104)
     assert ops.embedding_of(stacked, torch.float32) is None
+
+
+def test_neighbours_of_one_format_become_one_matrix(ops: SimdOps) -> None:
+    weights, bias, x = [weight_of("q4_k", n) for n in (64, 32, 70)], torch.randn(166), torch.randn(3, K)
+    whole = ops.grouped_linear(weights, bias)
+    assert isinstance(whole, PackedLinear)
+    biases = bias.split([64, 32, 70])
+    parts = [ops.grouped_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
+    assert whole(x).equal(torch.cat(parts, dim=-1))
+
+
+@pytest.mark.parametrize(("first", "n"), [("q4_0", 64), ("q4_k", 40)])
+def test_another_format_or_a_panel_not_full_begins_a_new_matrix(ops: SimdOps, first: str, n: int) -> None:
+    weights, x = [weight_of(first, n), weight_of("q4_k", 64), weight_of("q4_k", 70)], torch.randn(3, K)
+    stacked = ops.grouped_linear(weights, None)
+    assert isinstance(stacked, StackedLinear)
+    assert [part.n for part in stacked.parts] == [n, 134]
+    assert stacked(x).equal(torch.cat([ops.grouped_linear(weight, None)(x) for weight in weights], dim=-1))
 
 
 def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:

@@ -58,7 +58,7 @@ def test_silu_mul_of_extreme_gates(ops: SimdOps) -> None:
     torch.testing.assert_close(y, F.silu(gates), rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 1000), (17, 333)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 1000), (17, 333), (2, 9001)], ids=str)
 def test_argmax_and_top_k(ops: SimdOps, shape: tuple[int, int]) -> None:
     logits = torch.randn(shape).mul(3).round()  # many equal values
     values, ids = ops.argmax(logits)
@@ -80,6 +80,16 @@ def test_selection_survives_nan_and_infinity(ops: SimdOps) -> None:
     assert ids[1, :50].tolist() == list(range(98, -1, -2))
     assert values[1, 50:].isinf().all()
     assert values[0].isinf().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_argmax_shows_what_spoils_a_long_row(ops: SimdOps, bad: float) -> None:
+    logits = torch.zeros(2, 20_000)
+    logits[:, [9_000, 13_000]] = 7.0
+    logits[1, 19_999] = bad
+    values, ids = ops.argmax(logits)
+    assert (values[0], ids[0]) == (7.0, 9_000)
+    assert values[1].isnan()
 
 
 def test_wrong_input_is_refused(ops: SimdOps) -> None:

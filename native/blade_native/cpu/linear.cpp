@@ -10,16 +10,10 @@
 #include "unpack.h"
 
 namespace {
-constexpr long STREAM_TILES = 4;            // up to here the weights are read once, in short slices
-constexpr long STREAM_BYTES = 4 * 1024;     // of such a slice, unpacked
+constexpr long FEW_TILES = 4;               // up to here the weights are read once, in short slices
+constexpr long FEW_BYTES = 4 * 1024;        // of such a slice
 constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
 constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
-
-#ifdef __AVX512BF16__
-constexpr bool WIDENS_BF16 = false;
-#else
-constexpr bool WIDENS_BF16 = true;  // no instruction multiplies bf16: both operands become floats
-#endif
 
 template <int R>
 struct F32Tile {
@@ -60,7 +54,7 @@ struct StreamGroups {
 
 // How so few rows take weights straight from memory; null where a slice of them is used as it lies there.
 StreamTile find_stream(int bits, int rows) {
-    if (bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
+    if (rows > STREAM_ROWS || bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
     if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
     with_bits(bits, [&](auto b) { tile = tile_of<StreamGroups<b>::template Rows, StreamTile, STREAM_ROWS>(rows); });
@@ -76,13 +70,18 @@ struct Tiling {
     int height(long tile) const { return int(start(tile + 1) - start(tile)); }
 };
 
+// Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
+bool is_streamed(int bits, const Tiling& tiling) {
+    return find_stream(bits, tiling.height(tiling.num_tiles - 1)) && (tiling.num_tiles == 1 || bits == 4 || bits == 16);
+}
+
 struct Job {
     const LinearCall& call;
     const Linear& linear;
     Layout layout;
     Tiling tiling;
     long num_panels;
-    bool stream;
+    bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
     long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
     long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
     long per_thread;                // bytes of scratch
@@ -91,19 +90,20 @@ struct Job {
     explicit Job(const LinearCall& c)
         : call(c), linear(*c.linear), layout(linear.format, linear.k),
           tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
-          stream(tiling.num_tiles <= STREAM_TILES) {
+          few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(linear.format.bits, tiling)) {
         int bits = linear.format.bits;
         bool widened = bits == 16 && WIDENS_BF16;
         unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
         row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(bits)) : widened ? 8 : 4;
-        slice = std::clamp((stream ? STREAM_BYTES : SLICE_BYTES) / unpacked, 1L, layout.units);
+        long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
+        slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
+        if (stream && tiling.num_tiles == 1) slice = layout.units;
         long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
-        block = stream ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
-        chunk = std::clamp(num_panels / (c.threads * 8), 1L, stream ? 16L : 8L);
-        per_thread = sums_bytes() + slice * (unpacked + 8L * PANEL);
+        block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
+        chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
+        per_thread = sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL));
     }
-    long panels_at_once() const { return stream ? 1 : chunk; }
-    long sums_bytes() const { return panels_at_once() * block * MAX_TILE_ROWS * PANEL * 4; }
+    long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
     long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
     const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
 };
@@ -179,22 +179,26 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
     }
 }
 
-// All of K of these panels times the only tile.
-void stream(const Job& job, StreamTile tile, long first_panel, long last_panel, float* c) {
-    for (long panel = first_panel; panel < last_panel; panel++) {
-        start_sums(job, panel, job.call.m, c);
-        tile(job.layout, job.panel(panel), job.tiles, c);
-        store_sums(job, panel, 0, job.call.m, c);
-    }
+// All of K of one panel times the tiles, slice by slice.
+void stream(const Job& job, long panel, float* sums) {
+    auto sums_of = [&](long tile) { return sums + tile * MAX_TILE_ROWS * PANEL; };
+    const Tiling& tiling = job.tiling;
+    for (long tile = 0; tile < tiling.num_tiles; tile++) start_sums(job, panel, tiling.height(tile), sums_of(tile));
+    for (long from = 0; from < job.layout.units; from += job.slice)
+        for (long tile = 0; tile < tiling.num_tiles; tile++) {
+            int rows = tiling.height(tile);
+            find_stream(job.layout.format.bits, rows)(
+                job.layout, job.panel(panel), from, std::min(from + job.slice, job.layout.units),
+                job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, sums_of(tile), tile == 0);
+        }
+    for (long tile = 0; tile < tiling.num_tiles; tile++)
+        store_sums(job, panel, tiling.start(tile), tiling.height(tile), sums_of(tile));
 }
 
 void multiply_block(const Job& job, long first_tile, long first_panel, long last_panel, char* scratch) {
     float* sums = (float*)scratch;
-    if (job.tiling.num_tiles == 1 && job.call.m <= STREAM_ROWS)
-        if (StreamTile tile = find_stream(job.layout.format.bits, int(job.call.m)))
-            return stream(job, tile, first_panel, last_panel, sums);
     long panel_sums = job.block * MAX_TILE_ROWS * PANEL;
-    long ahead = job.stream ? STREAM_AHEAD : job.layout.panel_bytes();
+    long ahead = job.few ? STREAM_AHEAD : job.layout.panel_bytes();
     for (long from = 0; from < job.layout.units; from += job.slice) {
         long to = std::min(from + job.slice, job.layout.units);
         for (long panel = first_panel; panel < last_panel; panel++) {
@@ -229,12 +233,19 @@ void run(const Job& job) {
         else
             pack_tile<bf16>(job, tile);
     });
+    auto scratch = [&](int thread) { return job.scratch + thread * job.per_thread; };
+    if (job.few)
+        return parallel_parts(threads, job.num_panels, [&](long panel, int thread) {
+            if (job.stream)
+                stream(job, panel, (float*)scratch(thread));
+            else
+                multiply_block(job, 0, panel, panel + 1, scratch(thread));
+        });
     long num_blocks = (job.tiling.num_tiles + job.block - 1) / job.block;
-    long at_once = job.panels_at_once(), num_chunks = (job.num_panels + at_once - 1) / at_once;
-    parallel_for(threads, num_blocks * num_chunks, job.stream ? job.chunk : 1, [&](long item, int thread) {
-        long first = item % num_chunks * at_once;
-        multiply_block(job, item / num_chunks * job.block, first, std::min(first + at_once, job.num_panels),
-                       job.scratch + thread * job.per_thread);
+    long num_chunks = (job.num_panels + job.chunk - 1) / job.chunk;
+    parallel_for(threads, num_blocks * num_chunks, 1, [&](long item, int thread) {
+        long first = item % num_chunks * job.chunk, last = std::min(first + job.chunk, job.num_panels);
+        multiply_block(job, item / num_chunks * job.block, first, last, scratch(thread));
     });
 }
 

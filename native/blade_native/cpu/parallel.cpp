@@ -14,6 +14,8 @@ namespace {
 constexpr uint64_t EPOCH = 1 << 17, OPEN = 1 << 16, ACTIVE = OPEN - 1;
 constexpr int SPINS = 8000;  // some 100 us of pauses
 constexpr int SPINS_BEFORE_YIELD = 200;
+constexpr long FETCHED_BYTES = 256 * 1024;  // of a part, at most: half of a small L2
+constexpr int LINES_AT_ONCE = 4;            // fetched between two looks at the state
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,23 +25,71 @@ inline void pause() {
 #endif
 }
 
+// What expect_parts tells. Its fields may be torn when they change: a thread then fetches some lines in vain.
+class Expected {
+public:
+    void set(const char* data, long item_bytes, const Parts& parts) {
+        data_.store(data, std::memory_order_relaxed);
+        item_bytes_.store(item_bytes, std::memory_order_relaxed);
+        count_.store(parts.count, std::memory_order_relaxed);
+        num_.store(parts.num, std::memory_order_relaxed);
+        version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+    }
+
+    // How far one thread has come with fetching.
+    struct Progress {
+        uint64_t version = 0;
+        const char *at = nullptr, *end = nullptr;
+    };
+
+    // Fetches the next lines of a thread's part; false where there are none.
+    bool fetch(int thread, Progress& progress) const {
+        if (uint64_t version = version_.load(std::memory_order_acquire); version != progress.version)
+            progress = start(thread, version);
+        if (progress.at >= progress.end) return false;
+        for (int i = 0; i < LINES_AT_ONCE; i++, progress.at += 64) __builtin_prefetch(progress.at, 0, 2);
+        return true;
+    }
+
+private:
+    Progress start(int thread, uint64_t version) const {
+        long num = num_.load(std::memory_order_relaxed), count = count_.load(std::memory_order_relaxed);
+        if (thread >= num) return {version};
+        long item_bytes = item_bytes_.load(std::memory_order_relaxed);
+        const char* data = data_.load(std::memory_order_relaxed);
+        const char *at = data + thread * count / num * item_bytes, *end = data + (thread + 1) * count / num * item_bytes;
+        return {version, at, std::min(end, at + FETCHED_BYTES)};
+    }
+
+    alignas(64) std::atomic<uint64_t> version_{0};
+    std::atomic<const char*> data_{nullptr};
+    std::atomic<long> item_bytes_{0}, count_{0};
+    std::atomic<int> num_{0};
+};
+
 class Pool {
 public:
+    Expected expected;
+
     void run(int threads, void (*body)(void*, int), void* context) {
         if (threads == 1 || busy_.test_and_set(std::memory_order_acquire)) return body(context, 0);
         grow(threads - 1);
         body_ = body, context_ = context, threads_ = threads;
         uint64_t epoch = (state_.load(std::memory_order_relaxed) & ~(OPEN | ACTIVE)) + EPOCH;
         state_.store(epoch | OPEN);
-        if (num_asleep_.load() > 0) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            wake_.notify_all();
-        }
+        wake();
         body(context, 0);
         state_.fetch_and(~OPEN);
-        for (int spins = 0; state_.load(std::memory_order_acquire) & ACTIVE;)
-            if (++spins % SPINS_BEFORE_YIELD) pause(); else sched_yield();
+        for (int spins = 0; state_.load(std::memory_order_acquire) & ACTIVE;) wait(0, progress_, ++spins);
         busy_.clear(std::memory_order_release);
+    }
+
+    // Has workers that sleep spin again.
+    void wake() {
+        if (num_asleep_.load() == 0) return;
+        std::lock_guard<std::mutex> lock(mutex_);
+        num_calls_++;
+        wake_.notify_all();
     }
 
 private:
@@ -52,8 +102,9 @@ private:
     }
 
     [[noreturn]] void work(int thread) {
+        Expected::Progress progress;
         for (uint64_t seen = 0;;) {
-            uint64_t state = wait_beyond(seen);
+            uint64_t state = wait_beyond(seen, thread, progress);
             seen = state & ~ACTIVE;
             if (thread >= threads_.load(std::memory_order_relaxed)) continue;
             while ((state & ~ACTIVE) == seen && !state_.compare_exchange_weak(state, state + 1)) continue;
@@ -65,18 +116,25 @@ private:
 
     bool fresh(uint64_t state, uint64_t seen) const { return (state & OPEN) && (state & ~ACTIVE) != seen; }
 
+    void wait(int thread, Expected::Progress& progress, int spins) const {
+        if (spins % SPINS_BEFORE_YIELD == 0)
+            sched_yield();
+        else if (!expected.fetch(thread, progress))
+            pause();
+    }
+
     // The state once a job is open that this worker has not seen.
-    uint64_t wait_beyond(uint64_t seen) {
-        uint64_t state;
-        for (int spins = 1; spins < SPINS; spins++) {
-            if (fresh(state = state_.load(std::memory_order_acquire), seen)) return state;
-            if (spins % SPINS_BEFORE_YIELD) pause(); else sched_yield();
+    uint64_t wait_beyond(uint64_t seen, int thread, Expected::Progress& progress) {
+        for (uint64_t state;;) {
+            for (int spins = 1; spins < SPINS; spins++) {
+                if (fresh(state = state_.load(std::memory_order_acquire), seen)) return state;
+                wait(thread, progress, spins);
+            }
+            std::unique_lock<std::mutex> lock(mutex_);
+            num_asleep_++;  // before the state is looked at again: run() stores the state before it looks here
+            wake_.wait(lock, [&, calls = num_calls_] { return fresh(state_.load(), seen) || num_calls_ != calls; });
+            num_asleep_--;
         }
-        std::unique_lock<std::mutex> lock(mutex_);
-        num_asleep_++;  // before the state is looked at again: run() stores the state before it looks here
-        wake_.wait(lock, [&] { return fresh(state = state_.load(), seen); });
-        num_asleep_--;
-        return state;
     }
 
     alignas(64) std::atomic<uint64_t> state_{0};
@@ -86,12 +144,22 @@ private:
     std::atomic<void*> context_{nullptr};
     std::atomic<int> threads_{0};
     int num_workers_ = 0;
+    int num_calls_ = 0;  // to wake up, under the mutex
+    Expected::Progress progress_;  // of the caller
     std::mutex mutex_;
     std::condition_variable wake_;
 };
+
+Pool& pool() {
+    static Pool* pool = new Pool;  // never destroyed: workers may still sleep in it when the process exits
+    return *pool;
+}
 }  // namespace
 
-void run_parallel(int threads, void (*body)(void*, int), void* context) {
-    static Pool* pool = new Pool;  // never destroyed: workers may still sleep in it when the process exits
-    pool->run(threads, body, context);
+void run_parallel(int threads, void (*body)(void*, int), void* context) { pool().run(threads, body, context); }
+
+void wake_workers() { pool().wake(); }
+
+void expect_parts(const char* data, long item_bytes, int threads, long count) {
+    pool().expected.set(data, item_bytes, Parts(threads, count));
 }

@@ -1,15 +1,19 @@
 // Loops over all cores by a pool that never waits for a thread which has not started.
 //
-// Workers join an open loop when they get to it, and everybody takes items from one counter; the caller waits only for
-// workers in the middle of an item. So a core that another process has taken costs its share of the speed, where a
-// team with a barrier at its end (OpenMP's) would wait out the other process's time slice on every operation. A worker
-// without work spins for a moment, for in a model's step the next operation is microseconds away, and then sleeps.
+// Workers join an open loop when they get to it, and the caller waits only for workers in the middle of an item. So a
+// core that another process has taken costs its share of the speed, where a team with a barrier at its end (OpenMP's)
+// would wait out the other process's time slice on every operation. A worker without work spins for a moment, for in a
+// model's step the next operation is microseconds away, and then sleeps; while it spins it fetches what it will read.
 #pragma once
+#include <algorithm>
 #include <atomic>
 
 // Runs body(context, thread) on the calling thread as thread 0 and on up to threads - 1 workers, at the same time or,
 // on a busy machine, not at all: body must take its work from something shared.
 void run_parallel(int threads, void (*body)(void* context, int thread), void* context);
+
+// Tells that work is about to come: waking up takes a thread as long as some operations.
+void wake_workers();
 
 // body(i, thread) for i in [0, count), handed out `grain` at a time in order; thread < threads.
 template <class Body>
@@ -27,3 +31,47 @@ void parallel_for(int threads, long count, long grain, Body body) {
     } loop{body, count, grain};
     run_parallel(count > grain ? threads : 1, Loop::run, &loop);
 }
+
+// [0, count) cut into a part for each thread.
+struct Parts {
+    static constexpr int MOST = 64;
+    long count;
+    int num;
+    Parts(int threads, long count) : count(count), num(int(std::min<long>({threads, MOST, count}))) {}
+    long start(int part) const { return part * count / num; }
+};
+
+// As parallel_for with items that follow each other in memory: each thread takes those of its own part in order, and
+// then helps the others with what is left of theirs.
+template <class Body>
+void parallel_parts(int threads, long count, Body body) {
+    struct alignas(64) Part {
+        std::atomic<long> next;
+        long end;
+    };
+    struct Loop {
+        Body& body;
+        int num;
+        Part parts[Parts::MOST];
+
+        static void run(void* context, int thread) {
+            Loop& loop = *(Loop*)context;
+            for (int i = 0; i < loop.num; i++) {
+                Part& part = loop.parts[(thread + i) % loop.num];
+                for (long at; (at = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;)
+                    loop.body(at, thread);
+            }
+        }
+    };
+    Parts parts(threads, count);
+    Loop loop{body, parts.num, {}};
+    for (int i = 0; i < parts.num; i++) {
+        loop.parts[i].next.store(parts.start(i), std::memory_order_relaxed);
+        loop.parts[i].end = parts.start(i + 1);
+    }
+    run_parallel(parts.num, Loop::run, &loop);
+}
+
+// Tells that the next parallel_parts of this many threads will read data [count][item_bytes], so that threads which
+// wait until then may fetch what begins their parts. A guess will do, and a count of 0 takes it back.
+void expect_parts(const char* data, long item_bytes, int threads, long count);

@@ -1,14 +1,39 @@
 // A recorded step: its kernel calls in order, run without returning to Python in between.
-#include "api.h"
+#include "linear_format.h"
+#include "parallel.h"
 
 struct Instruction {
     int (*kernel)(const void* call);
     const void* call;
 };
 
+extern "C" int blade_linear(const LinearCall* call);
+
+namespace {
+bool is_linear(const Instruction& instruction) { return (const void*)instruction.kernel == (const void*)blade_linear; }
+
+// Threads that wait for their next work fetch weights meanwhile: those of the linear that comes next.
+void expect(const Instruction& instruction) {
+    const LinearCall& call = *(const LinearCall*)instruction.call;
+    const Linear& linear = *call.linear;
+    long panel_bytes = Layout(linear.format, linear.k).panel_bytes();
+    expect_parts(linear.weights, panel_bytes, call.threads, (linear.n + PANEL - 1) / PANEL);
+}
+}  // namespace
+
 // Returns the status of the first call that fails, else OK.
 EXPORT int blade_replay(const Instruction* program, int64_t length) {
-    for (int64_t i = 0; i < length; i++)
-        if (int status = program[i].kernel(program[i].call)) return status;
-    return OK;
+    int status = OK;
+    for (int64_t i = 0, next = 0; i < length && !status; i++) {
+        if (next <= i) {
+            for (next = i + 1; next < length && !is_linear(program[next]);) next++;
+            if (next < length) expect(program[next]);
+        }
+        status = program[i].kernel(program[i].call);
+    }
+    expect_parts(nullptr, 0, 1, 0);
+    return status;
 }
+
+// To be called when a replay is near.
+EXPORT void blade_wake(void) { wake_workers(); }

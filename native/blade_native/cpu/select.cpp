@@ -16,18 +16,38 @@ struct Candidate {
     }
 };
 
-// NaN and +infinity leave their mark on `spoilt`, which else stays 0. max() gives its second operand where one is NaN.
-int64_t argmax(const float* row, long n, float& value) {
+constexpr long CHUNK = 4096;  // logits that a thread looks at together
+
+struct Peak {
+    float value;
+    float spoilt;  // 0, or NaN where there is NaN or +infinity
+};
+
+// max() gives its second operand where one is NaN.
+Peak find_peak(const float* logits, long n) {
     vec::F most = vec::set(-__builtin_inff()), spoilt = vec::zero(), least = vec::set(-3e38f);
-    vec::for_lanes(n, [&](long i, int lanes) {
-        vec::F x = vec::keep(vec::load_some(row + i, lanes), 0, lanes, -__builtin_inff());
+    auto add = [&](vec::F x) {
         most = vec::max(x, most);
         spoilt = vec::fma(vec::max(least, x), vec::zero(), spoilt);
+    };
+    vec::for_lanes(n, [&](long i, int lanes) {
+        vec::F x = vec::load_some(logits + i, lanes);
+        add(lanes == vec::LANES ? x : vec::keep(x, 0, lanes, -__builtin_inff()));
     });
-    value = vec::max_lane(most);
-    const float* at = std::find(row, row + n, value);
-    value += vec::sum(spoilt);
-    return at < row + n ? at - row : 0;
+    return {vec::max_lane(most), vec::sum(spoilt)};
+}
+
+int64_t argmax(const float* row, long n, const Peak* peaks, float& value) {
+    long best = 0, num_chunks = (n + CHUNK - 1) / CHUNK;
+    float spoilt = peaks[0].spoilt;
+    for (long i = 1; i < num_chunks; i++) {
+        if (peaks[i].value > peaks[best].value) best = i;
+        spoilt += peaks[i].spoilt;
+    }
+    value = peaks[best].value + spoilt;
+    const float *from = row + best * CHUNK, *to = std::min(from + CHUNK, row + n);
+    const float* at = std::find(from, to, peaks[best].value);
+    return at < to ? at - row : 0;
 }
 
 // The largest of the floor and sixteen logits; NaN counts for nothing.
@@ -57,9 +77,16 @@ void top_k(const float* row, long n, long k, Candidate* best) {
 
 EXPORT int blade_argmax(const ArgmaxCall* call) {
     auto& c = *call;
-    parallel_for(c.threads, c.rows, 1, [&](long row, int) {
-        c.ids[row] = argmax(c.logits + row * c.n, c.n, c.values[row]);
+    long num_chunks = (c.n + CHUNK - 1) / CHUNK;
+    Scratch scratch(c.rows * num_chunks * sizeof(Peak));
+    Peak* peaks = (Peak*)scratch.data;
+    if (!peaks) return OUT_OF_MEMORY;
+    parallel_parts(c.threads, c.rows * num_chunks, [&](long i, int) {
+        long from = i % num_chunks * CHUNK;
+        peaks[i] = find_peak(c.logits + i / num_chunks * c.n + from, std::min(CHUNK, c.n - from));
     });
+    for (long row = 0; row < c.rows; row++)
+        c.ids[row] = argmax(c.logits + row * c.n, c.n, peaks + row * num_chunks, c.values[row]);
     return OK;
 }
 

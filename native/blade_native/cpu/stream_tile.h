@@ -1,17 +1,18 @@
 // The inner loops of linears over few rows, as in decoding: weights are unpacked in registers on their way from memory,
-// for each is used only once. The arithmetic, and its order, are those of linear_tile.h.
+// for each is used only once, or once for each of a few tiles. The arithmetic, and its order, are those of linear_tile.h.
 #pragma once
 #include <algorithm>
 
 #include "linear_tile.h"
 #include "unpack.h"
 
-constexpr int STREAM_ROWS = 4;       // more rows are worth unpacking a slice for
+constexpr int STREAM_ROWS = 4;       // taller tiles are worth unpacking a slice for
 constexpr long STREAM_AHEAD = 2048;  // bytes between what is read and what is prefetched
-constexpr long STREAM_UNITS = 64;    // of dense weights, between visits to the sums
 
-// A panel's packed weights times R rows of activations, onto floats c [R][32].
-typedef void (*StreamTile)(const Layout& layout, const char* packed, const char* activations, float* c);
+// Units [from, to) of a panel's packed weights times R rows of their activations, onto floats c [R][32]. `fetch`: what
+// lies STREAM_AHEAD is to be prefetched.
+typedef void (*StreamTile)(const Layout& layout, const char* packed, long from, long to, const char* activations,
+                           float* c, bool fetch);
 
 INLINE void prefetch_lines(const char* at, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
@@ -19,31 +20,31 @@ INLINE void prefetch_lines(const char* at, long bytes) {
 
 // bf16 words [units][32], activations floats [2 units][R]. Only where no instruction multiplies bf16.
 template <int R>
-void stream_bf16(const Layout& layout, const char* packed, const char* activations, float* c) {
+void stream_bf16(const Layout&, const char* packed, long from, long to, const char* activations, float* c,
+                 bool fetch) {
     constexpr int NV = TILE_VECTORS<R>;
-    for (long from = 0; from < layout.units; from += STREAM_UNITS)
-        for (int first = 0; first < PANEL; first += NV * vec::LANES) {
-            long to = std::min(from + STREAM_UNITS, layout.units);
-            const uint32_t* words = (const uint32_t*)packed + from * PANEL + first;
-            const float* a = (const float*)activations + from * 2 * R;
-            vec::F sums[R][NV];
+    for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+        const uint32_t *words = (const uint32_t*)packed + from * PANEL + first, *end = words + (to - from) * PANEL;
+        const float* a = (const float*)activations;
+        const long ahead = fetch ? STREAM_AHEAD : 0;
+        vec::F sums[R][NV];
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
-            for (long u = from; u < to; u++, words += PANEL, a += 2 * R)
-                for (int v = 0; v < NV; v++) {
-                    prefetch_lines((const char*)(words + v * vec::LANES) + STREAM_AHEAD, 64);
-                    vec::W word = vec::word(words + v * vec::LANES);
-                    vec::F even = vec::as_float(vec::shift<16>(word)), odd = vec::as_float(vec::high_halves(word));
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
+        for (; words < end; words += PANEL, a += 2 * R)
+            for (int v = 0; v < NV; v++) {
+                prefetch_lines((const char*)(words + v * vec::LANES) + ahead, 64);
+                vec::W word = vec::word(words + v * vec::LANES);
+                vec::F even = vec::as_float(vec::shift<16>(word)), odd = vec::as_float(vec::high_halves(word));
 #pragma GCC unroll 16
-                    for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(a[r]), sums[r][v]);
+                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(a[r]), sums[r][v]);
 #pragma GCC unroll 16
-                    for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(a[R + r]), sums[r][v]);
-                }
+                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(a[R + r]), sums[r][v]);
+            }
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
-        }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
+    }
 }
 
 // sums[r][v] += q of 16 NV channels of one group . q of the activations x; `low` and `high` are the channels' bits.
@@ -76,14 +77,17 @@ INLINE void stream_dot(const uint32_t* low, const uint32_t* high, const uint32_t
 }
 
 template <int BITS, int R>
-void stream_groups(const Layout& layout, const char* packed, const char* activations, float* c) {
+void stream_groups(const Layout& layout, const char* packed, long from, long to, const char* activations, float* c,
+                   bool fetch) {
     constexpr int WORDS = ByteDot<BITS>::WORDS, NV = TILE_VECTORS<R>;
     const Format& f = layout.format;
-    const char *header = packed, *unit = packed;
-    for (long u = 0; u < layout.units; u++, unit += layout.unit_bytes) {
-        if (u % layout.block == 0) header = unit, unit += layout.block_header;
-        prefetch_lines(unit + STREAM_AHEAD, layout.unit_bytes);
-        ActivationGroup<R, WORDS> group(activations + u * R * activation_bytes(layout.steps, WORDS));
+    const char *header = packed + layout.header_of(from), *unit = packed + layout.offset_of(from);
+    const long group_bytes = R * activation_bytes(layout.steps, WORDS);
+    long left = layout.block - from % layout.block;  // units of the block
+    for (long u = from; u < to; u++, left--, unit += layout.unit_bytes, activations += group_bytes) {
+        if (left == 0) left = layout.block, header = unit, unit += layout.block_header;
+        if (fetch) prefetch_lines(unit + STREAM_AHEAD, layout.unit_bytes);
+        ActivationGroup<R, WORDS> group(activations);
         for (int first = 0; first < PANEL; first += NV * vec::LANES) {
             vec::I sums[R][NV];
 #pragma GCC unroll 16

@@ -1,4 +1,5 @@
-// How many rows of activations a tile of an inner loop takes: as many as keep all sums in registers.
+// What the inner loops of a level look like: how many rows of activations a tile takes, as many as keep all sums in
+// registers, and whether bf16 has to be widened.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -13,3 +14,9 @@ constexpr int NARROW_TILE_ROWS = 1;
 #endif
 template <int R>
 constexpr int TILE_VECTORS = NARROW_TILE_ROWS && R > NARROW_TILE_ROWS ? 1 : 2;  // of 16 channels at a time
+
+#ifdef __AVX512BF16__
+constexpr bool WIDENS_BF16 = false;
+#else
+constexpr bool WIDENS_BF16 = true;  // no instruction multiplies bf16: both operands become floats
+#endif

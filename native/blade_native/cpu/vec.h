@@ -1,7 +1,7 @@
 // Sixteen lanes of 32 bits, whatever the machine has: F holds floats, I int32 and W raw words (two bf16, one float or
 // four bytes per lane). The level is chosen by the compiler's flags; every source is compiled once per level.
 //
-// Each level header defines, in namespace vec, the types F, I, W, the register tile height MAX_ROWS, and:
+// Each level header defines, in namespace vec, the types F, I, W, and:
 //   zero set load store add sub mul div fma max sum max_lane scale2 round_to_int keep word splat as_float to_float
 //   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits either shift store_word
 //   even_bytes odd_bytes add_dot_shorts

@@ -10,7 +10,6 @@ struct I {
     __m256i a, b;
 };
 typedef I W;
-constexpr int MAX_ROWS = 3;  // 12 accumulators of a 32-channel panel and 3 temporaries fit 16 registers
 
 INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

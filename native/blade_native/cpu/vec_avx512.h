@@ -6,7 +6,6 @@ namespace vec {
 typedef __m512 F;
 typedef __m512i I;
 typedef __m512i W;
-constexpr int MAX_ROWS = 12;  // 24 accumulators of a 32-channel panel, 2 weights and 1 activation fit 32 registers
 
 INLINE F zero() { return _mm512_setzero_ps(); }
 INLINE F set(float x) { return _mm512_set1_ps(x); }

@@ -14,7 +14,6 @@ struct I {
     I4 v[4];
 };
 typedef I W;
-constexpr int MAX_ROWS = 2;
 
 // Applies an expression of q = 0..3 to the four quarters.
 #define QUARTERS(T, expression) \

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blade import Batch
-from blade_native.simd.arena import Arenas, Buffer, Use
+from blade_native.simd.arena import Arenas, Buffer, Use, assign
 from blade_native.simd.library import Kernel, Library, check_status
 
 log = logging.getLogger("blade.native")
@@ -83,25 +83,51 @@ class Instruction(ctypes.Structure):
     _fields_ = (("kernel", ctypes.c_void_p), ("call", ctypes.c_void_p))
 
 
-class Capture:
-    """A pass over one shape of batch, ready to be replayed."""
+class Program:
+    """Kernel calls in order, run without returning to Python in between."""
 
-    def __init__(self, library: Library, batch: Batch, tape: Tape, steps: list[Any], logits: Tensor) -> None:
-        self._replay = library.replay
-        self._batch, self._steps = batch, steps
-        self._calls = [call for _, call in tape]  # the program points at them
-        instructions = [Instruction(kernel.address, ctypes.addressof(call)) for kernel, call in tape]
-        self._program = (Instruction * len(tape))(*instructions)
+    def __init__(self, library: Library, tape: Tape) -> None:
+        self.tape = tape  # the instructions point at its calls
+        self._instructions = (Instruction * len(tape))(
+            *(Instruction(kernel.address, ctypes.addressof(call)) for kernel, call in tape)
+        )
+        self._replay, self.wake = library.replay, library.wake
+        self._address = ctypes.addressof(self._instructions)
+
+    def run(self) -> None:
+        check_status(self._replay(self._address, len(self.tape)))
+
+    def run_one(self, index: int) -> None:
+        """One of the calls alone, for measurements."""
+        check_status(self._replay(self._address + index * ctypes.sizeof(Instruction), 1))
+
+
+class Capture:
+    """A pass over one shape of batch, ready to be replayed. `uses`: all pointers among its calls' arguments."""
+
+    def __init__(self, program: Program, batch: Batch, uses: list[Use], steps: list[Any], logits: Tensor) -> None:
+        self.program = program
+        self._steps = steps
         self._logits = logits
+        self._ids, self._rows = (_pointers(x, uses) for x in (batch.input_ids, batch.logits_rows))
 
     def replay(self, batch: Batch) -> Tensor:
         """The logits, good until the next replay of any capture."""
-        self._batch.input_ids.copy_(batch.input_ids)
-        self._batch.logits_rows.copy_(batch.logits_rows)
+        self.program.wake()
+        for pointers, x in ((self._ids, batch.input_ids), (self._rows, batch.logits_rows)):
+            address = x.data_ptr()
+            for call, field, offset in pointers:
+                setattr(call, field, address + offset)
         for step in self._steps:
             step.update(batch)
-        check_status(self._replay(ctypes.addressof(self._program), len(self._program)))
+        self.program.run()
         return self._logits
+
+
+def _pointers(x: Tensor, uses: list[Use]) -> list[tuple[ctypes.Structure, str, int]]:
+    """Where the calls point into x, and how many bytes after its start."""
+    buffers = assign([Buffer(x.data_ptr(), x.numel() * x.itemsize)], uses)
+    return [(use.call, use.field, (use.address or 0) - x.data_ptr()) for buffer in buffers for use in buffer.uses]
 
 
 class CapturedForward:
@@ -114,6 +140,10 @@ class CapturedForward:
         self._captures: OrderedDict[Shape, Capture] = OrderedDict()
         self._seen: set[Shape] = set()
         self._enabled = True
+
+    @property
+    def captures(self) -> Mapping[Shape, Capture]:
+        return self._captures
 
     def __call__(self, batch: Batch) -> Tensor:
         shape = (len(batch.input_ids), len(batch.logits_rows), len(batch.context_lens))
@@ -164,5 +194,5 @@ class CapturedForward:
         kept = self._arenas.place(buffers, uses, logits)
         if len(self._captures) == MAX_CAPTURES:
             self._captures.popitem(last=False)
-        self._captures[shape] = Capture(self._library, static, tape, steps, kept)
+        self._captures[shape] = Capture(Program(self._library, tape), static, uses, steps, kept)
         return logits

@@ -11,6 +11,7 @@ from typing import Any
 
 from blade import ConfigError
 from blade_native.simd import build
+from blade_native.simd.memory import Regions
 
 MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # as blade_machine_level counts them
 
@@ -147,6 +148,7 @@ class Library:
     def __init__(self, level: str) -> None:
         self.level = level
         self.recording = Recording()
+        self.regions = Regions()  # of packed weights
         self._dll = open_library(level)
         for name in CALLS:
             setattr(self, name, Kernel(self._dll, name, self.recording))
@@ -155,8 +157,9 @@ class Library:
         self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
         self.read = self._function("read", PTR, LONG, INT)
         self.replay = self._function("replay", PTR, LONG)
+        self.wake = self._function("wake", result=None)
 
-    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., int]:
+    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., Any]:
         function = self._dll[f"blade_{name}"]
         function.argtypes, function.restype = arguments, result
         return function

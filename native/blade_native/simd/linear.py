@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.library import CFormat, CLinear, Library
-from blade_native.simd.memory import allocate
 
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 PANEL = 32  # output channels per panel
@@ -103,10 +103,38 @@ def pack_dense(library: Library, weight: Tensor, bias: Tensor | None, threads: i
         weight = F.pad(weight, (0, 1))  # whole 32-bit words
     bias, weight = pad_bias(bias), weight.contiguous()
     linear = CLinear(CFormat(BITS[dtype]), n, weight.shape[1], None, bias_at(bias))
-    weights = allocate(library.packed_bytes(ctypes.byref(linear)))
-    linear.weights = weights.data_ptr()
+    weights = place(library, linear)
     library.pack_dense(ctypes.byref(linear), weight.data_ptr(), threads)
     return PackedLinear(library, linear, dtype, weights, bias, threads, k)
+
+
+def pack_side_by_side(
+    library: Library,
+    form: CFormat,
+    sizes: Seq[int],
+    k: int,
+    bias: Tensor | None,
+    threads: int,
+    pack: Callable[[CLinear, int], object],
+) -> PackedLinear:
+    """One linear over matrices [n, k] of one format, n from `sizes`, of which all but the last fill whole panels;
+    pack(linear, i) fills the weights of matrix i."""
+    bias = pad_bias(bias)
+    linear = CLinear(form, sum(sizes), k, None, bias_at(bias))
+    weights = place(library, linear)
+    at = weights.data_ptr()
+    for i, n in enumerate(sizes):
+        part = CLinear(form, n, k, at, None)
+        pack(part, i)
+        at += library.packed_bytes(ctypes.byref(part))
+    return PackedLinear(library, linear, None, weights, bias, threads)
+
+
+def place(library: Library, linear: CLinear) -> Tensor:
+    """Memory for the packed weights, to which `linear` then points."""
+    weights = library.regions.allocate(library.packed_bytes(ctypes.byref(linear)))
+    linear.weights = weights.data_ptr()
+    return weights
 
 
 def pad_bias(bias: Tensor | None) -> Tensor | None:

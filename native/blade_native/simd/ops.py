@@ -15,7 +15,7 @@ from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.grouped import pack_grouped
 from blade_native.simd.library import Library
-from blade_native.simd.linear import PackedLinear, StackedLinear, pack_dense
+from blade_native.simd.linear import PackedLinear, pack_dense
 
 
 class SimdOps:
@@ -49,12 +49,8 @@ class SimdOps:
 
         Raises ValueError naming the field that no kernel covers; see grouped.covers.
         """
-        if isinstance(weights, GroupedWeight):
-            return pack_grouped(self.library, weights, bias, self.threads)
-        sizes = [len(weight.q) for weight in weights]
-        biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
-        parts = [pack_grouped(self.library, *part, self.threads) for part in zip(weights, biases, strict=True)]
-        return parts[0] if len(parts) == 1 else StackedLinear(parts)
+        several = [weights] if isinstance(weights, GroupedWeight) else weights
+        return pack_grouped(self.library, several, bias, self.threads)
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
