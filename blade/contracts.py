@@ -13,6 +13,7 @@ from blade.types import (
     Batch,
     CaptureOptions,
     EngineStats,
+    GGMLBlocks,
     GroupedWeight,
     KVCache,
     KVSpec,
@@ -143,6 +144,10 @@ class Ops(Protocol):
 
     def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
         """The linears over quantised matrices stacked along N, each in its own format, on the CPU; bias [sum of N]."""
+        ...
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        """The same over matrices in GGML's blocks; None where one is of a kind that no kernel takes as it is."""
         ...
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ from blade.checkpoint.gguf_dequant import PLAIN_DTYPES, dequantize
 from blade.checkpoint.gguf_grouped import BITS, grouped
 from blade.checkpoint.gguf_names import hf_name
 from blade.errors import CheckpointError
+from blade.types import GGMLBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +85,12 @@ class GGUFWeights:
     def grouped(self, name: str) -> GroupedWeight:
         """A matrix in blocks as the file has it, without loss."""
         return grouped(*self.raw(name))
+
+    def blocks(self, name: str) -> GGMLBlocks:
+        """The same in the file's own bytes."""
+        kind, raw = self.raw(name)
+        n, k = self.shape(name)
+        return GGMLBlocks(kind.name, (n, k), raw)
 
     def grouped_bytes(self, name: str) -> int | None:
         """Bytes of what `grouped` gives, its integers packed: those in the file. None for plain numbers and for what is

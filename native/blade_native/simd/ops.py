@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+from blade import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache
 from blade.contracts import Linear, Model, Ops
+from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.grouped import pack_grouped
@@ -51,10 +52,14 @@ class SimdOps:
         """
         if isinstance(weights, GroupedWeight):
             return pack_grouped(self.library, weights, bias, self.threads)
-        sizes = [len(weight.q) for weight in weights]
-        biases = [None] * len(sizes) if bias is None else bias.split_with_sizes(sizes)
-        parts = [pack_grouped(self.library, *part, self.threads) for part in zip(weights, biases, strict=True)]
-        return parts[0] if len(parts) == 1 else StackedLinear(parts)
+        biases = split_bias(bias, [len(weight.q) for weight in weights])
+        return stack([pack_grouped(self.library, *part, self.threads) for part in zip(weights, biases, strict=True)])
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        if any(part.kind not in KINDS for part in blocks):
+            return None
+        biases = split_bias(bias, [part.shape[0] for part in blocks])
+        return stack([pack_blocks(self.library, *part, self.threads) for part in zip(blocks, biases, strict=True)])
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
@@ -142,6 +147,14 @@ class SimdOps:
         ids = torch.empty(logits.shape[0], k, dtype=torch.int64)
         self.library.top_k(logits.data_ptr(), *logits.shape, k, values.data_ptr(), ids.data_ptr(), self.threads)
         return values, ids
+
+
+def split_bias(bias: Tensor | None, sizes: Seq[int]) -> Seq[Tensor | None]:
+    return [None] * len(sizes) if bias is None else bias.split_with_sizes(list(sizes))
+
+
+def stack(parts: Seq[PackedLinear]) -> Linear:
+    return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
 
 def rows_of(x: Tensor, d: int) -> tuple[int, int, int]:
