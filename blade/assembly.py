@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blade.errors import CheckpointError, ConfigError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from blade.engine.memory import MemoryPlan
     from blade.plugins import Plugins
     from blade.quantization import WeightForm
+    from blade.registry import Registry
     from blade.types import DefaultCheckpoint, ModelConfig
 
 
@@ -81,8 +83,9 @@ class Assembly:
         return plan_memory(self.config.engine, available, block_bytes, self.max_context, on_cpu)
 
 
-def choose(config: Config, plugins: Plugins) -> Assembly:
-    """Resolve every name of the config. Raises ConfigError, PluginError or CheckpointError with a remedy."""
+def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
+    """Resolve every name of the config; with `to_load`, the weights are about to be loaded. Raises ConfigError,
+    PluginError or CheckpointError with a remedy."""
     from blade.checkpoint.open import open_checkpoint
     from blade.checkpoint.progress import console_progress
     from blade.checkpoint.source import resolve
@@ -90,13 +93,16 @@ def choose(config: Config, plugins: Plugins) -> Assembly:
 
     _check_names(config, plugins)
     check_quantize(config.model.quantize, plugins)
+    backends = plugins.registry("register_backends")
     default = _default_checkpoint(config, plugins)
     with console_progress() as progress:
         path = resolve(config.model, default, progress)
-    checkpoint = open_checkpoint(path)
+    if to_load:
+        _prepare(config, path, backends)
+    checkpoint = open_checkpoint(path)  # the last thing that needs no torch
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
-    ops: Ops = plugins.registry("register_backends").create(_device(config.engine.device), config.engine.threads)
+    ops: Ops = backends.create(_device(config.engine.device), config.engine.threads)
     dtype = _dtype(config, ops)
     return Assembly(
         config=config,
@@ -141,6 +147,19 @@ def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan) -> Engine
         drafter = plugins.registry("register_drafters").create(config.drafter, config)
     limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
     return Engine(executor, scheduler, blocks, config, limits, drafter)
+
+
+def _prepare(config: Config, path: Path, backends: Registry) -> None:
+    """Let the device's backend begin; see hookspecs.register_backends."""
+    from blade.checkpoint.open import stored_bytes
+    from blade.quantization import NONE
+
+    device = config.engine.device
+    if device == "auto":  # asking torch would take as long as what is to be gained
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    begin = getattr(backends[device], "prepare", None)
+    if begin is not None:
+        begin(stored_bytes(path) // (1 if config.model.quantize in (None, NONE) else 4))
 
 
 def _check_names(config: Config, plugins: Plugins) -> None:

@@ -67,6 +67,10 @@ class Weights(Protocol):
         """The tensor on the CPU, dequantised where the file holds blocks; in its own dtype unless one is asked for."""
         ...
 
+    def release(self, names: Iterable[str]) -> None:
+        """The caller keeps nothing that it was given of these tensors: they need not stay in memory."""
+        ...
+
 
 class Linear(Protocol):
     """y = x W^T + b, however W is kept: [..., K] -> [..., N]."""

@@ -8,6 +8,7 @@
 #include "parallel.h"
 
 namespace {
+constexpr int AHEAD = 256;                        // bytes of a row; too many rows are read at once for the hardware to see
 constexpr uint64_t BYTES = 0x0101010101010101;  // 1 in each byte
 
 INLINE uint64_t eight(const uint8_t* from) {
@@ -141,7 +142,9 @@ void pack(const Linear& linear, const uint8_t* blocks, int threads) {
         for (long b = 0; b < per_row; b++) {
             char *header = panel + layout.header_of(b * GROUPS), *units = panel + layout.offset_of(b * GROUPS);
             for (int lane = 0; lane < lanes; lane++) {
-                Kind::unpack(rows + (lane * per_row + b) * Kind::NUM_BYTES, block);
+                const uint8_t* from = rows + (lane * per_row + b) * Kind::NUM_BYTES;
+                __builtin_prefetch(from + AHEAD);
+                Kind::unpack(from, block);
                 put_header(f, &block.scale, &block.offset, lane, header);
                 const uint8_t* q = (const uint8_t*)block.q;
                 for (int g = 0; g < GROUPS; g++, q += Kind::GROUP) {

@@ -2,22 +2,24 @@
 #pragma once
 #include "unpack.h"
 
-// One channel's q of a group, at its lane of the unit's bits.
+// One channel's q of a group, at its lane of the unit's bits: two steps, eight numbers, at a time.
 template <int BITS>
 INLINE void put_bits(const uint8_t* q, int steps, int lane, uint32_t* low) {
     constexpr int EXTRA = high_bits(BITS), SPAN = SPAN_STEPS<BITS>;
-    uint32_t *high = low + steps / 2 * PANEL, extra = 0, nibbles = 0;
-    for (int s = 0; s < steps; s++) {
-        uint32_t word;
-        memcpy(&word, q + 4 * s, 4);
+    constexpr uint64_t BYTES = 0x0101010101010101;  // 1 in each byte
+    uint32_t *high = low + steps / 2 * PANEL + lane, extra = 0;
+    low += lane;
+    for (int s = 0; s < steps; s += 2) {
+        uint64_t numbers;
+        memcpy(&numbers, q + 4 * s, 8);
         if constexpr (BITS == 8) {
-            low[s * PANEL + lane] = word;
+            low[s * PANEL] = uint32_t(numbers), low[(s + 1) * PANEL] = uint32_t(numbers >> 32);
             continue;
         }
-        nibbles |= (word & 0x0f0f0f0f) << s % 2 * 4;
-        extra |= (word >> 4 & 0x0f0f0f0f) << s % SPAN * EXTRA;
-        if (s % 2) low[s / 2 * PANEL + lane] = nibbles, nibbles = 0;
-        if (EXTRA && s % SPAN == SPAN - 1) high[s / SPAN * PANEL + lane] = extra, extra = 0;
+        uint64_t nibbles = numbers & 15 * BYTES, above = numbers >> 4 & ((1 << EXTRA) - 1) * BYTES;
+        low[s / 2 * PANEL] = uint32_t(nibbles | nibbles >> 28);  // the second step's beside the first's
+        extra |= uint32_t(above | above >> (32 - EXTRA)) << s % SPAN * EXTRA;
+        if (EXTRA && s % SPAN == SPAN - 2) high[s / SPAN * PANEL] = extra, extra = 0;
     }
 }
 

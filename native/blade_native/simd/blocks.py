@@ -10,7 +10,6 @@ from blade import GGMLBlocks
 from blade_native.simd.grouped import CODES, HALF, NONE
 from blade_native.simd.library import CFormat, CLinear, Library
 from blade_native.simd.linear import PackedLinear, bias_at, pad_bias
-from blade_native.simd.memory import allocate
 
 UNSIGNED, SIGNED = CODES.values()
 KINDS = {  # GGML's number, and the format of the panels: bits, group, scales, offsets, block
@@ -30,7 +29,7 @@ def pack_blocks(library: Library, blocks: GGMLBlocks, bias: Tensor | None, threa
     number, form = KINDS[blocks.kind]
     bias, raw = pad_bias(bias), blocks.raw.contiguous()
     linear = CLinear(form, *blocks.shape, None, bias_at(bias))
-    weights = allocate(library.packed_bytes(ctypes.byref(linear)))
+    weights = library.regions.allocate(library.packed_bytes(ctypes.byref(linear)))
     linear.weights = weights.data_ptr()
     library.pack_blocks(ctypes.byref(linear), raw.data_ptr(), number, threads)
     return PackedLinear(library, linear, None, weights, bias, threads)

@@ -10,7 +10,6 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
 from blade_native.simd.linear import PackedLinear, bias_at, pad_bias
-from blade_native.simd.memory import allocate
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
@@ -71,7 +70,7 @@ def pack_grouped(library: Library, weight: GroupedWeight, bias: Tensor | None, t
         raise ValueError(reason)
     bias = pad_bias(bias)
     linear = CLinear(_format(weight), *weight.q.shape, None, bias_at(bias))
-    weights = allocate(library.packed_bytes(ctypes.byref(linear)))
+    weights = library.regions.allocate(library.packed_bytes(ctypes.byref(linear)))
     linear.weights = weights.data_ptr()
     offsets = weight.zeros if weight.minima is None else weight.minima
     sources = [weight.q, weight.scales, offsets, weight.block_scales, weight.block_minima]

@@ -11,6 +11,7 @@ from typing import Any
 
 from blade import ConfigError
 from blade_native.simd import build
+from blade_native.simd.memory import Regions
 
 MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # as blade_machine_level counts them
 
@@ -145,6 +146,7 @@ class Library:
     def __init__(self, level: str) -> None:
         self.level = level
         self.recording = Recording()
+        self.regions = Regions()  # of packed weights
         self._dll = open_library(level)
         for name in CALLS:
             setattr(self, name, Kernel(self._dll, name, self.recording))
@@ -153,6 +155,7 @@ class Library:
         self.pack_blocks = self._function("pack_blocks", LINEAR, PTR, INT, INT)
         self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
         self.read = self._function("read", PTR, LONG, INT)
+        self.touch = self._function("touch", PTR, LONG)
         self.replay = self._function("replay", PTR, LONG)
 
     def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., int]:

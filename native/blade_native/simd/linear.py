@@ -11,7 +11,6 @@ from torch import Tensor
 
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.library import CFormat, CLinear, Library
-from blade_native.simd.memory import allocate
 
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 PANEL = 32  # output channels per panel
@@ -103,7 +102,7 @@ def pack_dense(library: Library, weight: Tensor, bias: Tensor | None, threads: i
         weight = F.pad(weight, (0, 1))  # whole 32-bit words
     bias, weight = pad_bias(bias), weight.contiguous()
     linear = CLinear(CFormat(BITS[dtype]), n, weight.shape[1], None, bias_at(bias))
-    weights = allocate(library.packed_bytes(ctypes.byref(linear)))
+    weights = library.regions.allocate(library.packed_bytes(ctypes.byref(linear)))
     linear.weights = weights.data_ptr()
     library.pack_dense(ctypes.byref(linear), weight.data_ptr(), threads)
     return PackedLinear(library, linear, dtype, weights, bias, threads, k)

@@ -35,6 +35,7 @@ class SimdOps:
         return torch.bfloat16
 
     def available_memory(self) -> int:
+        self.library.regions.close()  # what the weights have left of it is free as well
         return self.base.available_memory()
 
     def to_device(self, x: Tensor) -> Tensor:
@@ -53,13 +54,15 @@ class SimdOps:
         if isinstance(weights, GroupedWeight):
             return pack_grouped(self.library, weights, bias, self.threads)
         biases = split_bias(bias, [len(weight.q) for weight in weights])
-        return stack([pack_grouped(self.library, *part, self.threads) for part in zip(weights, biases, strict=True)])
+        parts = zip(weights, biases, strict=True)
+        return stack([pack_grouped(self.library, *part, self.threads) for part in parts])
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
-        if any(part.kind not in KINDS for part in blocks):
+        if any(each.kind not in KINDS for each in blocks):
             return None
-        biases = split_bias(bias, [part.shape[0] for part in blocks])
-        return stack([pack_blocks(self.library, *part, self.threads) for part in zip(blocks, biases, strict=True)])
+        biases = split_bias(bias, [each.shape[0] for each in blocks])
+        parts = zip(blocks, biases, strict=True)
+        return stack([pack_blocks(self.library, *part, self.threads) for part in parts])
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
