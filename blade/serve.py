@@ -56,7 +56,8 @@ def link_torch() -> None:
     if dlopen is not None and spec is not None and spec.origin is not None:
         dlopen.restype = ctypes.c_void_p
         library = Path(spec.origin).parent / "lib" / "libtorch_python.so"
-        threading.Thread(target=dlopen, args=(os.fsencode(library), os.RTLD_NOW), daemon=True).start()
+        # No daemon, so that an exit waits: the libraries' constructors must not meet their destructors.
+        threading.Thread(target=dlopen, args=(os.fsencode(library), os.RTLD_NOW)).start()
 
 
 def dry_run(config: Config) -> None:

@@ -27,12 +27,12 @@ def resident(path: Path) -> int:
 
 
 def touch(memory: mmap.mmap) -> int:
-    return sum(memory[:: mmap.PAGESIZE])
+    return sum(memory[7 :: mmap.PAGESIZE])
 
 
 def test_whole_pages_leave_and_come_back(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(bytes(range(1, 257)) * (PAGES * mmap.PAGESIZE // 256))
+    path.write_bytes(bytes(range(256)) * (PAGES * mmap.PAGESIZE // 256))
     memory = map_file(path)
     total = touch(memory)
     assert resident(path) == PAGES * mmap.PAGESIZE
