@@ -18,14 +18,15 @@ TOUCHED_AT_ONCE = 4 * HUGE_PAGE  # bytes
 
 
 class Region:
-    """Zeroed memory, aligned to huge pages and advised to use them. Tensors in it keep it alive."""
+    """Zeroed memory, aligned to huge pages and advised to use them from `small` bytes on. Tensors in it keep it
+    alive."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, small: int = 0) -> None:
         self._map = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._start = -ctypes.addressof(ctypes.c_char.from_buffer(self._map)) % HUGE_PAGE
         self.num_bytes = num_bytes
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE, self._start, num_bytes)
+            self._map.madvise(mmap.MADV_HUGEPAGE, self._start + small, num_bytes - small)
 
     @property
     def address(self) -> int:
@@ -96,9 +97,9 @@ class Regions:
             if buffer is not None:
                 return buffer
             if num_bytes >= REGION // 2:
-                return allocate(num_bytes)
+                return Region(num_bytes).tensor(0, num_bytes)
             if self._rest is None or num_bytes > len(self._rest):
-                self._rest = allocate(REGION)
+                self._rest = Region(REGION).tensor(0, REGION)
             buffer, self._rest = self._rest[:num_bytes], self._rest[-(-num_bytes // LINE) * LINE :]
             return buffer
 
@@ -111,9 +112,10 @@ class Regions:
 
 
 def allocate(num_bytes: int) -> Tensor:
-    """A zeroed uint8 tensor, on huge pages where it is large enough for them to matter."""
+    """A zeroed uint8 tensor for what grows from its start, as a KV cache does: on huge pages, but for the first of them,
+    for each layer's K and V would take one, megabytes to be zeroed, with the first token."""
     import torch
 
-    if num_bytes < HUGE_PAGE:
+    if num_bytes <= HUGE_PAGE:
         return torch.zeros(num_bytes, dtype=torch.uint8)
-    return Region(num_bytes).tensor(0, num_bytes)
+    return Region(num_bytes, small=HUGE_PAGE).tensor(0, num_bytes)
