@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blade.config import ModelOptions
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from blade.engine.speculation import Speculator
     from blade.plugins import Plugins
     from blade.quantization import WeightForm
+    from blade.registry import Registry
     from blade.types import DefaultCheckpoint, ModelConfig
 
 
@@ -101,20 +103,21 @@ class Assembly:
         return plan_memory(self.config.engine, available, self.block_bytes, self.max_context, on_cpu)
 
 
-def choose(config: Config, plugins: Plugins) -> Assembly:
-    """Resolve every name of the config. Raises ConfigError, PluginError or CheckpointError with a remedy."""
-    assembly = _choose(config, plugins)
+def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
+    """Resolve every name of the config; with `to_load`, the weights are about to be loaded. Raises ConfigError,
+    PluginError or CheckpointError with a remedy."""
+    assembly = _choose(config, plugins, to_load)
     if config.draft.model is None:
         if DRAFT_MODEL in config.engine.drafter:
             raise ConfigError(f"--drafter {DRAFT_MODEL} has no model to draft with.", "Name one with --draft.model.")
         return assembly
     options = {field.name: getattr(config.draft, field.name) for field in fields(config.draft)}
     model = ModelOptions(**options, served_model_name=None)
-    draft = _choose(replace(config, model=model), plugins, assembly)
+    draft = _choose(replace(config, model=model), plugins, target=assembly)
     return replace(assembly, draft=replace(draft, max_context=min(draft.max_context, assembly.max_context)))
 
 
-def _choose(config: Config, plugins: Plugins, target: Assembly | None = None) -> Assembly:
+def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Assembly | None = None) -> Assembly:
     """`target`: the model that this one drafts for."""
     from blade.checkpoint.open import open_checkpoint
     from blade.checkpoint.progress import console_progress
@@ -123,14 +126,17 @@ def _choose(config: Config, plugins: Plugins, target: Assembly | None = None) ->
 
     _check_names(config, plugins)
     check_quantize(config.model.quantize, plugins)
+    backends = plugins.registry("register_backends")
     default = _default_checkpoint(config, plugins)
     with console_progress() as progress:
         path = resolve(config.model, default, progress)
-    checkpoint = open_checkpoint(path)
+    if to_load:
+        _prepare(config, path, backends)
+    checkpoint = open_checkpoint(path)  # the last thing that needs no torch
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
     device, threads = _device(config.engine.device), config.engine.threads
-    ops: Ops = target.ops if target else plugins.registry("register_backends").create(device, threads)
+    ops: Ops = target.ops if target else backends.create(device, threads)
     dtype = _dtype(config, ops)
     make_attention = plugins.registry("register_attention").create
     attention: Attention = target.attention if target else make_attention(config.engine.attention, ops)
@@ -214,6 +220,19 @@ def _speculator(
         for drafter in drafters:
             rehearse(drafter, config.num_draft_tokens, limits.vocab_size)
     return Speculator(drafters, costs, config.num_draft_tokens, limits.max_context)
+
+
+def _prepare(config: Config, path: Path, backends: Registry) -> None:
+    """Let the device's backend begin; see hookspecs.register_backends."""
+    from blade.checkpoint.open import stored_bytes
+    from blade.quantization import NONE
+
+    device = config.engine.device
+    if device == "auto":  # asking torch would take as long as what is to be gained
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    begin = getattr(backends[device], "prepare", None)
+    if begin is not None:
+        begin(stored_bytes(path) // (1 if config.model.quantize in (None, NONE) else 4))
 
 
 def _check_names(config: Config, plugins: Plugins) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import importlib.util
 import os
 import sys
-import threading
-from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -47,7 +42,6 @@ def serve(
     dry_run
         Print the resolved configuration, the memory plan and the equivalent command, and stop.
     """
-    gc.disable()  # a start makes objects and drops few: collecting costs a tenth of it; blade.serve turns it on again
     from blade import serve as server_main
 
     config = Config(plugins=plugins, model=model, draft=draft, engine=engine, server=server)
@@ -79,8 +73,11 @@ def launch(
         Load this plugin; repeat for more (and see BLADE_PLUGINS, a comma-separated list of others). A model family's
         plugin also brings its default checkpoint.
     """
+    gc.disable()  # a start makes objects and drops few: collecting costs a tenth of it; blade.serve turns it on again
     if "serve" in tokens:
-        threading.Thread(target=_link_torch, daemon=True).start()
+        from blade.serve import link_torch
+
+        link_torch()
     from blade.plugins import load
 
     from_environment = (name.strip() for name in os.environ.get("BLADE_PLUGINS", "").split(","))
@@ -88,15 +85,6 @@ def launch(
     load(plugin).register_commands(app)
     command, bound, ignored = app.parse_args(tokens, exit_on_error=False, print_error=True)
     command(*bound.args, **bound.kwargs, **({"plugins": plugin} if "plugins" in ignored else {}))
-
-
-def _link_torch() -> None:
-    """Have the dynamic linker load torch's libraries, a quarter of a second that needs no interpreter, while Python
-    imports everything else. Importing torch finds them in place; if anything fails, that import will say it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        with suppress(OSError):
-            ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtorch_python.so"))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from blade.types import (
     CaptureOptions,
     Draft,
     EngineStats,
+    GGMLBlocks,
     GroupedWeight,
     KVCache,
     KVSpec,
@@ -66,6 +67,10 @@ class Weights(Protocol):
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on the CPU, dequantised where the file holds blocks; in its own dtype unless one is asked for."""
+        ...
+
+    def release(self, names: Iterable[str]) -> None:
+        """The caller keeps nothing that it was given of these tensors: they need not stay in memory."""
         ...
 
 
@@ -145,6 +150,10 @@ class Ops(Protocol):
 
     def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
         """The linears over quantised matrices stacked along N, each in its own format, on the CPU; bias [sum of N]."""
+        ...
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        """The same over matrices in GGML's blocks; None where one is of a kind that no kernel takes as it is."""
         ...
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -52,7 +52,9 @@ def register_quantizations(register: Register) -> None:
 
 @hookspec
 def register_backends(register: Register) -> None:
-    """``register(name, factory)``: factory(threads: int | None) -> contracts.Ops, selected by ``--device``."""
+    """``register(name, factory)``: factory(threads: int | None) -> contracts.Ops, selected by ``--device``. Where the
+    factory has a method `prepare(num_bytes: int)`, a server calls it before it imports torch, with about as many bytes
+    as its weights will take: a hint, after which the factory is called as ever."""
 
 
 @hookspec

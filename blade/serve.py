@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
+import importlib.util
 import logging
 import os
 import signal
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvloop
@@ -42,6 +45,22 @@ log = logging.getLogger("blade.serve")
 SWITCH_SECONDS = 0.0005  # how long a thread may hold the interpreter while another waits; Python's own is 5 ms
 
 
+def link_torch() -> None:
+    """Have the dynamic linker load torch's libraries, a third of a second, in a thread; torch's import finds them.
+
+    It goes around CDLL, which would hold the interpreter meanwhile before Python 3.12. The linker serves one thread at
+    a time, so this should come when the other libraries that a start needs, those under this module, are in. Whatever
+    fails here will be said by the import.
+    """
+    spec = importlib.util.find_spec("torch")
+    dlopen = getattr(ctypes.CDLL(None), "dlopen", None)
+    if dlopen is not None and spec is not None and spec.origin is not None:
+        dlopen.restype = ctypes.c_void_p
+        library = Path(spec.origin).parent / "lib" / "libtorch_python.so"
+        # No daemon, so that an exit waits: the libraries' constructors must not meet their destructors.
+        threading.Thread(target=dlopen, args=(os.fsencode(library), os.RTLD_NOW)).start()
+
+
 def dry_run(config: Config) -> None:
     """Print what `run` would do with this config, without loading weights."""
     assembly = choose(config, load(config.plugins))
@@ -58,10 +77,8 @@ def run(config: Config) -> None:
     address = reserve(config.server, has_key=bool(keys))
     # The threads of torch's own pool spin for milliseconds after each op, on cores that others wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # Half of a cold start is importing torch: begin while everything else is being looked up.
-    threading.Thread(target=__import__, args=("torch",), daemon=True).start()
     plugins = load(config.plugins)
-    assembly = choose(config, plugins)
+    assembly = choose(config, plugins, to_load=True)
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(_load_text, assembly)
         engine, memory = _load_engine(assembly)

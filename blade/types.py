@@ -214,6 +214,15 @@ class GroupedWeight:
 
 
 @dataclass(slots=True, frozen=True)
+class GGMLBlocks:
+    """A quantised matrix [N, K] as a GGUF file stores it, in blocks of K; a GroupedWeight can be made of it."""
+
+    kind: str  # GGML's name: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K" or "Q6_K"
+    shape: tuple[int, int]  # N and K
+    raw: Tensor  # [N, bytes of a row] uint8, whole blocks
+
+
+@dataclass(slots=True, frozen=True)
 class CaptureOptions:
     """What an op set may know of the steps to come when it prepares to replay them (contracts.Ops.capture)."""
 

@@ -7,7 +7,6 @@ takes seconds where this one takes a tenth of one.
 
 from __future__ import annotations
 
-import mmap
 import re
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from blade.checkpoint.extents import check_extents
 from blade.checkpoint.gguf_cursor import Cursor
+from blade.checkpoint.mapping import map_file
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import mmap
     from pathlib import Path
 
 _MAX_DIMS = 4
@@ -49,19 +50,24 @@ class GGMLType(IntEnum):
     def block_bytes(self) -> int:
         return _BLOCKS[self][1]
 
+    @property
+    def bits(self) -> int:
+        """Of the integers in a block; 0 for plain numbers."""
+        return _BLOCKS[self][2]
+
 
 _BLOCKS = {
-    GGMLType.F32: (1, 4),
-    GGMLType.F16: (1, 2),
-    GGMLType.BF16: (1, 2),
-    GGMLType.Q4_0: (32, 18),
-    GGMLType.Q4_1: (32, 20),
-    GGMLType.Q5_0: (32, 22),
-    GGMLType.Q5_1: (32, 24),
-    GGMLType.Q8_0: (32, 34),
-    GGMLType.Q4_K: (256, 144),
-    GGMLType.Q5_K: (256, 176),
-    GGMLType.Q6_K: (256, 210),
+    GGMLType.F32: (1, 4, 0),
+    GGMLType.F16: (1, 2, 0),
+    GGMLType.BF16: (1, 2, 0),
+    GGMLType.Q4_0: (32, 18, 4),
+    GGMLType.Q4_1: (32, 20, 4),
+    GGMLType.Q5_0: (32, 22, 5),
+    GGMLType.Q5_1: (32, 24, 5),
+    GGMLType.Q8_0: (32, 34, 8),
+    GGMLType.Q4_K: (256, 144, 4),
+    GGMLType.Q5_K: (256, 176, 5),
+    GGMLType.Q6_K: (256, 210, 6),
 }
 
 
@@ -84,7 +90,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """A checked header over the mapped file. The mapping is private: writing to a tensor never reaches the file."""
+    """A checked header over the mapped file."""
 
     path: Path
     metadata: dict[str, Any]  # str, int, float, bool, and lists of them
@@ -94,7 +100,7 @@ class GGUFFile:
 
 def read_gguf(path: Path) -> GGUFFile:
     """Map a GGUF file and parse its header; CheckpointError where it is not sound."""
-    memory = _map(path)
+    memory = map_file(path)
     cursor = Cursor(path, memory)
     if memory[:4] != b"GGUF":
         cursor.fail("it does not begin with 'GGUF'")
@@ -124,16 +130,6 @@ def read_gguf_parts(path: Path) -> list[GGUFFile]:
         first,
         *(read_gguf(path.with_name(f"{match[1]}-{i:05}-of-{match[2]}.gguf")) for i in range(2, num_parts + 1)),
     ]
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except ValueError:
-        raise CheckpointError(f"{path} is empty.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _read_metadata(cursor: Cursor, num_pairs: int) -> dict[str, Any]:

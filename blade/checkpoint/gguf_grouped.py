@@ -11,22 +11,11 @@ from blade.chunks import in_chunks
 from blade.types import GroupedWeight
 
 CHUNK = 1 << 19  # numbers unpacked at a time
-BITS = {
-    GGMLType.Q4_0: 4,
-    GGMLType.Q4_1: 4,
-    GGMLType.Q5_0: 5,
-    GGMLType.Q5_1: 5,
-    GGMLType.Q8_0: 8,
-    GGMLType.Q4_K: 4,
-    GGMLType.Q5_K: 5,
-    GGMLType.Q6_K: 6,
-}
-"""The kinds that `grouped` takes, with the bits of their integers."""
 
 
 def grouped(kind: GGMLType, raw: Tensor) -> GroupedWeight:
-    """raw, [N, row_bytes] uint8 of whole blocks of a kind in BITS, as a matrix [N, row_bytes / block_bytes *
-    block_size]. Zeros are those that GroupedWeight implies; minima of K-quants are negated, for they subtract them."""
+    """raw, [N, row_bytes] uint8 of whole blocks, as a matrix [N, row_bytes / block_bytes * block_size]. Zeros are those
+    that GroupedWeight implies; minima of K-quants are negated, for they subtract them."""
     blocks = raw.reshape(-1, kind.block_bytes)
     sample, group = _scales(kind, blocks[:1])
     q = torch.empty(len(blocks), kind.block_size, dtype=torch.uint8)
@@ -40,7 +29,7 @@ def grouped(kind: GGMLType, raw: Tensor) -> GroupedWeight:
     in_chunks(unpack, CHUNK // kind.block_size, blocks, q, *tensors)
     n = len(raw)
     named = {name: tensor.view(n, -1) for name, tensor in zip(sample, tensors, strict=True)}
-    return GroupedWeight(BITS[kind], group, q.view(n, -1), **named)
+    return GroupedWeight(kind.bits, group, q.view(n, -1), **named)
 
 
 def _scales(kind: GGMLType, blocks: Tensor) -> tuple[dict[str, Tensor], int]:

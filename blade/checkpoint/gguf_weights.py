@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file under their Hugging Face names."""
+"""The tensors of a GGUF file under their Hugging Face names. Torch is imported when the first is asked for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
-import torch
-
-from blade.checkpoint.gguf_dequant import PLAIN_DTYPES, dequantize
-from blade.checkpoint.gguf_grouped import BITS, grouped
 from blade.checkpoint.gguf_names import hf_name
+from blade.checkpoint.mapping import let_go
 from blade.errors import CheckpointError
+from blade.types import GGMLBlocks
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from blade.checkpoint.gguf import GGMLType, GGUFFile, TensorInfo
@@ -71,8 +70,18 @@ class GGUFWeights:
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Blocks are float32 unless another type is asked for."""
+        import torch
+
+        from blade.checkpoint.gguf_dequant import PLAIN_DTYPES, dequantize
+
         kind, raw = self.raw(name)
         return dequantize(kind, raw, dtype or PLAIN_DTYPES.get(kind, torch.float32)).view(self.shape(name))
+
+    def release(self, names: Iterable[str]) -> None:
+        """See contracts.Weights."""
+        for name in names:
+            file, info = self._find(name)
+            let_go(file.memory, info.offset, info.offset + info.num_bytes)
 
     def rope_factors(self) -> list[float] | None:
         """By what each of the rope's frequencies is divided, head_dim / 2 of them; None without rope_freqs.weight."""
@@ -83,16 +92,26 @@ class GGUFWeights:
 
     def grouped(self, name: str) -> GroupedWeight:
         """A matrix in blocks as the file has it, without loss."""
+        from blade.checkpoint.gguf_grouped import grouped
+
         return grouped(*self.raw(name))
+
+    def blocks(self, name: str) -> GGMLBlocks:
+        """The same in the file's own bytes."""
+        kind, raw = self.raw(name)
+        n, k = self.shape(name)
+        return GGMLBlocks(kind.name, (n, k), raw)
 
     def grouped_bytes(self, name: str) -> int | None:
         """Bytes of what `grouped` gives, its integers packed: those in the file. None for plain numbers and for what is
         no matrix."""
         _, info = self._find(name)
-        return info.num_bytes if info.kind in BITS and len(info.shape) == 2 else None
+        return info.num_bytes if info.kind.bits and len(info.shape) == 2 else None
 
     def raw(self, name: str) -> tuple[GGMLType, Tensor]:
         """The tensor as it is stored: [rows, row_bytes] uint8."""
+        import torch
+
         file, info = self._find(name)
         stored = torch.frombuffer(file.memory, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
         num_heads = self._heads.get(name.split(".")[-2])

@@ -45,6 +45,12 @@ class Checkpoint:
         return self.weights.num_params
 
 
+def stored_bytes(path: Path) -> int:
+    """Of the files that hold a model's weights, about; 0 for what is no model."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises CheckpointError, one sentence and a remedy, for whatever is not a sound model."""
     if path.is_file() and path.suffix == ".gguf":

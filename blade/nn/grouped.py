@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     import torch
+    from torch import Tensor
 
     from blade.contracts import Linear, Ops
-    from blade.types import GroupedWeight
+    from blade.types import GGMLBlocks, GroupedWeight
 
 
 class GroupedQuantization:
@@ -43,7 +44,10 @@ class GroupedQuantization:
         if any(self.grouped_bytes(name, weights) is None for name in names):
             return None
         sizes = [weights.shape(name)[0] for name in names]
-        bias = stacked_bias(prefixes, sizes, weights, dtype)
+        return self.stack(names, weights, ops, stacked_bias(prefixes, sizes, weights, dtype))
+
+    def stack(self, names: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
+        """The linear over the matrices of these tensors. A subclass may know a shorter way to it than `grouped`."""
         return ops.grouped_linear([self.grouped(name, weights) for name in names], bias)
 
 
@@ -73,6 +77,10 @@ class StoredWeights(Weights, Protocol):
         """The matrix as it is stored, without loss."""
         ...
 
+    def blocks(self, name: str) -> GGMLBlocks:
+        """The same matrix in the file's own bytes."""
+        ...
+
 
 class Stored(GroupedQuantization):
     """The matrices as `weights`, the checkpoint's own, has them stored."""
@@ -85,3 +93,8 @@ class Stored(GroupedQuantization):
 
     def grouped(self, name: str, weights: Weights) -> GroupedWeight:
         return self._stored.grouped(name)
+
+    def stack(self, names: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
+        """Straight from the file's bytes, where the op set can."""
+        linear = ops.blocks_linear([self._stored.blocks(name) for name in names], bias)
+        return linear or super().stack(names, weights, ops, bias)

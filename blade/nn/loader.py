@@ -65,9 +65,10 @@ class Loader:
             return None
         linear = self._quantization.linear(prefixes, shapes, self._weights, self.ops, self.dtype)
         if linear is not None:
-            for name in self._names:
-                if name.rpartition(".")[0] in prefixes:
-                    self._report(name, self._quantization)
+            names = [name for name in self._names if name.rpartition(".")[0] in prefixes]
+            self._weights.release(names)
+            for name in names:
+                self._report(name, self._quantization)
         return linear
 
     def _plain(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear:
@@ -78,7 +79,9 @@ class Loader:
                 self._report(f"{prefix}.bias")
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         del weights  # or they would be held while the stack is packed
-        return self.ops.linear(weight, bias)
+        linear = self.ops.linear(weight, bias)
+        self._weights.release([f"{prefix}.weight" for prefix in prefixes])
+        return linear
 
     def _get(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
         check_shape(name, self._weights, shape)

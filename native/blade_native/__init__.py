@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blade import hookimpl
 
 if TYPE_CHECKING:
     from blade.contracts import Attention, Ops
+    from blade_native.simd.library import Library
 
 MIN_CAPABILITY = (8, 0)  # Ampere: the first with cp.async and bfloat16 on tensor cores, which the CUDA kernels use
 log = logging.getLogger("blade.native")
 
 
-def cpu_ops(threads: int | None) -> Ops:
+def cpu_ops(threads: int | None, library: Library | None = None) -> Ops:
     """The compiled kernels; where they are missing, oneDNN's linears and torch, with a word on what that costs."""
     from blade_native.cpu import CpuOps
     from blade_native.simd.library import Unavailable, load
@@ -22,10 +24,28 @@ def cpu_ops(threads: int | None) -> Ops:
 
     base = CpuOps(threads)
     try:
-        return SimdOps(base, load(), base.threads)
+        return SimdOps(base, library or load(), base.threads)
     except Unavailable as error:
         log.warning("%s", error)
         return base
+
+
+class CpuBackend:
+    """`cpu_ops`, for a server that is about to load weights."""
+
+    def __init__(self) -> None:
+        self._library: Library | None = None
+
+    def prepare(self, num_bytes: int) -> None:
+        """Begin to take memory for the weights, on another core while torch is imported."""
+        from blade_native.simd.library import Unavailable, load
+
+        with suppress(Unavailable, OSError):
+            self._library = load()
+            self._library.regions.prepare(num_bytes, self._library.touch)
+
+    def __call__(self, threads: int | None) -> Ops:
+        return cpu_ops(threads, self._library)
 
 
 def cuda_ops(threads: int | None) -> Ops:
@@ -62,7 +82,7 @@ def paged_attention(ops: Ops) -> Attention:
 
 @hookimpl
 def register_backends(register: Any) -> None:
-    register("cpu", cpu_ops)
+    register("cpu", CpuBackend())
     register("cuda", cuda_ops)
 
 

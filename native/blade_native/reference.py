@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+    from blade import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache
     from blade.contracts import Linear, Model
 
 
@@ -125,6 +125,10 @@ class TorchOps:
 
     def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
         return TorchGroupedLinear(weights, bias)
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        """None: blocks are unpacked into grouped weights."""
+        return None
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         table = self.to_device(weight)

@@ -10,13 +10,14 @@ import torch
 
 from blade.checkpoint import gguf_grouped
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_grouped import BITS, grouped
+from blade.checkpoint.gguf_grouped import grouped
 from blade.checkpoint.open import open_checkpoint
 from blade_native.reference import dequantize
 
 from .test_dequant import BLOCKED, raw_blocks, reference
 from .writers import tensors, write_gguf
 
+BITS = {"Q4": 4, "Q5": 5, "Q6": 6, "Q8": 8}
 GROUPS = {GGMLType.Q6_K: 16}  # 32 otherwise
 
 
@@ -25,7 +26,7 @@ def test_dequantised_they_equal_the_reference(kind: GGMLType, monkeypatch: pytes
     monkeypatch.setattr(gguf_grouped, "CHUNK", 16 * kind.block_size)  # 111 blocks: six whole chunks and a short one
     raw = raw_blocks(kind, 37, 3)
     weight = grouped(kind, torch.from_numpy(raw))
-    assert (weight.bits, weight.group) == (BITS[kind], GROUPS.get(kind, 32))
+    assert (weight.bits, weight.group) == (BITS[kind.name[:2]], GROUPS.get(kind, 32))
     assert weight.q.shape == (37, 3 * kind.block_size)
     assert weight.q.dtype == torch.uint8
     assert int(weight.q.max()) == 2**weight.bits - 1

@@ -62,6 +62,9 @@ class DictWeights:
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.tensors[name].to(dtype or self.tensors[name].dtype)
 
+    def release(self, names: Iterable[str]) -> None:
+        """They stay."""
+
 
 @dataclass
 class Reference:

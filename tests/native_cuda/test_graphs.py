@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,9 @@ class RandomWeights:
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.randn(self.shape(name), generator=torch.Generator().manual_seed(len(name)))
         return (x * 0.2 if x.dim() == 2 else 1 + 0.1 * x).to(dtype or torch.float32)
+
+    def release(self, names: Iterable[str]) -> None:
+        """They are made anew each time."""
 
 
 class World:

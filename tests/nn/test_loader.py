@@ -28,6 +28,9 @@ class DictWeights:
     def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.tensors[name].to(dtype)
 
+    def release(self, names: Iterable[str]) -> None:
+        """They stay."""
+
 
 WEIGHTS = DictWeights(
     {

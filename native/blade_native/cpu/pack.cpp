@@ -2,9 +2,8 @@
 // packed matrix are read back, which lets a tied embedding share its head's memory.
 #include <algorithm>
 
-#include "linear_tile.h"
+#include "panel.h"
 #include "parallel.h"
-#include "unpack.h"
 
 namespace {
 // [n][words] -> [n / 32][words][32]; channels from n on are zeros.
@@ -20,33 +19,6 @@ void pack_dense(const char* weight, int64_t n, long words, uint32_t* out, int th
     });
 }
 
-// One channel's q of a group, at its lane of the unit's bits.
-template <int BITS>
-void put_bits(const uint8_t* q, int steps, int lane, uint32_t* low) {
-    constexpr int EXTRA = BITS - 4, SPAN = BITS == 8 ? 1 : EXTRA ? 8 / EXTRA : 2;
-    uint32_t *high = low + steps / 2 * PANEL, extra = 0, nibbles = 0;
-    for (int s = 0; s < steps; s++) {
-        uint32_t word;
-        memcpy(&word, q + 4 * s, 4);
-        if constexpr (BITS == 8) {
-            low[s * PANEL + lane] = word;
-            continue;
-        }
-        nibbles |= (word & 0x0f0f0f0f) << s % 2 * 4;
-        extra |= (word >> 4 & 0x0f0f0f0f) << s % SPAN * EXTRA;
-        if (s % 2) low[s / 2 * PANEL + lane] = nibbles, nibbles = 0;
-        if (EXTRA && s % SPAN == SPAN - 1) high[s / SPAN * PANEL + lane] = extra, extra = 0;
-    }
-}
-
-// Entry i of one channel's scales or offsets.
-void put_number(int numbers, const void* values, long i, int lane, char* out) {
-    if (numbers == HALF)
-        memcpy(out + 2 * lane, (const uint16_t*)values + i, 2);
-    else if (numbers != NONE)
-        out[lane] = ((const char*)values)[i];
-}
-
 void put_unit(const Layout& layout, const Grouped& from, long channel, long u, char* panel) {
     const Format& f = layout.format;
     int lane = int(channel % PANEL);
@@ -58,11 +30,8 @@ void put_unit(const Layout& layout, const Grouped& from, long channel, long u, c
         put_bits<bits>(from.q + i * f.group, layout.steps, lane, (uint32_t*)(unit + layout.quants));
     });
     if (!layout.block_header || u % layout.block) return;
-    char* header = panel + layout.header_of(u);
     long block = channel * (layout.units / layout.block) + u / layout.block;
-    if (block_bytes_of(f.scales)) put_number(HALF, from.block_scales, block, lane, header);
-    if (block_bytes_of(f.offsets))
-        put_number(HALF, from.block_offsets, block, lane, header + block_bytes_of(f.scales));
+    put_header(f, from.block_scales + block, from.block_offsets + block, lane, panel + layout.header_of(u));
 }
 
 template <class E>
@@ -139,5 +108,12 @@ EXPORT int blade_unpack_rows(const UnpackRowsCall* call) {
         unpack_rows<float>(*call);
     else
         unpack_rows<bf16>(*call);
+    return OK;
+}
+
+// Makes memory present, zeros where it is new, whatever others write to it meanwhile.
+EXPORT int blade_touch(char* data, int64_t bytes) {
+    constexpr int64_t PAGE = 4096;
+    for (int64_t at = 0; at < bytes; at += PAGE) __atomic_fetch_or(data + at, 0, __ATOMIC_RELAXED);
     return OK;
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade.contracts import Linear
 from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
-from blade_native.simd.linear import PANEL, PackedLinear, StackedLinear, pack_side_by_side
+from blade_native.simd.linear import pack_joined
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
@@ -71,36 +71,16 @@ def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | N
     for weight in weights:
         if reason := problem(weight):
             raise ValueError(reason)
-    runs = runs_alike(weights)
-    sizes = [sum(len(weight.q) for weight in run) for run in runs]
-    biases = [None] * len(runs) if bias is None else bias.split_with_sizes(sizes)
-    parts = [_pack_run(library, *part, threads) for part in zip(runs, biases, strict=True)]
-    return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
-
-def runs_alike(weights: Seq[GroupedWeight]) -> list[list[GroupedWeight]]:
-    """Cut where the format changes, or where a matrix ends inside a panel."""
-    runs: list[list[GroupedWeight]] = []
-    for weight in weights:
-        last = runs[-1][-1] if runs else None
-        if last is not None and len(last.q) % PANEL == 0 and bytes(_format(last)) == bytes(_format(weight)):
-            runs[-1].append(weight)
-        else:
-            runs.append([weight])
-    return runs
-
-
-def _pack_run(library: Library, run: Seq[GroupedWeight], bias: Tensor | None, threads: int) -> PackedLinear:
-    def pack(linear: CLinear, i: int) -> None:
-        weight = run[i]
+    def pack(linear: CLinear, weight: GroupedWeight) -> None:
         offsets = weight.zeros if weight.minima is None else weight.minima
         sources = [weight.q, weight.scales, offsets, weight.block_scales, weight.block_minima]
         kept = [None if source is None else source.contiguous() for source in sources]
         pointers = CGrouped(*(None if source is None else source.data_ptr() for source in kept))
         library.pack_grouped(ctypes.byref(linear), ctypes.byref(pointers), threads)
 
-    sizes = [len(weight.q) for weight in run]
-    return pack_side_by_side(library, _format(run[0]), sizes, run[0].q.shape[1], bias, threads, pack)
+    shaped = [(weight, _format(weight), (len(weight.q), weight.q.shape[1])) for weight in weights]
+    return pack_joined(library, shaped, bias, threads, pack)
 
 
 def _format(weight: GroupedWeight) -> CFormat:

@@ -154,8 +154,10 @@ class Library:
             setattr(self, name, Kernel(self._dll, name, self.recording))
         self.packed_bytes = self._function("packed_bytes", LINEAR, result=LONG)
         self.pack_dense = self._function("pack_dense", LINEAR, PTR, INT)
+        self.pack_blocks = self._function("pack_blocks", LINEAR, PTR, INT, INT)
         self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
         self.read = self._function("read", PTR, LONG, INT)
+        self.touch = self._function("touch", PTR, LONG)
         self.replay = self._function("replay", PTR, LONG)
         self.wake = self._function("wake", result=None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from blade_native.simd.library import CFormat, CLinear, Library
 
 BITS = {torch.float32: 32, torch.bfloat16: 16}
 PANEL = 32  # output channels per panel
+
+T = TypeVar("T")
 
 
 class PackedLinear:
@@ -108,24 +111,44 @@ def pack_dense(library: Library, weight: Tensor, bias: Tensor | None, threads: i
     return PackedLinear(library, linear, dtype, weights, bias, threads, k)
 
 
-def pack_side_by_side(
+def pack_joined(
     library: Library,
-    form: CFormat,
-    sizes: Seq[int],
-    k: int,
+    matrices: Seq[tuple[T, CFormat, tuple[int, int]]],
     bias: Tensor | None,
     threads: int,
-    pack: Callable[[CLinear, int], object],
+    pack: Callable[[CLinear, T], None],
+) -> PackedLinear | StackedLinear:
+    """One linear over grouped matrices stacked along N: (source, its format, (N, K)) each; pack(linear, source) fills
+    one's weights. Neighbours of one format become one matrix, unless one ends inside a panel."""
+    runs: list[list[tuple[T, CFormat, tuple[int, int]]]] = []
+    for each in matrices:
+        last = runs[-1][-1] if runs else None
+        if last is not None and last[2][0] % PANEL == 0 and bytes(last[1]) == bytes(each[1]):
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    sizes = [sum(shape[0] for _, _, shape in run) for run in runs]
+    biases = [None] * len(runs) if bias is None else bias.split_with_sizes(sizes)
+    parts = [_pack_run(library, *part, threads, pack) for part in zip(runs, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else StackedLinear(parts)
+
+
+def _pack_run(
+    library: Library,
+    run: Seq[tuple[T, CFormat, tuple[int, int]]],
+    bias: Tensor | None,
+    threads: int,
+    pack: Callable[[CLinear, T], None],
 ) -> PackedLinear:
-    """One linear over matrices [n, k] of one format, n from `sizes`, of which all but the last fill whole panels;
-    pack(linear, i) fills the weights of matrix i."""
+    """One matrix out of several of one format, of which all but the last fill whole panels."""
+    _, form, (_, k) = run[0]
     bias = pad_bias(bias)
-    linear = CLinear(form, sum(sizes), k, None, bias_at(bias))
+    linear = CLinear(form, sum(shape[0] for _, _, shape in run), k, None, bias_at(bias))
     weights = place(library, linear)
     at = weights.data_ptr()
-    for i, n in enumerate(sizes):
+    for source, _, (n, _) in run:
         part = CLinear(form, n, k, at, None)
-        pack(part, i)
+        pack(part, source)
         at += library.packed_bytes(ctypes.byref(part))
     return PackedLinear(library, linear, None, weights, bias, threads)
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+from blade import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache
 from blade.contracts import Linear, Model, Ops
+from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.grouped import pack_grouped
@@ -34,6 +35,7 @@ class SimdOps:
         return torch.bfloat16
 
     def available_memory(self) -> int:
+        self.library.regions.close()  # what the weights have left of it is free as well
         return self.base.available_memory()
 
     def to_device(self, x: Tensor) -> Tensor:
@@ -51,6 +53,11 @@ class SimdOps:
         """
         several = [weights] if isinstance(weights, GroupedWeight) else weights
         return pack_grouped(self.library, several, bias, self.threads)
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        if any(each.kind not in KINDS for each in blocks):
+            return None
+        return pack_blocks(self.library, blocks, bias, self.threads)
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
