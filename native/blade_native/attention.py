@@ -121,9 +121,7 @@ class Plan:
         rows = [row for row, position in enumerate(positions) if chosen(position)]
         return torch.tensor(rows, dtype=torch.int64).to(self.batch.slots.device, non_blocking=True)
 
-    def tiles(
-        self, layer_kv: DenseKV, num_groups: int, window: int | None, dtype: torch.dtype
-    ) -> list[tiles.Tile]:
+    def tiles(self, layer_kv: DenseKV, num_groups: int, window: int | None, dtype: torch.dtype) -> list[tiles.Tile]:
         if window not in self._tiles:
             batch, block_size = self.batch, layer_kv.block_size
             max_bytes = MAX_GATHER_BYTES.get(batch.slots.device.type, MAX_GATHER_BYTES_ELSEWHERE)
