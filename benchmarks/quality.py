@@ -1,4 +1,4 @@
-"""What a form of the weights costs in quality: ``python benchmarks/quality.py --model MODEL``.
+"""What a form of the weights, or of the KV cache, costs in quality: ``python benchmarks/quality.py --model MODEL``.
 
 A fixed text goes through the model once for each form. Measured are the next-token distributions after each of its
 tokens (teacher forced), against those of the float32 form: the Kullback-Leibler divergence in nats, how often the
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from blade import Config, ModelOptions, SamplingParams, Sequence, Step
+from blade import Config, EngineConfig, ModelOptions, SamplingParams, Sequence, Step
 from blade.assembly import Assembly, choose, load_model
 from blade.contracts import Model
 from blade.engine.batch import build_batch
@@ -30,12 +30,14 @@ from blade.text.tokenizer import load_tokenizer
 from blade_native.attention import PagedAttention
 from blade_native.reference import TorchOps
 
-FORMS = {
-    "f32": ("float32", "none"),
-    "bf16": ("bfloat16", "none"),
-    "int8": ("bfloat16", "int8"),
-    "int4": ("bfloat16", "int4"),
-    "file": ("bfloat16", None),  # as the file has them: GGUF's blocks
+FORMS = {  # dtype, weights, KV cache
+    "f32": ("float32", "none", "none"),
+    "bf16": ("bfloat16", "none", "none"),
+    "int8": ("bfloat16", "int8", "none"),
+    "int4": ("bfloat16", "int4", "none"),
+    "file": ("bfloat16", None, "none"),  # as the file has them: GGUF's blocks
+    "f32-kv8": ("float32", "none", "int8"),
+    "bf16-kv8": ("bfloat16", "none", "int8"),
 }
 TEXT = Path(__file__).with_name("quality.txt")
 BLOCK_SIZE = 16  # tokens
@@ -53,9 +55,10 @@ class Runner:
     """A model with KV for some sequences; steps it by hand, so that all logits can be had."""
 
     def __init__(self, model: str, form: str, plugins: list[str], weights_only: bool) -> None:
-        dtype, quantize = FORMS[form]
+        dtype, quantize, kv_cache_quant = FORMS[form]
         options = ModelOptions(model=model, dtype="float32" if weights_only else dtype, quantize=quantize)  # type: ignore[arg-type]
-        self.assembly = choose(Config(plugins=tuple(plugins), model=options), load(plugins))
+        engine = EngineConfig(kv_cache_quant=kv_cache_quant)
+        self.assembly = choose(Config(plugins=tuple(plugins), model=options, engine=engine), load(plugins))
         if weights_only:
             self.assembly = _weights_only(self.assembly)
         started = time.perf_counter()

@@ -198,8 +198,8 @@ class Attention(Protocol):
     its old content, whatever that is, NaN included: what lies beyond a sequence's context must have no effect.
 
     A backend that can round KV names what to in an attribute `kv_storages`, strings of its own choosing, and finds what
-    ``--kv-cache-quant`` asked for in spec.storage. A token's KV is rounded once, when it is stored. Without the attribute
-    it is never asked to."""
+    ``--kv-cache-quant`` asked for in spec.storage. A token's KV is rounded once, when it is stored. Without the
+    attribute it is never asked to."""
 
     def block_bytes(self, spec: KVSpec) -> int:
         """Bytes of one block over all layers."""
@@ -212,7 +212,8 @@ class Attention(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Rotate q [T, H, D] and k [T, KV, D] by cos_sin [max_context, rotary_dim] float32 at batch.positions (cos in
         the first half of a row, sin in the second; halves of the head pair up, as in GPT-NeoX), write k and v
-        [T, KV, D] to batch.slots, return the rotated (q, k); may work in place on q and k."""
+        [T, KV, D] to batch.slots, return the rotated (q, k), with a storage as `attend` wants them; may work in place
+        on q and k."""
         ...
 
     def attend(

@@ -18,6 +18,7 @@ MAPPED = {
     "port": ("8001", ["--port", "8001"]),
     "log_level": ("WARNING", ["--log-level", "warning"]),
     "max_queue_time": ("30", ["--max-queue-time", "30"]),
+    "kv_cache_quant": ("no_quant", ["--kv-cache-quant", "none"]),
     "max_gpu_memory_utilization": ("0.5", ["--max-gpu-memory-utilization", "0.5"]),
     "ragged_flash_max_batch_tokens": ("4096", ["--max-batch-tokens", "4096"]),
     "disable_prompt_cache": ("true", ["--no-prefix-cache"]),
@@ -53,7 +54,6 @@ ACCEPTED = {
     "preempt_strategy": ("AUTO", "SWAP"),
     "prompt_cache_enable_swap": ("false", "true"),
     "attn_cls": ("ragged_flash", "outofplace"),
-    "kv_cache_quant": ("no_quant", "int8"),
     "kv_cache_quant_sub_heads": ("1", "2"),
     "enable_triton_mla": ("false", "true"),
     "with_visual": ("false", "true"),
@@ -195,6 +195,10 @@ def test_flags_need_no_value_and_take_one() -> None:
         (["--model"], "argument --model: expected one argument."),
         (["--model", "m", "--port", "x"], "argument --port: invalid int value: 'x'."),
         (["--model", "m", "--dtype", "int8"], "argument --dtype: must be one of half,"),
+        (
+            ["--model", "m", "--kv_cache_quant", "int4"],
+            "argument --kv_cache_quant: must be one of no_quant, int8, fp8_e4m3,",
+        ),
         (["--model", "m", "--log_level", "LOUD"], "argument --log_level: must be one of DEBUG,"),
         (["--model", "m", "--use_sps", "maybe"], "argument --use_sps: must be true or false, not 'maybe'"),
         (

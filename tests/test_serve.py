@@ -185,6 +185,7 @@ def test_a_broken_model_is_one_sentence_and_exit_2(broken: Path, damage: Any, sa
         (("--plugin", "qwen", "--host", "0.0.0.0"), "--insecure"),
         (("--plugin", "qwen", "--max-batch-tokens", "16"), "--max-num-seqs 16"),
         (("--plugin", "qwen", "--max-gpu-memory-utilization", "nan"), "must be between"),
+        (("--plugin", "qwen", "--kv-cache-quant", "fp8_e4m3", "--device", "cpu"), "Use none or int8."),
         (("--plugin", "qwen", "--prot", "1"), "--port"),
         (("--plugin", "qwen", "--scheduler", "fcfs", "--drafter", "sufix"), "Did you mean 'suffix'?"),
         (("--plugin", "qwen", "--scheduler", "fcfs", "--drafter", "model"), "--draft.model"),
@@ -193,7 +194,7 @@ def test_a_broken_model_is_one_sentence_and_exit_2(broken: Path, damage: Any, sa
 def test_a_configuration_that_cannot_be_honoured_is_exit_2_with_the_remedy(
     args: tuple[str, ...], says: str, tiny_llama: Path
 ) -> None:
-    if "--scheduler" in args:
+    if "--scheduler" in args or "--kv-cache-quant" in args:
         args = ("--model", str(tiny_llama), *args[2:])
     done = run_blade("serve", *args)
     assert done.returncode == 2, done.stderr
@@ -219,6 +220,19 @@ def test_dry_run_prints_the_plan_and_an_equivalent_command(tiny_llama: Path) -> 
     assert "--no-prefix-cache" in command
     assert "secret" not in done.stdout
     assert run_blade(*command.split()[1:], "--dry-run").stdout == done.stdout
+
+
+def test_a_rounded_kv_cache_holds_more_tokens(tiny_llama: Path) -> None:
+    def num_tokens(quant: str) -> int:
+        args = ("--kv-cache-memory", str(1 << 24), "--kv-cache-quant", quant, "--dtype", "bfloat16", "--dry-run")
+        done = run_blade("serve", "--model", str(tiny_llama), *args)
+        assert done.returncode == 0, done.stderr
+        named = "" if quant == "none" else f" in {quant}"
+        found = re.search(rf"KV cache of 1[56]\.\d MiB{named}: ([\d,]+) tokens", done.stdout)
+        assert found, done.stdout
+        return int(found[1].replace(",", ""))
+
+    assert num_tokens("int8") > 1.3 * num_tokens("none")  # heads are small here, so that scales count
 
 
 def test_plugins_lists_what_is_installed() -> None:

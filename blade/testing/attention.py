@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from blade.contracts import Attention, Ops
-from blade.testing.ops import require_close
+from blade.errors import ConfigError
+from blade.testing.ops import require_close, tolerance
 from blade.testing.require import require
 from blade.types import Batch, KVSpec
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 32), (4, 2, 128)]  # (num_heads, num_kv_heads, head_dim)
 _WINDOWS = (None, 1, 20)
 _MAX_CONTEXT = 640
+_STORAGE_TOLERANCE = {"int8": 0.02}  # of its largest value; others may be coarser
 _STALE = float("nan")  # what unused slots hold: the KV another sequence left there may be anything
 
 
@@ -37,7 +39,8 @@ class _Case:
 
 
 def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
-    """Prefill, chunks, decodes and mixes of them; head ratios, windows, partial rotary; shared and permuted blocks."""
+    """Prefill, chunks, decodes and mixes of them; head ratios, windows, partial rotary; shared and permuted blocks; in
+    the dtype and in every storage that the attention names, which has to make a cache smaller."""
     import torch
 
     attention = factory(ops)
@@ -51,10 +54,25 @@ def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Itera
         for seed, (num_heads, num_kv_heads, head_dim) in enumerate(_HEADS):
             block_size = (16, 8)[seed % 2]
             name = str(dtype).removeprefix("torch.")
-            spec = KVSpec(2, num_heads, num_kv_heads, head_dim, name, block_size)
-            for spans in steps:
-                case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
-                _check_case(attention, case, ops)
+            for spec in _storages(attention, KVSpec(2, num_heads, num_kv_heads, head_dim, name, block_size)):
+                for spans in steps:
+                    case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
+                    _check_case(attention, case, ops)
+
+
+def _storages(attention: Attention, plain: KVSpec) -> list[KVSpec]:
+    """The spec in its dtype, and in the storages that the attention has for this shape; it may refuse one."""
+    specs = [plain]
+    for storage in getattr(attention, "kv_storages", ()):
+        spec = replace(plain, storage=storage)
+        try:
+            num_bytes = attention.block_bytes(spec)
+        except ConfigError:
+            continue
+        smaller = 0 < num_bytes < attention.block_bytes(plain)
+        require(smaller, f"block_bytes() in {storage} must be fewer than in {plain.dtype}")
+        specs.append(spec)
+    return specs
 
 
 def _make_case(spec: KVSpec, spans: list[tuple[int, int]], rotary_dim: int, dtype: torch.dtype, seed: int) -> _Case:
@@ -96,12 +114,15 @@ def _check_case(attention: Attention, case: _Case, ops: Ops) -> None:
     expected_q = torch.cat([_rotate(x, case.cos_sin)[a:b] for x, (a, b) in zip(case.q, case.spans, strict=True)])
     expected_k = torch.cat([_rotate(x, case.cos_sin)[a:b] for x, (a, b) in zip(case.k, case.spans, strict=True)])
     dtype = case.q[0].dtype
-    require_close("rotated q", q, expected_q, dtype)
-    require_close("rotated k", k, expected_k, dtype)
+    if spec.storage is None:  # else attention may have q and k as it wants them
+        require_close("rotated q", q, expected_q, dtype)
+        require_close("rotated k", k, expected_k, dtype)
     for window in _WINDOWS:
         scale = spec.head_dim**-0.5
         out = attention.attend(q.clone(), k, v, batch, kv[1], scale, window)
-        require_close(f"attention with window {window}", out, _attend(case, scale, window), dtype, factor=4)
+        what = f"attention with window {window}" + (f" in {spec.storage}" if spec.storage else "")
+        limit = max(4 * tolerance(dtype), _STORAGE_TOLERANCE.get(spec.storage, 0.15) if spec.storage else 0)
+        require_close(what, out, _attend(case, scale, window), dtype, limit / tolerance(dtype))
 
 
 def _spoil(attention: Attention, case: _Case, kv: Any, ops: Ops) -> None:

@@ -59,10 +59,10 @@ def hadamard(x: Tensor) -> Tensor:
     block = d & -d
     half = 1
     while half < block:
-        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        a, b = x.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         half *= 2
-    return x * block**-0.5
+    return x.mul(block**-0.5)
 
 
 class Firsts(NamedTuple):

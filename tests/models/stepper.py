@@ -30,9 +30,14 @@ class Stepper:
     """One model and the KV of all of the reference's prompts."""
 
     def __init__(
-        self, reference: Reference, dtype: torch.dtype = torch.float32, block_size: int = 16, ops: Ops | None = None
+        self,
+        reference: Reference,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 16,
+        ops: Ops | None = None,
+        storage: str | None = None,
     ) -> None:
-        """`ops`: those of this machine's CPU, unless others are given."""
+        """`ops`: those of this machine's CPU, unless others are given. `storage`: of the KV cache."""
         self.ops = ops or cpu_ops(None)
         attention = paged_attention(self.ops)
         architecture = ARCHITECTURES.create(reference.config["architectures"][0])
@@ -44,7 +49,8 @@ class Stepper:
         self.prompts = reference.prompts
         self.block_size = block_size
         name = str(dtype).removeprefix("torch.")
-        spec = KVSpec(config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim, name, block_size)
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        spec = KVSpec(config.num_layers, *heads, name, block_size, storage)
         self.kv = attention.allocate(spec, sum(sizes))
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from stepper import Stepper, all_together, one_by_one
 from blade_native import cpu_ops
 from blade_native.cpu import CpuOps
 from blade_native.reference import TorchOps
+from blade_native.simd.ops import SimdOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,3 +68,19 @@ def test_bfloat16_comes_close(qwen3_reference: Reference) -> None:
     assert all(part.dtype == torch.float32 for part in logits)
     spread = float(qwen3_reference.logits[0].std())
     assert 1e-4 < error(logits, qwen3_reference) < spread / 4
+
+
+@pytest.mark.parametrize("make_ops", [lambda: cpu_ops(None), TorchOps], ids=["cpu", "torch"])
+def test_a_kv_cache_in_int8_comes_close_however_steps_are_cut(
+    qwen3_reference: Reference, make_ops: Callable[[], Ops]
+) -> None:
+    spread = float(qwen3_reference.logits[0].std())
+    runs = [
+        Stepper(qwen3_reference, ops=make_ops(), storage="int8").run(steps)
+        for steps in (one_by_one(lengths(qwen3_reference), chunk=7), all_together(lengths(qwen3_reference), seed=5))
+    ]
+    assert 1e-6 < error(runs[0], qwen3_reference) < spread / 8
+    if isinstance(make_ops(), SimdOps):
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    else:
+        assert error(runs[1], qwen3_reference) < spread / 8

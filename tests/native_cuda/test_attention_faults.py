@@ -4,12 +4,11 @@ here a few."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from blade_native.cuda.attention_kernels import AttentionKernels, Shape
-from blade_native.cuda.launch import SOURCES, Launcher, Module
-from blade_native.emulator.faults import Fault, Suite
+from blade_native.cuda.launch import SOURCES, Launcher
+from blade_native.emulator.faults import Fault, Redirected, Suite
 
 sys.path.append(str(Path(__file__).parents[1]))  # where this file is loaded by its path
 
@@ -18,26 +17,16 @@ from native_cuda.attention_world import BF16, INT8, World, attention, check
 SHAPES = Shape(BF16, BF16, 64), Shape(BF16, INT8, 64)
 
 
-class Replaced:
-    """A launcher that takes one source from another place."""
-
-    def __init__(self, launcher: Launcher, path: Path) -> None:
-        self.launcher, self.path, self.device = launcher, path, launcher.device
-
-    def load(self, source: str, expressions: Iterable[str]) -> Module:
-        return self.launcher.load(self.path if source == self.path.name else source, expressions)
-
-
 def run_decode(launcher: Launcher, source: Path) -> None:
     """Four sequences, one of them of two chunks that one block of threads does; with and without a window."""
-    kernels = AttentionKernels(Replaced(launcher, source))  # type: ignore[arg-type]
+    kernels = AttentionKernels(Redirected(launcher, source))
     kernels.add(SHAPES)
     for shape, window in zip(SHAPES, (None, 20), strict=True):
         check(World(attention(kernels, 1), shape, (8, 2), [300, 41, 17, 3]), [1, 4, 1, 1], window)
 
 
 def run_prefill(launcher: Launcher, source: Path) -> None:
-    kernels = AttentionKernels(Replaced(launcher, source))  # type: ignore[arg-type]
+    kernels = AttentionKernels(Redirected(launcher, source))
     kernels.add(SHAPES)
     for shape, window in zip(SHAPES, (None, 50), strict=True):
         check(World(attention(kernels, 1), shape, (4, 1), [300, 41, 150]), [12, 40, 33], window)

@@ -102,8 +102,8 @@ class CudaAttention:
     def rope_and_store(
         self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
     ) -> tuple[Tensor, Tensor]:
-        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored. With 8 bits
-        q comes as its keys are kept, which is for `attend` alone."""
+        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored. With 8
+        bits q comes as its keys are kept, which is for `attend` alone."""
         if not isinstance(layer_kv, LayerKV):
             return self.base.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
         plan, spec, dtype = self._plan_for(batch, layer_kv), layer_kv.spec, layer_kv.shape.dtype

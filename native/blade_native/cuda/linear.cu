@@ -161,10 +161,12 @@ __device__ __forceinline__ void add_slices(const LinearArgs<T>& args, int first_
 // come from memory once. A warp owns one tile of channels and streams it through its own ring in shared memory; x of the
 // slice lies beside the rings, for all warps. COLUMNS: of 8 rows of x each.
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, {2, 1}> | threads 256 | registers 64 | shared 41472 | blocks 2
-// check: grouped_linear<{__nv_bfloat16, __half}, 8, {64, 128, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, {2, 1}> | threads 256 | registers 64 | shared 47616 | blocks 2
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, {64, 128, 32, 16}, {SYMMETRIC, ZEROS}, {2, 1}> | threads 256 | registers 64 | shared 47616 | blocks 2
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, {64, 128, 32, 16}, MINIMA, {2, 1}> | threads 256 | registers 80 | shared 47616 | blocks 2
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32}, FP8, {2, 1}> | threads 256 | registers 64 | shared 47616 | blocks 2
 template <class T, int BITS, int GROUP, int KIND, int COLUMNS>
-__global__ void __launch_bounds__(LINEAR_WARPS * 32, 4) grouped_linear(const LinearArgs<T> args) {
+__global__ void __launch_bounds__(LINEAR_WARPS * 32, BITS == 8 && KIND == MINIMA && COLUMNS == 2 ? 3 : 4)
+    grouped_linear(const LinearArgs<T> args) {
   using F = Format<BITS, GROUP, KIND>;
   constexpr int ROWS = 8 * COLUMNS;
   DYN_SMEM(unsigned char, shared);

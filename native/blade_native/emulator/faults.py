@@ -18,11 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blade_native.cuda.launch import Launcher
+from blade_native.cuda.launch import Launcher, Module
 from blade_native.cuda.source import inline
 from blade_native.emulator import emulated, sanitizer
 from blade_native.emulator.kernel_double import CUDADriverError, EmulatorError
@@ -30,6 +30,17 @@ from blade_native.emulator.kernel_double import CUDADriverError, EmulatorError
 IN_PROCESS = ("result", "report")  # a wrong result; an error of the emulator's or of the driver's checks
 CAUGHT, SURVIVED = 0, 3  # exit status of a child that ran to its end
 TIME_LIMIT_S = 5.0  # of CPU time for a broken kernel: some never end
+
+
+class Redirected(Launcher):
+    """Compiles the source `path` wherever one of its name is asked for: how a test's own code gets a broken kernel."""
+
+    def __init__(self, launcher: Launcher, path: Path) -> None:
+        super().__init__(launcher.cupy, launcher.device)
+        self.path = path
+
+    def load(self, path: Path | str, expressions: Iterable[str], options: Iterable[str] = ()) -> Module:
+        return super().load(self.path if Path(path).name == self.path.name else path, expressions, options)
 
 
 @dataclass(frozen=True)
