@@ -149,6 +149,8 @@ def spoil(layer_kv: LayerKV) -> None:
     layer_kv.kv.view(torch.uint8).fill_(0x7F if layer_kv.shape.storage.itemsize == 1 else 0xFF)
     if layer_kv.scales is not None:
         layer_kv.scales.fill_(torch.nan)
+    if layer_kv.origin_scales is not None:
+        layer_kv.origin_scales.fill_(torch.nan)
     if layer_kv.origins is not None:
         layer_kv.origins.view(torch.uint8).fill_(0x7F)
 

@@ -32,6 +32,15 @@ def run_prefill(launcher: Launcher, source: Path) -> None:
         check(World(attention(kernels, 1), shape, (4, 1), [300, 41, 150]), [12, 40, 33], window)
 
 
+def run_store(launcher: Launcher, source: Path) -> None:
+    """Some tokens on top of a past, a prompt from its start, and a sequence of one token, also without the prompt."""
+    kernels = AttentionKernels(Redirected(launcher, source))
+    shape = Shape(BF16, INT8, 80)
+    kernels.add([shape])
+    for kv_lens, owed in (([20, 9, 1], [3, 9, 1]), ([20, 1], [1, 1])):
+        check(World(attention(kernels, 1), shape, (2, 1), kv_lens), owed)
+
+
 SHARED_BY_BOTH = [
     Fault("no wait", "ptx::cp_async_wait<STAGES - 2>();", "", "result"),
     Fault("a wait off by one", "ptx::cp_async_wait<STAGES - 2>();", "ptx::cp_async_wait<STAGES - 1>();", "result"),
@@ -86,7 +95,28 @@ PREFILL = Suite(
         Fault("keys of another share", "stage, warp * SHARE);", "stage, 0);", "result"),
     ],
 )
+STORE = Suite(
+    SOURCES / "kv_store.cu",
+    run_store,
+    [
+        Fault("queries as they are", "  if (RELATED && is_q) x.transform(lane);\n", "", "result"),
+        Fault("keys as they are", "      relate(x, args, head, token, lane);\n", "", "result"),
+        Fault("an origin of another sequence", "cu_seqlens[middle] <= token", "cu_seqlens[middle] < token", "result"),
+        Fault("no origin for a lone first token", "args.phase != REST) {", "args.phase == ORIGINS) {", "result"),
+        Fault("codes that do not fit", "largest / 127.f", "largest / 150.f", "result"),
+        Fault(
+            "channels past the end",
+            "      if (d >= D) continue;\n      const Two<S> stored = {",
+            "      const Two<S> stored = {",
+            "address",
+        ),
+    ],
+)
 QUICK = ("values past the end",)
+
+
+def test_faults_in_the_store_are_caught() -> None:
+    assert STORE.survivors(("keys as they are",)) == []
 
 
 def test_faults_in_decode_are_caught() -> None:

@@ -20,6 +20,7 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "report_bugs=1 history_size=4",
+    "OMP_NUM_THREADS": "1",  # libgomp's barriers are none to ThreadSanitizer: torch's own loops would look like races
 }
 
 

@@ -112,8 +112,8 @@ class Regions:
 
 
 def allocate(num_bytes: int) -> Tensor:
-    """A zeroed uint8 tensor for what grows from its start, as a KV cache does: on huge pages, but for the first of them,
-    for each layer's K and V would take one, megabytes to be zeroed, with the first token."""
+    """A zeroed uint8 tensor for what fills up from its start, as a KV cache does: on huge pages, but for the first.
+    Every layer's K and V would take one of those, 2 MiB to be zeroed, with the first token."""
     import torch
 
     if num_bytes <= HUGE_PAGE:
