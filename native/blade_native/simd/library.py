@@ -155,9 +155,8 @@ class Library:
         self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
         self.read = self._function("read", PTR, LONG, INT)
         self.replay = self._function("replay", PTR, LONG)
-        self.wake = self._function("wake", result=None)
 
-    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., Any]:
+    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., int]:
         function = self._dll[f"blade_{name}"]
         function.argtypes, function.restype = arguments, result
         return function
