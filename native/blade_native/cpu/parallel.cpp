@@ -77,19 +77,14 @@ public:
         body_ = body, context_ = context, threads_ = threads;
         uint64_t epoch = (state_.load(std::memory_order_relaxed) & ~(OPEN | ACTIVE)) + EPOCH;
         state_.store(epoch | OPEN);
-        wake();
+        if (num_asleep_.load() > 0) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wake_.notify_all();
+        }
         body(context, 0);
         state_.fetch_and(~OPEN);
         for (int spins = 0; state_.load(std::memory_order_acquire) & ACTIVE;) wait(0, progress_, ++spins);
         busy_.clear(std::memory_order_release);
-    }
-
-    // Has workers that sleep spin again.
-    void wake() {
-        if (num_asleep_.load() == 0) return;
-        std::lock_guard<std::mutex> lock(mutex_);
-        num_calls_++;
-        wake_.notify_all();
     }
 
 private:
@@ -125,16 +120,16 @@ private:
 
     // The state once a job is open that this worker has not seen.
     uint64_t wait_beyond(uint64_t seen, int thread, Expected::Progress& progress) {
-        for (uint64_t state;;) {
-            for (int spins = 1; spins < SPINS; spins++) {
-                if (fresh(state = state_.load(std::memory_order_acquire), seen)) return state;
-                wait(thread, progress, spins);
-            }
-            std::unique_lock<std::mutex> lock(mutex_);
-            num_asleep_++;  // before the state is looked at again: run() stores the state before it looks here
-            wake_.wait(lock, [&, calls = num_calls_] { return fresh(state_.load(), seen) || num_calls_ != calls; });
-            num_asleep_--;
+        uint64_t state;
+        for (int spins = 1; spins < SPINS; spins++) {
+            if (fresh(state = state_.load(std::memory_order_acquire), seen)) return state;
+            wait(thread, progress, spins);
         }
+        std::unique_lock<std::mutex> lock(mutex_);
+        num_asleep_++;  // before the state is looked at again: run() stores the state before it looks here
+        wake_.wait(lock, [&] { return fresh(state = state_.load(), seen); });
+        num_asleep_--;
+        return state;
     }
 
     alignas(64) std::atomic<uint64_t> state_{0};
@@ -144,7 +139,6 @@ private:
     std::atomic<void*> context_{nullptr};
     std::atomic<int> threads_{0};
     int num_workers_ = 0;
-    int num_calls_ = 0;  // to wake up, under the mutex
     Expected::Progress progress_;  // of the caller
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -157,8 +151,6 @@ Pool& pool() {
 }  // namespace
 
 void run_parallel(int threads, void (*body)(void*, int), void* context) { pool().run(threads, body, context); }
-
-void wake_workers() { pool().wake(); }
 
 void expect_parts(const char* data, long item_bytes, int threads, long count) {
     pool().expected.set(data, item_bytes, Parts(threads, count));

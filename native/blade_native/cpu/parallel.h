@@ -12,9 +12,6 @@
 // on a busy machine, not at all: body must take its work from something shared.
 void run_parallel(int threads, void (*body)(void* context, int thread), void* context);
 
-// Tells that work is about to come: waking up takes a thread as long as some operations.
-void wake_workers();
-
 // body(i, thread) for i in [0, count), handed out `grain` at a time in order; thread < threads.
 template <class Body>
 void parallel_for(int threads, long count, long grain, Body body) {

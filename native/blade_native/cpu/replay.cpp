@@ -34,6 +34,3 @@ EXPORT int blade_replay(const Instruction* program, int64_t length) {
     expect_parts(nullptr, 0, 1, 0);
     return status;
 }
-
-// To be called when a replay is near.
-EXPORT void blade_wake(void) { wake_workers(); }

@@ -91,7 +91,7 @@ class Program:
         self._instructions = (Instruction * len(tape))(
             *(Instruction(kernel.address, ctypes.addressof(call)) for kernel, call in tape)
         )
-        self._replay, self.wake = library.replay, library.wake
+        self._replay = library.replay
         self._address = ctypes.addressof(self._instructions)
 
     def run(self) -> None:
@@ -113,7 +113,6 @@ class Capture:
 
     def replay(self, batch: Batch) -> Tensor:
         """The logits, good until the next replay of any capture."""
-        self.program.wake()
         for pointers, x in ((self._ids, batch.input_ids), (self._rows, batch.logits_rows)):
             address = x.data_ptr()
             for call, field, offset in pointers:

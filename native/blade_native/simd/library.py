@@ -159,9 +159,8 @@ class Library:
         self.read = self._function("read", PTR, LONG, INT)
         self.touch = self._function("touch", PTR, LONG)
         self.replay = self._function("replay", PTR, LONG)
-        self.wake = self._function("wake", result=None)
 
-    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., Any]:
+    def _function(self, name: str, *arguments: Any, result: Any = c_int) -> Callable[..., int]:
         function = self._dll[f"blade_{name}"]
         function.argtypes, function.restype = arguments, result
         return function
