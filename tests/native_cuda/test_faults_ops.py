@@ -108,8 +108,8 @@ SELECT = Suite(
             "    if (threadIdx.x < 32) {",
             "report",  # a prefix that no key has leads past the histogram
         ),
-        Fault("sort without barriers", "step; step >>= 1) {\n      __syncthreads();", "step; step >>= 1) {", "thread"),
-        Fault("too little room", "unsigned long long best[MAX_K];", "unsigned long long best[32];", "address"),
+        Fault("sort without barriers", "step; step >>= 1) {\n      __syncthreads();", "step; step >>= 1) {", "result"),
+        Fault("too little room", "unsigned long long best[MAX_K];", "unsigned long long best[32];", "report"),
         Fault(
             "reads beyond the row", "held[i] = id < args.width ? row[id] : NEG_INF;", "held[i] = row[id];", "address"
         ),
