@@ -7,7 +7,7 @@
 
 namespace attention {
 constexpr int KEYS = 2 * CHUNK;  // where a window's first tile begins: at a multiple of it
-constexpr int SPAN = 256;        // keys per partial result, a multiple of KEYS
+constexpr int SPAN = 128;        // keys per partial result, a multiple of KEYS
 constexpr float NEVER = -1e30f;  // score of a masked key: finite, so that differences of two are not NaN
 static_assert(CHUNK == vec::LANES, "a vector of scores is a chunk of keys");
 
