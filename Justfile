@@ -1,7 +1,7 @@
 # What a contributor runs. `just` alone lists it.
 
 fault_suites := "tests/native_cuda/test_faults.py:MATMUL tests/native_cuda/test_attention_faults.py:DECODE tests/native_cuda/test_attention_faults.py:PREFILL tests/native_cuda/test_attention_faults.py:STORE tests/native_cuda/test_faults_ops.py:ROWS tests/native_cuda/test_faults_ops.py:LINEAR tests/native_cuda/test_faults_ops.py:SELECT tests/native_cuda/test_faults_ops.py:DELTA"
-sanitized := "-m pytest tests/native_cuda -k 'not fault and not nvrtc' -p no:cacheprovider -o timeout=3600"
+sanitized := "-m pytest tests/native_cuda -k 'not fault and not nvrtc' -p no:cacheprovider --capture=sys -o timeout=3600"
 
 _default:
     @just --list

@@ -21,17 +21,7 @@ struct Row<Code> {
 };
 
 // x [n] -> numbers; n is a multiple of 16, at most 256. The factor is NaN where x is not finite.
-template <class A>
-INLINE Row<float> make_row(const float* x, int n, A* numbers, Row<float>) {
-    for (int i = 0; i < n; i += vec::LANES) vec::store(numbers + i, vec::load(x + i));
-    return {};
-}
-template <class A>
-INLINE Row<bf16> make_row(const float* x, int n, A* numbers, Row<bf16>) {
-    for (int i = 0; i < n; i += vec::LANES) vec::store(numbers + i, vec::load(x + i));
-    return {};
-}
-INLINE Row<Code> make_row(const float* x, int n, int16_t* numbers, Row<Code>) {
+INLINE Row<Code> make_row(const float* x, int n, int16_t* numbers) {
     constexpr float MOST = 32767;
     vec::F most = vec::zero(), nothing = vec::zero(), sum = vec::zero();
     for (int i = 0; i < n; i += vec::LANES) {

@@ -76,13 +76,17 @@ struct Tile {
 
     void load_query(int r, long at) {
         float x[MAX_HEAD_DIM];
-        A numbers[MAX_HEAD_DIM];
         for (int i = 0; i < d; i += vec::LANES)
             vec::store(x + i, in_floats() ? vec::load((const float*)job.q + at + i) : vec::load((const bf16*)job.q + at + i));
-        if constexpr (SCALED<E>) hadamard(x, d);
-        query_rows[r] = make_row(x, d, numbers, Row<E>{});
+        if constexpr (SCALED<E>) {
+            A numbers[MAX_HEAD_DIM];
+            hadamard(x, d);
+            query_rows[r] = make_row(x, d, numbers);
+            for (int i = 0; i < d; i++) queries[(i / PA * R + r) * PA + i % PA] = numbers[i];
+        } else {
+            for (int i = 0; i < d; i++) vec::from_float(x[i], queries[(i / PA * R + r) * PA + i % PA]);
+        }
         query_rows[r].factor *= job.scale;
-        for (int i = 0; i < d; i++) queries[(i / PA * R + r) * PA + i % PA] = numbers[i];
     }
 
     const char* chunk(char* cache, int key) const {
@@ -109,16 +113,18 @@ struct Tile {
     // Scores of the keys of chunks [c, c + NV), in rows SPAN apart.
     template <int NV>
     INLINE void score(const Tile& t, const Span& span, int c, float* scores) {
+        const long d = t.d;
         const uint32_t* words[NV];
         for (int v = 0; v < NV; v++) words[v] = (const uint32_t*)span.keys[c + v];
         Sum s[R][NV];
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) s[r][v] = Row<E>::start(t.query_rows[r]);
-        dot_tile<E, R, NV>((const uint32_t*)t.queries, 1, R, words, CHUNK, t.d / P, s);
+        dot_tile<E, R, NV>((const uint32_t*)t.queries, 1, R, words, CHUNK, d / P, s);
+        asm volatile("" ::: "memory");  // or GCC 12 would keep all rows' factors in registers that the loop needs
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) {
                 vec::F x = Row<E>::total(s[r][v], t.query_rows[r]);
-                if constexpr (SCALED<E>) x = vec::mul(x, vec::load(chunk_scales(span.keys[c + v], t.d)));
+                if constexpr (SCALED<E>) x = vec::mul(x, vec::load(chunk_scales(span.keys[c + v], d)));
                 vec::store(scores + r * SPAN + (c + v) * CHUNK, x);
             }
     }
@@ -152,12 +158,13 @@ struct Tile {
         if constexpr (!SCALED<E>)
             return {};
         else
-            return make_row(scores, (span.to - span.from + CHUNK - 1) / CHUNK * CHUNK, weights, Row<E>{});
+            return make_row(scores, (span.to - span.from + CHUNK - 1) / CHUNK * CHUNK, weights);
     }
 
     // sums.values[:, i : i + 16 NV] = weights . values of the span.
     template <int NV>
     INLINE void weigh_values(const Tile& t, int i, const Span& span, const A* weights, const Row<E> (&rows)[R], Sums<R>& sums) {
+        const long d = t.d;
         Sum s[R][NV];
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) s[r][v] = Row<E>::start(rows[r]);
@@ -167,13 +174,13 @@ struct Tile {
             const uint32_t* a = (const uint32_t*)(weights + c * CHUNK);
             const uint32_t* words[NV];
             for (int v = 0; v < NV; v++) words[v] = (const uint32_t*)span.values[c] + i + v * vec::LANES;
-            dot_tile<E, R, NV>(a, SPAN / PA, 1, words, t.d, num_words, s);
+            dot_tile<E, R, NV>(a, SPAN / PA, 1, words, d, num_words, s);
             if constexpr (!SCALED<E>)
-                if (num_keys % P) add_half_word<NV>(a + num_keys / PA - (PA == 1), words, num_words * t.d, s);
+                if (num_keys % P) add_half_word<NV>(a + num_keys / PA - (PA == 1), words, num_words * d, s);
         }
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++)
-                vec::store(sums.values + r * t.d + i + v * vec::LANES, Row<E>::total(s[r][v], rows[r]));
+                vec::store(sums.values + r * d + i + v * vec::LANES, Row<E>::total(s[r][v], rows[r]));
     }
 
     // The last word, whose second half holds no key of this sequence.

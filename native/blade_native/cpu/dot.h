@@ -48,27 +48,24 @@ struct Word<Code> {  // exact: activations have 16 bits, and 256 products of 2^1
 };
 
 template <class E, int I, int R, int NV>
-INLINE void dot_part(const uint32_t* a, long a_row, const vec::W (&words)[NV], typename Word<E>::Sum (&c)[R][NV]) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-        vec::W weights = Word<E>::template part<I>(words[v]);
+INLINE void dot_part(const uint32_t* a, long a_row, vec::W word, int v, typename Word<E>::Sum (&c)[R][NV]) {
+    vec::W part = Word<E>::template part<I>(word);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) c[r][v] = Word<E>::dot(c[r][v], weights, vec::splat(a + r * a_row));
-    }
+    for (int r = 0; r < R; r++) c[r][v] = Word<E>::dot(c[r][v], part, vec::splat(a + r * a_row));
 }
 
 // c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
-// the parts of steps; w advances w_step words per step.
+// the parts of steps; w advances w_step words per step. One word at a time is held, for sixteen registers hold no more.
 template <class E, int R, int NV>
 INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
                      long steps, typename Word<E>::Sum (&c)[R][NV]) {
-    for (long s = 0; s < steps; s++) {
-        vec::W words[NV];
+    for (long s = 0; s < steps; s++, a += Word<E>::PARTS * a_step) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) words[v] = vec::word(w[v] + s * w_step);
-        const uint32_t* activations = a + s * Word<E>::PARTS * a_step;
-        dot_part<E, 0>(activations, a_row, words, c);
-        if constexpr (Word<E>::PARTS == 2) dot_part<E, 1>(activations + a_step, a_row, words, c);
+        for (int v = 0; v < NV; v++) {
+            vec::W word = vec::word(w[v] + s * w_step);
+            dot_part<E, 0>(a, a_row, word, v, c);
+            if constexpr (Word<E>::PARTS == 2) dot_part<E, 1>(a + a_step, a_row, word, v, c);
+        }
     }
 }
 

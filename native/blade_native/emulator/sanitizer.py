@@ -29,11 +29,18 @@ def environment(name: str) -> dict[str, str]:
     a g++ without it."""
     if name not in RUNTIMES:
         raise ConfigError(f"There is no sanitizer {name!r}.", f"Choose one of {', '.join(NAMES)}.")
-    command = [compiler(), f"-print-file-name={RUNTIMES[name]}"]
-    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    runtime = _library(RUNTIMES[name])
     if not os.path.isabs(runtime):
         raise ConfigError(f"g++ has no {RUNTIMES[name]}.", "Install the compiler's sanitizer runtimes.")
-    return {**os.environ, **OPTIONS, "LD_PRELOAD": runtime, "BLADE_EMULATOR_SANITIZE": name}
+    # Python itself is C: a runtime that finds no C++ library at its start aborts at the first exception of torch's.
+    preloaded = f"{runtime} {_library('libstdc++.so.6')}"
+    return {**os.environ, **OPTIONS, "LD_PRELOAD": preloaded, "BLADE_EMULATOR_SANITIZE": name}
+
+
+def _library(name: str) -> str:
+    """The path of a library of g++'s; the bare name where it has none."""
+    command = [compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def report(text: str) -> str | None:
