@@ -129,3 +129,12 @@ def test_what_is_counted(target: Any) -> None:
     assert drafter.tokens_proposed >= drafter.tokens_verified >= drafter.tokens_accepted
     assert drafter.seconds > 0
     assert stats.steps < stats.generated_tokens
+
+
+@pytest.mark.parametrize("way", ["together", "small steps", "little memory", "no prefix cache"])
+def test_nor_do_they_over_a_kv_cache_in_int8(target: Any, way: str) -> None:
+    """Nor does how its steps are made: a token's KV is rounded once, whoever computes it."""
+    expected, _ = generate(target, None, SETTINGS["plain"], kv_cache_quant="int8")
+    said, stats = generate(target, "suffix+model", SETTINGS["plain"], kv_cache_quant="int8", **WAYS[way])
+    assert said == expected
+    assert stats.draft_tokens > 0
