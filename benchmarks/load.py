@@ -77,9 +77,9 @@ async def measure(options: argparse.Namespace, url: str) -> AsyncIterator[dict[s
     prompts = Prompts(text, options.input_tokens, options.shared_prefix, options.seed)
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     timeout = aiohttp.ClientTimeout(total=options.timeout)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=headers
-    ) as session:
+    # A connection for each request: some servers close idle ones just as the next request is on its way.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         body = {
             "model": options.model or await model_name(session, url),
             "max_tokens": options.output_tokens,
