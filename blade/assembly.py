@@ -112,8 +112,7 @@ def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
             raise ConfigError(f"--drafter {DRAFT_MODEL} has no model to draft with.", "Name one with --draft.model.")
         return assembly
     options = {field.name: getattr(config.draft, field.name) for field in fields(config.draft)}
-    model = ModelOptions(**options, served_model_name=None)
-    draft = _choose(replace(config, model=model), plugins, target=assembly)
+    draft = _choose(replace(config, model=ModelOptions(**options)), plugins, target=assembly)
     return replace(assembly, draft=replace(draft, max_context=min(draft.max_context, assembly.max_context)))
 
 

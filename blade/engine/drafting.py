@@ -20,6 +20,7 @@ log = logging.getLogger("blade.engine")
 LEARN = 1.1  # the most that one call moves what is believed of a drafter's price
 
 
+MOST_EVIDENCE = 15  # grades: each has chances of its own, which are kept for ever
 MANY = 64  # tokens that a drafter has not seen yet: taking them in is most of a call's time
 
 
@@ -99,7 +100,7 @@ class GuardedDrafter:
         ids = draft.ids
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
             ids = ids[: next(i for i, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)]
-        return Draft(list(ids), draft.evidence, self.name)
+        return Draft(list(ids), max(0, min(draft.evidence, MOST_EVIDENCE)), self.name)
 
     def _count(self, **more: float) -> None:
         self.stats = replace(self.stats, **{name: getattr(self.stats, name) + num for name, num in more.items()})
