@@ -104,7 +104,7 @@ class Draft:
     """What a drafter proposes to follow one sequence."""
 
     ids: list[int] = field(default_factory=list)  # in order; empty: nothing
-    evidence: int = 0  # how good it is, in a few grades of the drafter's own; 0 to 15; blade learns what each is worth
+    evidence: int = 0  # how good it is, in grades from 0 to 15 of the drafter's own; blade learns what each is worth
     source: str = ""  # the drafter's name; the engine fills it
 
 
