@@ -99,7 +99,7 @@ def linear_cases(ops: Ops, base: Ops, size: Size, rows: int) -> Iterator[Case]:
             q=torch.randint(2**bits, (n, k), dtype=torch.uint8),
             scales=torch.full((n, k // group), 0.01, dtype=torch.float16),
         )
-        linears = [ops.grouped_linear([grouped], None) for _ in range(size.num_copies(num_bytes))]
+        linears = [ops.quantized_linear([grouped], None) for _ in range(size.num_copies(num_bytes))]
         dense = base.linear(random(ops, n, k), None)
         contenders: dict[str, list[Call]] = {
             "own": [partial(linear, x) for linear in linears],

@@ -86,7 +86,7 @@ def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: l
     packed: dict[str, list[Linear]] = {"bf16": [ops.linear(w, None) for w in weights]}
     for kind in formats:
         weight = grouped(kind, n, k)
-        packed[kind] = [ops.grouped_linear(weight, None) for _ in weights]
+        packed[kind] = [ops.quantized_linear(weight, None) for _ in weights]
     sizes = {kind: copies[0].weights.numel() for kind, copies in packed.items()}
     packed["F.linear"] = [TorchLinear(w, None) for w in weights]
     if can_pack(torch.bfloat16):

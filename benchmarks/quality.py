@@ -48,7 +48,7 @@ NUM_GREEDY = 64  # tokens that a prompt is continued by
 class WeightsOnly(TorchOps):
     """float32 activations on whatever the weights were rounded to."""
 
-    grouped_dtypes = (torch.float32,)
+    quantized_dtypes = (torch.float32,)
 
 
 class Runner:

@@ -80,7 +80,7 @@ def _blocks(
     """Of a GGUF file with blocks: as they are, where that can be."""
     from blade.nn.grouped import Stored
 
-    if asked is None and dtype in ops.grouped_dtypes:
+    if asked is None and dtype in ops.quantized_dtypes:
         return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
     reason = (
         "as --quantize none asks" if asked else f"the device ({ops.name}) has no kernels for blocks in {_name(dtype)}"

@@ -206,11 +206,25 @@ class GroupedWeight:
     bits: int  # 4, 5, 6 or 8
     group: int  # numbers of a row that share a scale: 16, 32, 64 or 128, a divisor of K
     q: Tensor  # [N, K] uint8, below 2**bits
-    scales: Tensor  # [N, K / group] float16; uint8 or int8 codes with block_scales
-    minima: Tensor | None = None  # as scales; codes with block_minima. None: 0
+    scales: Tensor  # [N, K / group] float16, bfloat16 or float32; uint8 or int8 codes with block_scales
+    minima: Tensor | None = None  # [N, K / group] float16; codes with block_minima. None: 0
     zeros: Tensor | None = None  # [N, K / group] uint8. None: 2**(bits - 1) without minima, 0 with them
     block_scales: Tensor | None = None  # [N, K / block] float16
     block_minima: Tensor | None = None  # [N, K / block] float16
+    values: tuple[int, ...] | None = None  # 2**bits integers, -127..127: w = scale * values[q]; no zeros, no minima
+    order: Tensor | None = None  # [K] int64: column i multiplies feature order[i] of x. None: feature i
+
+
+@dataclass(slots=True, frozen=True)
+class Float8Weight:
+    """A matrix [N, K] of 8-bit floats: w = scale * q, a scale for each block of `block` rows and columns."""
+
+    q: Tensor  # [N, K] float8_e4m3fn
+    scales: Tensor  # [ceil(N / block[0]), ceil(K / block[1])] float32
+    block: tuple[int, int]  # (1, K) is a scale per row, (N, K) one for all
+
+
+QuantizedWeight: TypeAlias = GroupedWeight | Float8Weight
 
 
 @dataclass(slots=True, frozen=True)

@@ -136,7 +136,7 @@ def test_weight_format() -> None:
 
 
 class GroupedOps(TorchOps):
-    grouped_dtypes = (torch.float32,)
+    quantized_dtypes = (torch.float32,)
 
 
 def test_weight_format_made_of_plain_weights() -> None:

@@ -31,7 +31,7 @@ BLOCKS = {f"blk.0.{name}.weight": Q8_0 for name in MATRICES} | {"token_embd.weig
 class GroupedTorch(TorchOps):
     """The torch twin, told to compute on grouped weights in float32."""
 
-    grouped_dtypes = (torch.float32,)
+    quantized_dtypes = (torch.float32,)
 
 
 def assembled(model: Path, quantize: str | None = None, ops: TorchOps | None = None) -> Assembly:

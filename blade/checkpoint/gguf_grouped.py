@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def grouped(kind: GGMLType, raw: Tensor) -> GroupedWeight:
 
     in_chunks(unpack, CHUNK // kind.block_size, blocks, q, *tensors)
     n = len(raw)
-    named = {name: tensor.view(n, -1) for name, tensor in zip(sample, tensors, strict=True)}
+    named: dict[str, Any] = {name: tensor.view(n, -1) for name, tensor in zip(sample, tensors, strict=True)}
     return GroupedWeight(kind.bits, group, q.view(n, -1), **named)
 
 

@@ -3,6 +3,7 @@
 from blade.chunks import in_chunks
 from blade.nn.config import DecoderConfig
 from blade.nn.decoder import Decoder, FeedForward, Layer, Norm, SelfAttention
+from blade.nn.default_ops import DefaultOps
 from blade.nn.grouped import GroupedQuantization
 from blade.nn.keys import Keys
 from blade.nn.loader import Loader
@@ -12,6 +13,7 @@ from blade.nn.rope_config import read_rope
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "DefaultOps",
     "DynamicRope",
     "FeedForward",
     "GroupedQuantization",

@@ -48,14 +48,14 @@ class GroupedQuantization:
 
     def stack(self, names: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
         """The linear over the matrices of these tensors. A subclass may know a shorter way to it than `grouped`."""
-        return ops.grouped_linear([self.grouped(name, weights) for name in names], bias)
+        return ops.quantized_linear([self.grouped(name, weights) for name in names], bias)
 
 
 def check_kernels(ops: Ops, dtype: torch.dtype) -> None:
     """Raise ConfigError where the op set cannot compute on grouped weights."""
-    if dtype in ops.grouped_dtypes:
+    if dtype in ops.quantized_dtypes:
         return
-    known = ", ".join(sorted(_name(known) for known in ops.grouped_dtypes))
+    known = ", ".join(sorted(_name(known) for known in ops.quantized_dtypes))
     raise ConfigError(
         f"The device ({ops.name}) has no kernels for quantised weights{f' in {_name(dtype)}' if known else ''}.",
         f"Use --dtype {known}." if known else "Leave --quantize out, or choose another --device.",

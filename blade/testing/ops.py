@@ -33,13 +33,16 @@ def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
                 _check_linear(ops, x, generator)
                 _check_norms(ops, x, generator)
                 _check_silu_mul(ops, x)
+                _check_sigmoid_mul(ops, x)
             _check_embedding(ops, torch.randn(50, width, generator=generator).to(dtype))
         _check_rows(ops, torch.randn(50, 96, generator=generator).to(dtype))
         _check_norms(ops, torch.randn(5, 4, 64, generator=generator).to(dtype), generator)  # per head: [T, H, D]
         _check_norms(ops, torch.full((3, 64), 1e4, dtype=dtype), generator)  # squares beyond float16
         _check_norms(ops, torch.full((3, 64), 1e-4, dtype=dtype), generator)  # where eps counts
         _check_capture(ops, torch.randn(40, 64, generator=generator).to(dtype))
+        _check_experts(ops, dtype, generator)
     _check_argmax(ops)
+    _check_route(ops)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -110,6 +113,48 @@ def _check_silu_mul(ops: Ops, x: Tensor) -> None:
     gate_up = torch.cat([x * 30, x.flip(-1)], dim=-1)  # far out, where exp() overflows
     gate, up = gate_up.float().chunk(2, dim=-1)
     require_close("silu_mul", ops.silu_mul(ops.to_device(gate_up)), gate * gate.sigmoid() * up, x.dtype)
+
+
+def _check_sigmoid_mul(ops: Ops, x: Tensor) -> None:
+    for gate in (x.flip(-1) * 30, x[:, -1:]):  # one for each number; one for a row, which lies inside a wider one
+        expected = x.float() * gate.float().sigmoid()
+        require_close("sigmoid_mul", ops.sigmoid_mul(ops.to_device(x.clone()), ops.to_device(gate)), expected, x.dtype)
+
+
+def _check_experts(ops: Ops, dtype: torch.dtype, generator: torch.Generator) -> None:
+    import torch
+
+    num_experts, width, inner = 6, 64, 96
+    gate_up = torch.randn(num_experts, 2 * inner, width, generator=generator).mul(width**-0.5).to(dtype)
+    down = torch.randn(num_experts, width, inner, generator=generator).mul(inner**-0.5).to(dtype)
+    experts = ops.experts(*([ops.linear(weight.clone(), None) for weight in weights] for weights in (gate_up, down)))
+    for num_tokens, k in ((1, 1), (1, 4), (7, 2), (40, 3)):
+        x = torch.randn(num_tokens, width, generator=generator).to(dtype)
+        ids = torch.stack([torch.randperm(num_experts - 1, generator=generator)[:k] for _ in x])  # the last has no rows
+        weights = torch.rand(num_tokens, k, generator=generator)
+        expected = torch.zeros(num_tokens, width)
+        for row, column in torch.cartesian_prod(torch.arange(num_tokens), torch.arange(k)).tolist():
+            expert = int(ids[row, column])
+            gate, up = (gate_up[expert].float() @ x[row].float()).chunk(2)
+            y = down[expert].float() @ (gate * gate.sigmoid() * up)
+            expected[row] += weights[row, column] * y
+        found = experts(*map(ops.to_device, (x, ids, weights)))
+        require_close("experts", found, expected, dtype, factor=4)  # what lies between the linears is rounded too
+        alone = torch.cat([experts(*(ops.to_device(y[i : i + 1]) for y in (x, ids, weights))) for i in range(len(x))])
+        require_close("experts, row by row", alone, expected, dtype, factor=4)
+
+
+def _check_route(ops: Ops) -> None:
+    import torch
+
+    logits = torch.randn(9, 12, generator=torch.Generator().manual_seed(0)).mul(2).round()  # many equal values
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    for k in (1, 4, 12):
+        shares = logits.softmax(-1).gather(1, order[:, :k])
+        for normalize, expected in ((False, shares), (True, shares / shares.sum(-1, keepdim=True))):
+            ids, weights = ops.route(ops.to_device(logits), k, normalize)
+            require(ids.tolist() == order[:, :k].tolist(), "route: not the largest, or equal ones not by id")
+            require_close("route", weights, expected, torch.float32)
 
 
 def _check_rows(ops: Ops, x: Tensor) -> None:

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from blade import Float8Weight, GroupedWeight
+from blade.nn import DefaultOps
 from blade_native.host import available_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
 
-    from blade import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache
-    from blade.contracts import Linear, Model
+    from blade import QuantizedWeight
+    from blade.contracts import Linear
 
 
 class TorchLinear:
@@ -33,10 +35,10 @@ class TorchLinear:
         return F.linear(x, self.weight, self.bias).to(out_dtype or x.dtype)
 
 
-class TorchGroupedLinear:
-    """y = x W^T + b over grouped weights, dequantised to x's dtype on every call."""
+class TorchQuantizedLinear:
+    """y = x W^T + b over quantised weights, dequantised to x's dtype on every call."""
 
-    def __init__(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> None:
+    def __init__(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> None:
         self.weights = weights
         self.bias = bias
 
@@ -47,51 +49,46 @@ class TorchGroupedLinear:
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Of a single weight: ids [T] int64 -> [T, K]."""
         (weight,) = self.weights
-        tensors = {name: value[ids] for name in _TENSORS if (value := getattr(weight, name)) is not None}
-        return dequantize(replace(weight, **tensors), dtype)
+        return dequantize(take_rows(weight, ids), dtype)
 
 
-class TorchFp8Linear:
-    """y = x (scale * W)^T + b with W in float8_e4m3fn, dequantised to x's dtype on every call."""
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.scale, self.bias = weight, scale, bias
-
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        n, k = self.weight.shape
-        scales = expand_scales(self.scale, n, k, 1)
-        weight = (self.weight.float() * scales).to(x.dtype)
-        return F.linear(x, weight, self.bias).to(out_dtype or x.dtype)
-
-
-def expand_scales(scale: Tensor, n: int, k: int, group: int) -> Tensor:
-    """Scales of one number, [N, 1] or [ceil(N / 128), ceil(K / 128)] -> [N, K / group] float32. Raises ValueError for
-    another shape."""
-    blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-    if scale.numel() == 1:
-        return scale.float().reshape(1, 1).expand(n, k // group)
-    if scale.shape == (n, 1):
-        return scale.float().expand(n, k // group)
-    if scale.shape != blocks:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, not (1,), {(n, 1)} or {blocks}")
-    rows = scale.float().repeat_interleave(FP8_BLOCK, 0)[:n]
-    return rows.repeat_interleave(FP8_BLOCK // group, 1)[:, : k // group]
-
-
-FP8_BLOCK = 128
 _TENSORS = ("q", "scales", "minima", "zeros", "block_scales", "block_minima")
 
 
-def dequantize(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
-    """[N, K], computed in float32 and rounded once."""
+def take_rows(weight: QuantizedWeight, ids: Tensor) -> QuantizedWeight:
+    """The same weight of fewer rows, ids [R] int64."""
+    if isinstance(weight, GroupedWeight):
+        tensors = {name: value[ids] for name in _TENSORS if (value := getattr(weight, name)) is not None}
+        return replace(weight, **tensors)
+    return Float8Weight(
+        weight.q.view(torch.uint8)[ids].view(weight.q.dtype),
+        weight.scales[ids // weight.block[0]],
+        (1, weight.block[1]),
+    )
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """[N, K], computed in float32 and rounded once; columns in the order of x's features."""
+    if isinstance(weight, Float8Weight):
+        return (weight.q.float() * expand_scales(weight, 1)).to(dtype)
+    n, k = weight.q.shape
+    w = _integers(weight).view(n, -1, weight.group)
+    w *= _per_group(weight.scales, weight.block_scales)
+    if weight.minima is not None:
+        w += _per_group(weight.minima, weight.block_minima)
+    w = w.view(n, k).to(dtype)
+    return w if weight.order is None else torch.empty_like(w).index_copy_(1, weight.order.to(w.device), w)
+
+
+def _integers(weight: GroupedWeight) -> Tensor:
+    """[N, K] float32: what the scales multiply."""
+    if weight.values is not None:
+        return torch.tensor(weight.values, dtype=torch.float32, device=weight.q.device)[weight.q.long()]
     n, k = weight.q.shape
     zero = 0.0 if weight.minima is not None else 2.0 ** (weight.bits - 1)
     w = weight.q.view(n, -1, weight.group).float()
     w -= zero if weight.zeros is None else weight.zeros.unsqueeze(2).float()
-    w *= _per_group(weight.scales, weight.block_scales)
-    if weight.minima is not None:
-        w += _per_group(weight.minima, weight.block_minima)
-    return w.view(n, k).to(dtype)
+    return w.view(n, k)
 
 
 def _per_group(values: Tensor, blocks: Tensor | None) -> Tensor:
@@ -102,11 +99,22 @@ def _per_group(values: Tensor, blocks: Tensor | None) -> Tensor:
     return (values.float().view(n, num_blocks, -1) * blocks.float().unsqueeze(2)).view(n, -1, 1)
 
 
-class TorchOps:
+def expand_scales(weight: Float8Weight, group: int) -> Tensor:
+    """A scale for each `group` columns of a row, [N, ceil(K / group)] float32: that of the first of them."""
+    (n, k), (rows, columns) = weight.q.shape, weight.block
+    wanted = (-(-n // rows), -(-k // columns))
+    if weight.scales.shape != wanted:
+        raise ValueError(f"scales have shape {tuple(weight.scales.shape)}, not {wanted}")
+    scales = weight.scales.float()
+    return scales[torch.arange(n, device=scales.device) // rows][
+        :, torch.arange(0, k, group, device=scales.device) // columns
+    ]
+
+
+class TorchOps(DefaultOps):
     """contracts.Ops on any torch device. Subclasses replace what their device does faster."""
 
     name = "torch"
-    grouped_dtypes: Collection[torch.dtype] = ()  # grouped_linear is the kernels' twin, too slow to serve with
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -123,50 +131,29 @@ class TorchOps:
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(self.to_device(weight), None if bias is None else self.to_device(bias))
 
-    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
-        return TorchGroupedLinear(weights, bias)
-
-    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
-        """None: blocks are unpacked into grouped weights."""
-        return None
+    def quantized_linear(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
+        """The kernels' twin, too slow to serve with, so that quantized_dtypes stays empty."""
+        return TorchQuantizedLinear(weights, bias)
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         table = self.to_device(weight)
         return lambda ids: F.embedding(ids, table)
 
     def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        if isinstance(linear, TorchGroupedLinear):
+        if isinstance(linear, TorchQuantizedLinear):
             return partial(linear.rows, dtype=dtype) if len(linear.weights) == 1 else None
         if isinstance(linear, TorchLinear) and linear.weight.dtype is dtype:
             return self.embedding(linear.weight)
         return None
 
-    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        return x.index_select(0, rows)
-
-    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
-        """The forward as it is."""
-        return lambda batch: model.forward(batch, kv)
-
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Zhang & Sennrich 2019; torch computes it in float32 inside."""
         return F.rms_norm(x, weight.shape, weight, eps)
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        residual.add_(x)
-        return self.rms_norm(residual, weight, eps), residual
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """SwiGLU's gate (Shazeer 2020)."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-
-    def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
-        """weight [N, K] float8_e4m3fn times scale: of one number, [N, 1], or [ceil(N / b), ceil(K / b)] of blocks of
-        b = 128 rows and columns."""
-        return TorchFp8Linear(
-            self.to_device(weight), self.to_device(scale), None if bias is None else self.to_device(bias)
-        )
 
     def delta_step(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor

@@ -48,7 +48,7 @@ def test_stacked_they_multiply_as_grouped_weights_do(ops: SimdOps) -> None:
     blocks = [blocks_of(kind, n, 512 // kind.block_size) for kind, n in zip(kinds, (70, 33, 1), strict=True)]
     bias, x = torch.randn(104), torch.randn(5, 512)
     found = ops.blocks_linear(blocks, bias)
-    want = ops.grouped_linear([grouped(GGMLType[part.kind], part.raw) for part in blocks], bias)
+    want = ops.quantized_linear([grouped(GGMLType[part.kind], part.raw) for part in blocks], bias)
     assert isinstance(found, StackedLinear)
     torch.testing.assert_close(found(x), want(x), rtol=0, atol=0, equal_nan=True)
 

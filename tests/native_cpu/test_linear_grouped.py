@@ -78,10 +78,10 @@ def require_close(y: Tensor, x: Tensor, weight: GroupedWeight, bias: Tensor | No
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_grouped_linear_equals_its_twin(ops: SimdOps, name: str) -> None:
+def test_a_quantized_linear_equals_its_twin(ops: SimdOps, name: str) -> None:
     for n in (70, 32):
         weight, bias = weight_of(name, n), torch.randn(n)
-        linear, without_bias = ops.grouped_linear(weight, bias), ops.grouped_linear(weight, None)
+        linear, without_bias = ops.quantized_linear(weight, bias), ops.quantized_linear(weight, None)
         for m in ROWS:
             x = torch.randn(m, K)
             require_close(linear(x), x, weight, bias)
@@ -94,14 +94,14 @@ def test_a_grouped_linear_equals_its_twin(ops: SimdOps, name: str) -> None:
 def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
     """Without emulating how activations are rounded: they lose half a percent."""
     weight, bias, x = weight_of("q4_1", 70), torch.randn(70), torch.randn(5, K)
-    want = TorchOps().grouped_linear([weight], bias)(x)
-    error = (ops.grouped_linear([weight], bias)(x) - want).norm() / want.norm()
+    want = TorchOps().quantized_linear([weight], bias)(x)
+    error = (ops.quantized_linear([weight], bias)(x) - want).norm() / want.norm()
     assert error < 0.01
 
 
 @pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) -> None:
-    linear = ops.grouped_linear(weight_of(name, 70, 4096), None)
+    linear = ops.quantized_linear(weight_of(name, 70, 4096), None)
     x = torch.randn(300, 4096)
     whole = linear(x)
     for m in (1, 2, 3, 7, 13, 17, 50):
@@ -114,17 +114,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) ->
 def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
     weight = weight_of(name, 70)
-    linear = ops.grouped_linear(weight, None)
+    linear = ops.quantized_linear(weight, None)
     assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
 
 
 def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
     weights = [weight_of("q4_k", 70), weight_of("q6_k", 33), weight_of("int8", 1)]
     bias, x = torch.randn(104), torch.randn(3, 5, K)
-    stacked = ops.grouped_linear(weights, bias)
+    stacked = ops.quantized_linear(weights, bias)
     assert isinstance(stacked, StackedLinear)
     biases = bias.split([70, 33, 1])
-    parts = [ops.grouped_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
+    parts = [ops.quantized_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
     assert stacked(x).equal(torch.cat(parts, dim=-1))
     assert stacked(x.bfloat16(), torch.float32).shape == (3, 5, 104)
     assert ops.embedding_of(stacked, torch.float32) is None
@@ -132,24 +132,24 @@ def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
 
 def test_neighbours_of_one_format_become_one_matrix(ops: SimdOps) -> None:
     weights, bias, x = [weight_of("q4_k", n) for n in (64, 32, 70)], torch.randn(166), torch.randn(3, K)
-    whole = ops.grouped_linear(weights, bias)
+    whole = ops.quantized_linear(weights, bias)
     assert isinstance(whole, PackedLinear)
     biases = bias.split([64, 32, 70])
-    parts = [ops.grouped_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
+    parts = [ops.quantized_linear(weight, part)(x) for weight, part in zip(weights, biases, strict=True)]
     assert whole(x).equal(torch.cat(parts, dim=-1))
 
 
 @pytest.mark.parametrize(("first", "n"), [("q4_0", 64), ("q4_k", 40)])
 def test_another_format_or_a_panel_not_full_begins_a_new_matrix(ops: SimdOps, first: str, n: int) -> None:
     weights, x = [weight_of(first, n), weight_of("q4_k", 64), weight_of("q4_k", 70)], torch.randn(3, K)
-    stacked = ops.grouped_linear(weights, None)
+    stacked = ops.quantized_linear(weights, None)
     assert isinstance(stacked, StackedLinear)
     assert [part.n for part in stacked.parts] == [n, 134]
-    assert stacked(x).equal(torch.cat([ops.grouped_linear(weight, None)(x) for weight in weights], dim=-1))
+    assert stacked(x).equal(torch.cat([ops.quantized_linear(weight, None)(x) for weight in weights], dim=-1))
 
 
 def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
-    linear, x = ops.grouped_linear(weight_of("q8_0", 70), None), torch.randn(9, K)
+    linear, x = ops.quantized_linear(weight_of("q8_0", 70), None), torch.randn(9, K)
     y = torch.full((9, 75), 7.0)
     linear.write(x, y[:, 2:72])
     assert y[:, 2:72].equal(linear(x))
@@ -177,13 +177,13 @@ def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
     for message, wrong in refused.items():
         assert not covers(wrong)
         with pytest.raises(ValueError, match=message):
-            ops.grouped_linear(wrong, None)
+            ops.quantized_linear(wrong, None)
     assert covers(weight)
     assert covers(codes)
 
 
 def test_a_dtype_that_nothing_gives_is_refused(ops: SimdOps) -> None:
-    linear = ops.grouped_linear(weight_of("q4_1", 33), None)
+    linear = ops.quantized_linear(weight_of("q4_1", 33), None)
     with pytest.raises(TypeError, match="float16"):
         linear(torch.zeros(1, K).half())
     with pytest.raises(TypeError, match=r"rows in torch\.float16"):

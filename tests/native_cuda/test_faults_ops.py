@@ -14,7 +14,7 @@ from blade_native.cuda.packing import pack
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import DeltaKernels, SelectKernels
 from blade_native.emulator.faults import Fault, Redirected, Suite
-from blade_native.reference import TorchGroupedLinear, TorchOps, delta_step
+from blade_native.reference import TorchOps, TorchQuantizedLinear, delta_step
 
 pytestmark = pytest.mark.timeout(600)  # whoever comes first waits for the compiler
 TWIN = TorchOps()
@@ -33,7 +33,7 @@ def run_linear(launcher: Launcher, source: Path) -> None:
     linear = PackedLinear(kernels, [pack(weight, torch.device("cpu"))], None, torch.bfloat16)
     for num_rows in (3, 18, 18):
         x = random(num_rows, k).bfloat16()
-        expected = TorchGroupedLinear([weight], None)(x.float())
+        expected = TorchQuantizedLinear([weight], None)(x.float())
         torch.testing.assert_close(linear(x, torch.float32), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -1,4 +1,4 @@
-"""Packed linears against their twin, TorchGroupedLinear: every kind of format, any number of rows."""
+"""Packed linears against their twin, TorchQuantizedLinear: every kind of format, any number of rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from blade import GroupedWeight
+from blade import Float8Weight, GroupedWeight
 from blade_native.cuda import linear as cuda_linear
 from blade_native.cuda import packing
 from blade_native.cuda.linear import MAX_ROWS, LinearKernels, PackedLinear
-from blade_native.cuda.packing import Format, format_of, pack, pack_fp8
-from blade_native.reference import TorchFp8Linear, TorchGroupedLinear, dequantize
+from blade_native.cuda.packing import Format, format_of, pack
+from blade_native.reference import TorchQuantizedLinear, dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ def test_formats(kernels: LinearKernels, bits: int, group: int, kind: str, dtype
     weight = make_weight(bits, group, kind)
     bias = torch.randn(NUM_OUT, generator=torch.Generator().manual_seed(0)).to(dtype)
     linear = PackedLinear(kernels, [pack(weight, CPU)], bias, dtype)
-    exact = TorchGroupedLinear([weight], bias)
+    exact = TorchQuantizedLinear([weight], bias)
     for num_rows in (1, 3, 8, 16, 33):
         x = make_rows(num_rows, dtype)
         assert error(linear(x, torch.float32), exact(x.float())) < 2e-6  # the integers are exact, sums in float32
@@ -94,22 +94,24 @@ def test_formats(kernels: LinearKernels, bits: int, group: int, kind: str, dtype
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("scale", [(1,), (NUM_OUT, 1), (2, 5)], ids=["one", "channels", "blocks"])
-def test_fp8(kernels: LinearKernels, dtype: torch.dtype, scale: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("block", [(NUM_OUT, NUM_IN), (1, NUM_IN), (128, 128)], ids=["one", "channels", "blocks"])
+def test_fp8(kernels: LinearKernels, dtype: torch.dtype, block: tuple[int, int]) -> None:
     bits = torch.arange(NUM_OUT * NUM_IN).view(NUM_OUT, NUM_IN) % 256
     bits[(bits & 127) == 127] = 0  # all numbers there are, subnormals too, but NaN
-    weight = bits.to(torch.uint8).view(torch.float8_e4m3fn)
-    scales = torch.rand(scale, generator=torch.Generator().manual_seed(1)) + 0.01
-    linear = PackedLinear(kernels, [pack_fp8(weight, scales, CPU)], None, dtype)
+    shape = -(-NUM_OUT // block[0]), -(-NUM_IN // block[1])
+    scales = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.01
+    weight = Float8Weight(bits.to(torch.uint8).view(torch.float8_e4m3fn), scales, block)
+    linear = PackedLinear(kernels, [pack(weight, CPU)], None, dtype)
     x = make_rows(5, dtype)
-    assert error(linear(x, torch.float32), TorchFp8Linear(weight, scales, None)(x.float())) < 2e-6
+    assert error(linear(x, torch.float32), TorchQuantizedLinear([weight], None)(x.float())) < 2e-6
 
 
 def test_scales_as_codes(kernels: LinearKernels) -> None:
     weight = make_weight(4, 32, "MINIMA", codes=True)
     linear = PackedLinear(kernels, [pack(weight, CPU)], None, BF16)
     x = make_rows(4, BF16)
-    assert error(linear(x, torch.float32), TorchGroupedLinear([weight], None)(x.float())) < 2**-11  # float16's rounding
+    rounding = 2**-11  # of float16
+    assert error(linear(x, torch.float32), TorchQuantizedLinear([weight], None)(x.float())) < rounding
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: LinearKernels) -> None:
@@ -125,7 +127,7 @@ def test_stacked_formats_write_side_by_side(kernels: LinearKernels) -> None:
     bias = torch.arange(2 * NUM_OUT + 7).to(BF16)
     linear = PackedLinear(kernels, [pack(weight, CPU) for weight in weights], bias, BF16)
     x = make_rows(3, BF16)
-    exact = TorchGroupedLinear(weights, bias)
+    exact = TorchQuantizedLinear(weights, bias)
     assert error(linear(x, torch.float32), exact(x.float())) < 2e-6
     assert error(linear(x.view(3, 1, NUM_IN)), exact(x.view(3, 1, NUM_IN))) < 0.02
     assert linear(x[:0]).shape == (0, 2 * NUM_OUT + 7)
@@ -137,7 +139,7 @@ def test_many_rows_take_the_matrix_in_pieces(kernels: LinearKernels, monkeypatch
     bias = torch.arange(2 * NUM_OUT).to(BF16)
     x = make_rows(MAX_ROWS + 1, BF16)
     found = PackedLinear(kernels, [pack(weight, CPU) for weight in weights], bias, BF16)(x, torch.float32)
-    assert error(found, TorchGroupedLinear(weights, bias)(x)) < 0.01
+    assert error(found, TorchQuantizedLinear(weights, bias)(x)) < 0.01
 
 
 def test_rows_that_are_not_aligned(kernels: LinearKernels) -> None:
@@ -158,9 +160,9 @@ def test_what_has_no_kernel() -> None:
     assert not packing.covers(make_weight(4, 32, "ZEROS", k=96))
     nan = torch.full((16, 64), float("nan")).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="NaN"):
-        pack_fp8(nan, torch.ones(1), CPU)
-    with pytest.raises(ValueError, match="scale has shape"):
-        pack_fp8(torch.zeros(16, 64).to(torch.float8_e4m3fn), torch.ones(3), CPU)
+        pack(Float8Weight(nan, torch.ones(1, 1), (16, 64)), CPU)
+    with pytest.raises(ValueError, match="scales have shape"):
+        pack(Float8Weight(torch.zeros(16, 64).to(torch.float8_e4m3fn), torch.ones(3, 1), (16, 64)), CPU)
     weight = make_weight(4, 32, "SYMMETRIC", codes=True)
     weight.block_scales.fill_(6e4)
     with pytest.raises(ValueError, match="scales: a group's value is beyond float16"):

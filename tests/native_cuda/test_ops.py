@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import blade_native.cuda
-from blade import ConfigError
+from blade import ConfigError, Float8Weight
 from blade_native import cuda_ops, paged_attention
 from blade_native.attention import PagedAttention
 from blade_native.cuda import CudaOps, launch
 from blade_native.cuda.attention import CudaAttention
 from blade_native.cuda.linear import PackedLinear
 from blade_native.cuda.torch_ops import TorchCudaOps
-from blade_native.reference import TorchFp8Linear, TorchLinear, TorchOps, dequantize
+from blade_native.reference import TorchLinear, TorchOps, dequantize
 
 from .test_linear import make_weight
 
@@ -93,7 +94,7 @@ def ops(launcher: Launcher) -> CudaOps:
 
 def test_quantised_weights(ops: CudaOps) -> None:
     weight = make_weight(4, 128, "SYMMETRIC", n=32, k=128)
-    linear = ops.grouped_linear([weight], torch.ones(32, dtype=torch.bfloat16))
+    linear = ops.quantized_linear([weight], torch.ones(32, dtype=torch.bfloat16))
     assert isinstance(linear, PackedLinear)
     x = torch.eye(128, dtype=torch.bfloat16)[:8]
     expected = dequantize(weight, torch.float32)[:, :8].T + 1
@@ -101,30 +102,32 @@ def test_quantised_weights(ops: CudaOps) -> None:
     rows = ops.embedding_of(linear, torch.bfloat16)
     assert rows is not None
     assert torch.equal(rows(torch.tensor([3])), dequantize(weight, torch.bfloat16)[3:4])
-    assert ops.embedding_of(ops.grouped_linear([weight, weight], None), torch.bfloat16) is None
+    assert ops.embedding_of(ops.quantized_linear([weight, weight], None), torch.bfloat16) is None
 
 
 def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:
     weight = make_weight(4, 32, "ZEROS", k=96)
-    linear = ops.grouped_linear([weight], None)
+    linear = ops.quantized_linear([weight], None)
     assert isinstance(linear, TorchLinear)
     assert torch.equal(linear.weight, dequantize(weight, torch.bfloat16))
     x = torch.randn(2, 96, generator=torch.Generator().manual_seed(0)).half()
     torch.testing.assert_close(linear(x), x @ dequantize(weight, torch.bfloat16).half().T)
-    fp8 = torch.ones(16, 96).to(torch.float8_e4m3fn)
-    assert isinstance(ops.fp8_linear(fp8, torch.ones(1), None), TorchFp8Linear)
+    fp8 = Float8Weight(torch.ones(16, 96).to(torch.float8_e4m3fn), torch.ones(1, 1), (16, 96))
+    assert isinstance(ops.quantized_linear([fp8], None), TorchLinear)
+    coded = replace(make_weight(4, 32, "SYMMETRIC", n=32, k=128), values=tuple(range(-8, 8)))
+    assert isinstance(ops.quantized_linear([coded], None), TorchLinear)
 
 
 def test_numbers_that_the_kernels_cannot_hold(ops: CudaOps, caplog: pytest.LogCaptureFixture) -> None:
     weight = make_weight(4, 128, "SYMMETRIC", codes=True, n=32, k=128)
     assert weight.block_scales is not None
     weight.block_scales.fill_(6e4)
-    assert isinstance(ops.grouped_linear([weight], None), TorchLinear)
+    assert isinstance(ops.quantized_linear([weight], None), TorchLinear)
     assert "A linear becomes dense: scales: a group's value is beyond float16." in caplog.text
     nan = torch.full((16, 128), float("nan")).to(torch.float8_e4m3fn)
-    assert isinstance(ops.fp8_linear(nan, torch.ones(1), None), TorchFp8Linear)
-    with pytest.raises(ValueError, match="scale has shape"):
-        ops.fp8_linear(torch.zeros(16, 128).to(torch.float8_e4m3fn), torch.ones(3), None)
+    assert isinstance(ops.quantized_linear([Float8Weight(nan, torch.ones(1, 1), (16, 128))], None), TorchLinear)
+    with pytest.raises(ValueError, match="scales have shape"):
+        ops.quantized_linear([Float8Weight(nan, torch.ones(3, 1), (16, 128))], None)
 
 
 def test_a_format_that_does_not_compile_becomes_dense(
@@ -139,7 +142,8 @@ def test_a_format_that_does_not_compile_becomes_dense(
 
     monkeypatch.setattr(ops._linears, "get", refuse)
     for _ in range(2):
-        assert isinstance(ops.grouped_linear([make_weight(8, 64, "SYMMETRIC")], None), TorchLinear)
+        assert isinstance(ops.quantized_linear([make_weight(8, 64, "SYMMETRIC")], None), TorchLinear)
     assert len(tried) == 1
     assert "ptxas is unwell" in caplog.text
-    assert isinstance(ops.fp8_linear(torch.ones(16, 64).to(torch.float8_e4m3fn), torch.ones(1), None), TorchFp8Linear)
+    fp8 = Float8Weight(torch.ones(16, 64).to(torch.float8_e4m3fn), torch.ones(1, 1), (16, 64))
+    assert isinstance(ops.quantized_linear([fp8], None), TorchLinear)

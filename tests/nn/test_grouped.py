@@ -13,7 +13,7 @@ from blade_native.reference import TorchOps
 
 
 class Ops(TorchOps):
-    grouped_dtypes = (torch.float32,)
+    quantized_dtypes = (torch.float32,)
 
 
 class Halves(GroupedQuantization):

@@ -19,7 +19,7 @@ from blade_native.reference import TorchOps, dequantize
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blade import Batch, CaptureOptions, GroupedWeight, KVCache
+    from blade import Batch, CaptureOptions, KVCache, QuantizedWeight
     from blade.contracts import Linear, Model
     from blade_native.cuda.launch import Launcher
     from blade_native.cuda.packing import Format, Packed
@@ -31,7 +31,7 @@ NUM_SMS = 132  # an H100's, where there is no device to ask
 class CudaOps(TorchOps):
     """contracts.Ops over the kernels. `base` answers for the device's memory and the default dtype."""
 
-    grouped_dtypes: Collection[torch.dtype] = DTYPES
+    quantized_dtypes: Collection[torch.dtype] = DTYPES
 
     def __init__(self, base: TorchOps, launcher: Launcher) -> None:
         """Compiles the kernels that every model needs; raises what the compiler raises."""
@@ -66,9 +66,9 @@ class CudaOps(TorchOps):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return self._rows.gate(gate_up) if self._rows.covers_gate(gate_up) else super().silu_mul(gate_up)
 
-    def grouped_linear(self, weights: Seq[GroupedWeight], bias: Tensor | None) -> Linear:
-        """Kernels for all formats with K in multiples of 64, but for minima and zeros together; the others, and all of
-        them where a kernel cannot be compiled, become dense."""
+    def quantized_linear(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
+        """Kernels for what `packing.covers`; the others, and all of them where a kernel cannot be compiled or would
+        meet NaN, become dense."""
         if all(map(packing.covers, weights)) and self._compiled(packing.format_of(weight) for weight in weights):
             try:
                 return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
@@ -76,15 +76,6 @@ class CudaOps(TorchOps):
                 log.warning("A linear becomes dense: %s.", error)
         weight = torch.cat([dequantize(weight, self._dtype) for weight in weights])
         return DenseLinear(self.to_device(weight), None if bias is None else self.to_device(bias))
-
-    def fp8_linear(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Linear:
-        """Kernels where K is a multiple of 64; elsewhere, and where there is NaN, torch's way."""
-        if weight.shape[1] % packing.TILE_K == 0 and self._compiled([packing.fp8_format(weight.shape[1])]):
-            try:
-                return self._packed([packing.pack_fp8(weight, scale, self.device)], bias)
-            except packing.NotANumberError as error:
-                log.warning("A linear is dequantised at every call: %s.", error)
-        return super().fp8_linear(weight, scale, bias)
 
     def _packed(self, parts: Seq[Packed], bias: Tensor | None) -> Linear:
         return PackedLinear(self._linears, parts, None if bias is None else self.to_device(bias), self._dtype)

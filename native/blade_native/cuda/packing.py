@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from blade import Float8Weight
 from blade_native.reference import expand_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blade import GroupedWeight
+    from blade import QuantizedWeight
 
 TILE_N, TILE_K = 16, 64
 MAX_FLOAT16 = 65504.0
@@ -57,20 +58,31 @@ class Packed:
     params: Tensor  # [tiles, num_in / group, parameters, 8, 2] float16, float32 for FP8
 
 
-def covers(weight: GroupedWeight) -> bool:
-    """Whether there is a kernel: K in whole tiles, and not both minima and zeros."""
-    return weight.q.shape[1] % TILE_K == 0 and (weight.minima is None or weight.zeros is None)
+def covers(weight: QuantizedWeight) -> bool:
+    """Whether there is a kernel: K in whole tiles, not both minima and zeros, and no table of values."""
+    if weight.q.shape[1] % TILE_K:
+        return False
+    if isinstance(weight, Float8Weight):
+        return weight.block[1] % format_of(weight).group == 0 or weight.block[1] >= weight.q.shape[1]
+    if weight.values is not None or weight.order is not None:
+        return False
+    return weight.minima is None or weight.zeros is None
 
 
-def format_of(weight: GroupedWeight) -> Format:
+def format_of(weight: QuantizedWeight) -> Format:
+    """Scales of 8-bit floats are repeated for each group, which costs 3 or 6 percent of the weights."""
+    if isinstance(weight, Float8Weight):
+        return Format(8, 128 if weight.q.shape[1] % 128 == 0 else 64, "FP8")
     kind: Kind = "MINIMA" if weight.minima is not None else "ZEROS" if weight.zeros is not None else "SYMMETRIC"
     return Format(4 if weight.bits == 4 else 8, weight.group, kind)
 
 
-def pack(weight: GroupedWeight, device: torch.device) -> Packed:
-    """Scales and minima given as codes become float16, which loses up to 2^-12 of each. Raises ValueError when one
-    is beyond float16."""
+def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
+    """Scales and minima in other types become float16, which loses up to 2^-12 of each. Raises ValueError when one
+    is beyond float16, and for 8-bit floats NotANumberError for NaN, which the kernel would take for a number."""
     chosen = format_of(weight)
+    if isinstance(weight, Float8Weight):
+        return _pack_fp8(chosen, weight, device)
     q = weight.q.to(device)
     if chosen.bits != weight.bits and chosen.kind == "SYMMETRIC":
         q = q + (128 - 2 ** (weight.bits - 1))
@@ -82,28 +94,18 @@ def pack(weight: GroupedWeight, device: torch.device) -> Packed:
     return _packed(chosen, q, parameters)
 
 
-def pack_fp8(weight: Tensor, scale: Tensor, device: torch.device) -> Packed:
-    """weight [N, K] float8_e4m3fn, K in whole tiles; scale as in TorchOps.fp8_linear. Raises NotANumberError for a
-    weight with NaN, which the kernel would take for a number."""
-    n, k = weight.shape
-    bits = weight.view(torch.uint8).to(device)
+def _pack_fp8(chosen: Format, weight: Float8Weight, device: torch.device) -> Packed:
+    bits = weight.q.view(torch.uint8).to(device)
     if bool(((bits & 0x7F) == 0x7F).any()):
         raise NotANumberError("the weight has NaN in it")
-    chosen = fp8_format(k)
-    return _packed(chosen, bits, [expand_scales(scale.to(device), n, k, chosen.group)])
-
-
-def fp8_format(num_in: int) -> Format:
-    """Scales are repeated for each group, which costs 3 or 6 percent of the weights."""
-    return Format(8, 128 if num_in % 128 == 0 else 64, "FP8")
+    return _packed(chosen, bits, [expand_scales(weight, chosen.group).to(device)])
 
 
 def _float16(name: str, codes: Tensor, blocks: Tensor | None, device: torch.device) -> Tensor:
-    codes = codes.to(device)
-    if blocks is None:
-        return codes
-    n, num_blocks = blocks.shape
-    values = (codes.float().view(n, num_blocks, -1) * blocks.to(device).float().unsqueeze(2)).view(n, -1)
+    values = codes = codes.to(device)
+    if blocks is not None:
+        n, num_blocks = blocks.shape
+        values = (codes.float().view(n, num_blocks, -1) * blocks.to(device).float().unsqueeze(2)).view(n, -1)
     if not bool((values.abs() <= MAX_FLOAT16).all()):
         raise ValueError(f"{name}: a group's value is beyond float16")
     return values.half()

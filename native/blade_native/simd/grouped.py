@@ -23,6 +23,11 @@ def covers(weight: GroupedWeight) -> bool:
     return problem(weight) is None
 
 
+def has_kernel(weight: GroupedWeight) -> bool:
+    """Whether kernels compute on such weights, if they are sound."""
+    return weight.values is None and weight.order is None
+
+
 def problem(weight: GroupedWeight) -> str | None:
     """What the kernels do not cover, beginning with the field's name."""
     if weight.bits not in GROUPS:

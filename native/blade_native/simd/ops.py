@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from functools import partial
@@ -9,20 +10,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blade import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache
+from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
 from blade.contracts import Linear, Model, Ops
+from blade.nn import DefaultOps
+from blade_native.reference import dequantize
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
-from blade_native.simd.grouped import pack_grouped
+from blade_native.simd.grouped import has_kernel, pack_grouped
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
 
+log = logging.getLogger("blade.native")
 
-class SimdOps:
+
+class SimdOps(DefaultOps):
     """bf16 and f32 on a CPU. `base` answers for the memory and for float16."""
 
-    grouped_dtypes: Collection[torch.dtype] = tuple(DTYPES)
+    quantized_dtypes: Collection[torch.dtype] = tuple(DTYPES)
 
     def __init__(self, base: Ops, library: Library, threads: int | None = None) -> None:
         self.base = base
@@ -46,13 +51,16 @@ class SimdOps:
             return self.base.linear(weight, bias)
         return pack_dense(self.library, weight, bias, self.threads)
 
-    def grouped_linear(self, weights: GroupedWeight | Seq[GroupedWeight], bias: Tensor | None) -> Linear:
-        """Linears over quantised matrices stacked along N, each in its own format, or over one; bias [sum of N].
-
-        Raises ValueError naming the field that no kernel covers; see grouped.covers.
-        """
-        several = [weights] if isinstance(weights, GroupedWeight) else weights
-        return pack_grouped(self.library, several, bias, self.threads)
+    def quantized_linear(self, weights: QuantizedWeight | Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
+        """Linears over quantised matrices stacked along N, each in its own format, or over one; bias [sum of N]. What
+        no kernel computes on becomes dense. Raises ValueError naming the field that is not as it should be."""
+        several = [weights] if isinstance(weights, GroupedWeight | Float8Weight) else weights
+        grouped = [weight for weight in several if isinstance(weight, GroupedWeight) and has_kernel(weight)]
+        if len(grouped) == len(several):
+            return pack_grouped(self.library, grouped, bias, self.threads)
+        log.warning("A linear becomes dense: the kernels do not compute on its format.")
+        dtype = self.default_dtype()
+        return self.linear(torch.cat([dequantize(weight, dtype) for weight in several]), bias)
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
         if any(each.kind not in KINDS for each in blocks):

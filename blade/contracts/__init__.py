@@ -1,0 +1,38 @@
+"""Protocols of two to four methods over the nouns of `blade.types`: all that the parts of blade know of each other.
+
+An object fits by having the methods; nothing needs to inherit. `blade.testing` has a `check_*` kit for most of them.
+"""
+
+from blade.contracts.devices import Attention, Executor, Ops, Runner
+from blade.contracts.models import Architecture, Experts, Linear, Loader, Model, Quantization, Weights
+from blade.contracts.policies import Blocks, Drafter, DraftModel, LogitsProcessor, Scheduler
+from blade.contracts.server import EngineClient, Request, Response, RouteHandler, Server, Stream
+from blade.contracts.text import ReasoningParser, Tokenizer, ToolParser
+
+__all__ = [
+    "Architecture",
+    "Attention",
+    "Blocks",
+    "DraftModel",
+    "Drafter",
+    "EngineClient",
+    "Executor",
+    "Experts",
+    "Linear",
+    "Loader",
+    "LogitsProcessor",
+    "Model",
+    "Ops",
+    "Quantization",
+    "ReasoningParser",
+    "Request",
+    "Response",
+    "RouteHandler",
+    "Runner",
+    "Scheduler",
+    "Server",
+    "Stream",
+    "Tokenizer",
+    "ToolParser",
+    "Weights",
+]

@@ -1,0 +1,151 @@
+"""Devices: op sets, attention, and where ranks run. See blade.contracts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from collections.abc import Sequence as Seq
+
+    import torch
+    from torch import Tensor
+
+    from blade.contracts.models import Experts, Linear, Model
+    from blade.types import Batch, CaptureOptions, GGMLBlocks, KVCache, KVSpec, QuantizedWeight, Sampled, Sequence, Step
+
+
+class Ops(Protocol):
+    """The op set of one device. Activations are [T, ...] in the model's dtype; every native op has a torch twin."""
+
+    name: str  # what a person reads at start: "cpu, 8 threads"
+    device: torch.device
+    quantized_dtypes: Collection[torch.dtype]  # of x, which quantized_linear has kernels for; empty: it is never called
+
+    def default_dtype(self) -> torch.dtype: ...
+
+    def available_memory(self) -> int:
+        """Bytes of device memory (on a CPU: RAM) free to take now."""
+        ...
+
+    def to_device(self, x: Tensor) -> Tensor: ...
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """weight [N, K] on the CPU, packed into the device's best layout; the caller keeps no reference to it."""
+        ...
+
+    def quantized_linear(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
+        """The linears over quantised matrices stacked along N, each in its own format, on the CPU; bias [sum of N]. A
+        format without a kernel is computed all the same, slower or in more memory, and the log says so."""
+        ...
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        """The same over matrices in GGML's blocks; None where one is of a kind that no kernel takes as it is."""
+        ...
+
+    def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
+        """A mixture over feed-forward networks, gate_up[e] [2 I, D] and down[e] [D, I], which this op set made."""
+        ...
+
+    def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """ids [T] int64 -> [T, D]."""
+        ...
+
+    def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """The embedding tied to a linear that this op set made, from the same memory; None where its layout cannot be
+        read back in `dtype`, and the embedding has to be loaded by itself."""
+        ...
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [N, D], rows [R] int64 -> [R, D]."""
+        ...
+
+    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
+        """The model's forward on this cache, or what does the same faster: it may note down what forward does with a
+        batch and repeat that for other batches of the same shapes, if nothing but ops, attention and views took part.
+        The logits may live in memory that the next call overwrites."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); may work in place on residual."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] -> [T, I]: silu(first half) * second half."""
+        ...
+
+    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x [T, D] * sigmoid(gate), gate [T, D] or [T, 1] (whose rows may lie apart); may work in place on x."""
+        ...
+
+    def route(self, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """A router's choice: logits [T, E] -> ids [T, k] int64 of the k most likely experts, largest first, equal ones
+        by id, and their weights [T, k] float32: their softmax over all E, with `normalize` divided by their sum."""
+        ...
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [R, V] float32 -> the largest [R] and its id [R] int64, the first of equal ones. Of a row
+        that holds NaN or +infinity the value is not finite and the id any."""
+        ...
+
+
+class Attention(Protocol):
+    """Paged attention on one device. It alone knows the layout of the KV it allocates. A block that changed hands keeps
+    its old content, whatever that is, NaN included: what lies beyond a sequence's context must have no effect.
+
+    A backend that can round KV names what to in an attribute `kv_storages`, strings of its own choosing, and finds what
+    ``--kv-cache-quant`` asked for in spec.storage. A token's KV is rounded once, when it is stored. Without the
+    attribute it is never asked to."""
+
+    def block_bytes(self, spec: KVSpec) -> int:
+        """Bytes of one block over all layers."""
+        ...
+
+    def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache: ...
+
+    def rope_and_store(
+        self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q [T, H, D] and k [T, KV, D] by cos_sin [max_context, rotary_dim] float32 at batch.positions (cos in
+        the first half of a row, sin in the second; halves of the head pair up, as in GPT-NeoX), write k and v
+        [T, KV, D] to batch.slots, return the rotated (q, k), with a storage as `attend` wants them; may work in place
+        on q and k."""
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+    ) -> Tensor:
+        """Causal attention of q [T, H, D] over the stored context: [T, H * D]. k and v [T, KV, D] are the step's own
+        (already stored), for backends that prefer them. `window` bounds how many last tokens are attended to."""
+        ...
+
+
+class Runner(Protocol):
+    """One rank: owns the model, its KV cache and the sampler."""
+
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        """Forward the step; for each sequence the sampled tokens: none while its prompt is not through, else one,
+        and under speculation one more per accepted draft. Or the exception that is this sequence's alone."""
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended: drop what is kept for it."""
+        ...
+
+
+class Executor(Protocol):
+    """Where the ranks run: in this process, in local processes, on other machines."""
+
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        """As Runner.run, of the rank that samples. Running the same step again must be harmless."""
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended: drop what is kept for it."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,116 @@
+"""Models and how they get their weights. See blade.contracts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Sequence as Seq
+
+    import torch
+    from torch import Tensor
+
+    from blade.contracts.devices import Attention, Ops
+    from blade.types import Batch, KVCache, ModelConfig
+
+
+class Model(Protocol):
+    """A loaded decoder."""
+
+    config: ModelConfig
+
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
+        """Store the KV of the batch's T tokens and return logits, [R, vocab_size] float32, of batch.logits_rows; the
+        caller may overwrite them."""
+        ...
+
+
+class Architecture(Protocol):
+    """One entry of config.json's `architectures`: what `register_models` registers a factory of."""
+
+    def configure(self, config: Mapping[str, Any]) -> ModelConfig:
+        """Read config.json's content; raise CheckpointError naming the key that cannot be served."""
+        ...
+
+    def build(self, config: Any, loader: Loader) -> Model:
+        """Load the weights through `loader` and return the model, ready to run. `config` is what `configure` returned,
+        with max_context as it was asked for."""
+        ...
+
+
+class Weights(Protocol):
+    """The named tensors of a checkpoint, under their Hugging Face names whatever the file format."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU, dequantised where the file holds blocks; in its own dtype unless one is asked for."""
+        ...
+
+    def release(self, names: Iterable[str]) -> None:
+        """The caller keeps nothing that it was given of these tensors: they need not stay in memory."""
+        ...
+
+
+class Linear(Protocol):
+    """y = x W^T + b, however W is kept: [..., K] -> [..., N]."""
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """In x's dtype, or in `out_dtype`: logits are wanted in float32, where sums are kept anyway."""
+        ...
+
+
+class Experts(Protocol):
+    """A mixture of feed-forward networks (Shazeer et al. 2017), each down(silu(gate(x)) * up(x))."""
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, D], a token's experts `ids` [T, k] int64 (all different) and their `weights` [T, k] float32: the
+        weighted sum of what they make of x, [T, D]. A row depends on nothing but itself."""
+        ...
+
+
+class Loader(Protocol):
+    """How a model gets its parts: weights in the run's dtype on the run's device, linears and embeddings in the
+    checkpoint's format, or in the one that was asked for."""
+
+    ops: Ops
+    attention: Attention
+    dtype: torch.dtype
+
+    def has(self, name: str) -> bool: ...
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Raises CheckpointError when it is missing or has another shape than the model expects."""
+        ...
+
+    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
+        """One linear over the tensors under `prefixes` (each with .weight and maybe .bias), stacked along N; `shapes`
+        are the (N, K) expected under each. Raises CheckpointError as `tensor` does."""
+        ...
+
+    def embedding(
+        self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """ids [T] int64 -> [T, D] over the tensor `prefix`.weight, [V, D] = `shape`. Where the op set can, from the
+        memory of `tied`, the linear over the same tensor; else in a quantised format if the tensor has one."""
+        ...
+
+
+class Quantization(Protocol):
+    """A weight format, chosen by the checkpoint's `quantization_config.quant_method`, or made of plain weights as
+    ``--quantize NAME`` asks; it swaps Linear."""
+
+    def linear(
+        self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
+    ) -> Linear | None:
+        """The linear over the quantised tensors under `prefixes`, stacked along N, with their biases; None where it is
+        to be plain. `shapes` are the (N, K) that the model expects under each, where it says so: raise CheckpointError
+        for others."""
+        ...
+
+    def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
+        """Bytes of memory that the tensor takes once `linear` has loaded it; None where it is plain."""
+        ...

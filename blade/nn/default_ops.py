@@ -1,0 +1,75 @@
+"""What an op set need not write: ops that can be made of others, in plain torch, and the answers of a device without
+kernels of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.contracts import Experts, Linear, Model
+    from blade.types import Batch, CaptureOptions, GGMLBlocks, KVCache, QuantizedWeight
+
+
+class DefaultOps:
+    """The part of contracts.Ops that a device may inherit; what the contract gains has its default here."""
+
+    silu_mul: Callable[[Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    quantized_dtypes: Collection[torch.dtype] = ()
+
+    def quantized_linear(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
+        """Never called: quantized_dtypes is empty."""
+        raise NotImplementedError
+
+    def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
+        """None: blocks are unpacked into grouped weights."""
+        return None
+
+    def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """None: a tied embedding is loaded by itself."""
+        return None
+
+    def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
+        """The forward as it is."""
+        return lambda batch: model.forward(batch, kv)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps), residual
+
+    def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
+        return MixedExperts(self.silu_mul, gate_up, down)
+
+    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        return torch.sigmoid(gate).mul(x)
+
+    def route(self, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        logits = logits.float()
+        ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
+        weights = logits.softmax(-1).gather(1, ids)
+        return ids, weights / weights.sum(-1, keepdim=True) if normalize else weights
+
+
+class MixedExperts:
+    """contracts.Experts: expert by expert, each on the rows that chose it."""
+
+    def __init__(self, silu_mul: Callable[[Tensor], Tensor], gate_up: Seq[Linear], down: Seq[Linear]) -> None:
+        self.silu_mul, self.gate_up, self.down = silu_mul, gate_up, down
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in torch.unique(ids).tolist():
+            rows, places = (ids == expert).nonzero(as_tuple=True)
+            y = self.down[expert](self.silu_mul(self.gate_up[expert](x[rows])), torch.float32)
+            out.index_add_(0, rows, y * weights[rows, places, None])
+        return out.to(x.dtype)
