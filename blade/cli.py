@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -49,6 +50,38 @@ def serve(
         server_main.dry_run(config)
     else:
         server_main.run(config)
+
+
+@app.command
+def inspect(
+    checkpoint: str | None = None,
+    /,
+    *,
+    plugins: Names = (),
+    json: Annotated[bool, Parameter(negative="")] = False,
+    model: Annotated[ModelOptions, _group("Model", 1)] = ModelOptions(),
+    engine: Annotated[EngineConfig, _group("Engine", 2)] = EngineConfig(),
+) -> None:
+    """Tell what a checkpoint is, and whether and how fast blade can run it here. Its weights are not loaded.
+
+    Parameters
+    ----------
+    checkpoint
+        A folder, a .gguf file or a hub id (which is fetched), as --model.
+    json
+        Print one JSON object instead of lines for a person.
+    """
+    from msgspec.json import encode
+
+    from blade import inspection
+    from blade.plugins import load
+
+    if checkpoint is not None:
+        model = replace(model, model=checkpoint)
+    found = inspection.inspect(Config(plugins=plugins, model=model, engine=engine), load(plugins))
+    print(encode(found).decode() if json else "\n".join(inspection.lines(found)))
+    if found.problem:
+        sys.exit(1)
 
 
 @app.command(name="plugins")

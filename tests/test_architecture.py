@@ -18,7 +18,7 @@ FLOORS = (  # from the top; a room imports only from floors below its own
     {"compat", "__main__"},
     {"cli"},
     {"serve"},
-    {"banner"},
+    {"banner", "inspection"},
     {"assembly"},
     {"console", "logs", "quantization"},
     {"testing"},

@@ -28,6 +28,10 @@ class Ops(Protocol):
         """Bytes of device memory (on a CPU: RAM) free to take now."""
         ...
 
+    def memory_bandwidth(self) -> float | None:
+        """Bytes per second that all cores together can read of device memory, measured now, briefly; None: unknown."""
+        ...
+
     def to_device(self, x: Tensor) -> Tensor: ...
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:

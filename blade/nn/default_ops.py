@@ -24,6 +24,10 @@ class DefaultOps:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     quantized_dtypes: Collection[torch.dtype] = ()
 
+    def memory_bandwidth(self) -> float | None:
+        """None: unknown."""
+        return None
+
     def quantized_linear(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
         """Never called: quantized_dtypes is empty."""
         raise NotImplementedError

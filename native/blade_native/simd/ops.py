@@ -14,6 +14,7 @@ from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight
 from blade.contracts import Linear, Model, Ops
 from blade.nn import DefaultOps
 from blade_native.reference import dequantize
+from blade_native.simd.bandwidth import read_bandwidth
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
@@ -42,6 +43,9 @@ class SimdOps(DefaultOps):
     def available_memory(self) -> int:
         self.library.regions.close()  # what the weights have left of it is free as well
         return self.base.available_memory()
+
+    def memory_bandwidth(self) -> float:
+        return read_bandwidth(self.library, self.threads)
 
     def to_device(self, x: Tensor) -> Tensor:
         return self.base.to_device(x)

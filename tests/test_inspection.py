@@ -1,0 +1,68 @@
+"""`blade inspect` as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from blade.cli import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit, match="0"):
+        main(["inspect", *args, "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_what_a_folder_holds_and_what_it_needs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text())
+    found = inspected(capsys, str(tiny_llama), "--dtype", "float32", "--max-model-len", "64")
+    served = found["served"]
+    assert found["problem"] is None
+    assert found["architectures"] == ["LlamaForCausalLM"]
+    assert served["plugin"] == "llama"
+    assert served["num_layers"] == config["num_hidden_layers"]
+    assert served["weight_bytes"] == 4 * found["num_params"]
+    token_bytes = 2 * served["num_layers"] * served["num_kv_heads"] * served["head_dim"] * 4
+    assert served["kv_token_bytes"] == token_bytes
+    assert served["kv_full_context_bytes"] == 64 * token_bytes
+    assert 0 < served["bytes_per_token"] <= served["weight_bytes"]
+
+
+def test_the_embedding_is_read_once_or_not_at_all(smollm2_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = inspected(capsys, str(smollm2_gguf), "--dtype", "bfloat16", "--quantize", "none")["served"]
+    assert served["bytes_per_token"] == served["weight_bytes"]  # tied: it is the output matrix
+    assert served["tokens_per_second"] is None or served["tokens_per_second"] > 1
+
+
+def test_a_family_that_is_not_served(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "odd")
+    config = json.loads((tiny_llama / "config.json").read_text()) | {"architectures": ["GemmaForCausalLM"]}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", str(tmp_path / "odd")])
+    printed = capsys.readouterr().out
+    assert "family   GemmaForCausalLM\n" in printed
+    assert "M parameters in" in printed
+    assert "problem  odd is a GemmaForCausalLM, which no loaded plugin serves. Served: LlamaForCausalLM" in printed
+
+
+def test_a_context_that_does_not_fit(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", str(tiny_llama), "--kv-cache-memory", "4096"])
+    printed = capsys.readouterr().out
+    assert "problem  The KV cache would hold" in printed
+    assert "here " not in printed
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", str(tmp_path)])
+    assert "has no config.json" in capsys.readouterr().err
