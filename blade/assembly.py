@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from blade.engine.engine import Engine
     from blade.engine.memory import MemoryPlan
     from blade.engine.speculation import Speculator
+    from blade.nn.lora import Adapters
     from blade.plugins import Plugins
     from blade.quantization import WeightForm
     from blade.registry import Registry
@@ -156,17 +157,34 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
     )
 
 
-def load_model(assembly: Assembly, advance: Callable[[int], None] | None = None) -> Model:
-    """Load the weights; `advance` is told the bytes of each tensor once it is in."""
+def load_model(
+    assembly: Assembly, advance: Callable[[int], None] | None = None, adapters: Adapters | None = None
+) -> Model:
+    """Load the weights; `advance` is told the bytes of each tensor once it is in, `adapters` what they may change."""
     from blade.nn import Loader
 
     weights, quantization = assembly.checkpoint.weights, assembly.form.quantization
-    loader = Loader(weights, assembly.ops, assembly.attention, assembly.dtype, quantization, advance)
+    loader = Loader(weights, assembly.ops, assembly.attention, assembly.dtype, quantization, advance, adapters)
     return assembly.architecture.build(replace(assembly.model_config, max_context=assembly.max_context), loader)
 
 
-def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan, draft: Model | None = None) -> Engine:
-    """Allocate the KV cache and put the engine together; it is not started. `draft`: assembly.draft's model."""
+def make_adapters(assembly: Assembly) -> Adapters | None:
+    """For `load_model`; None where none were asked for, so that linears are called without a detour."""
+    from blade.nn.lora import Adapters
+
+    options = assembly.config.model
+    return Adapters(assembly.ops, assembly.dtype) if options.lora or options.lora_dir else None
+
+
+def build_engine(
+    assembly: Assembly,
+    model: Model,
+    memory: MemoryPlan,
+    draft: Model | None = None,
+    adapters: Adapters | None = None,
+) -> Engine:
+    """Allocate the KV cache and put the engine together; it is not started. `draft`: assembly.draft's model;
+    `adapters`: those that the model was loaded with."""
     from blade.engine.blocks import BlockPool
     from blade.engine.engine import Engine
     from blade.engine.runner import ModelRunner
@@ -175,7 +193,7 @@ def build_engine(assembly: Assembly, model: Model, memory: MemoryPlan, draft: Mo
     secret = secrets.randbits(64)
     kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
     executor = plugins.registry("register_executors").create(
-        config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret), config
+        config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret, adapters), config
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache)
     scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)

@@ -74,13 +74,16 @@ def _max_batch_tokens(value: int) -> list[str]:
     return ["--max-batch-tokens", str(value), *fewer]
 
 
+def _lora_modules(values: list[str]) -> list[str]:
+    return [word for value in values for word in ("--lora", value)]
+
+
 MAX_BATCH_TOKENS = f"--max-batch-tokens, and --max-num-seqs where it is below {MIN_BATCH_TOKENS}"
 ONE_DEVICE = "blade runs a model on one device"
 ONE_NODE = "blade runs on one machine"
 DRAFT_TEXT = "a draft model gets token ids and needs no chat template"
 DRAFT_AS_MODEL = "the draft model runs as the model does"
 NO_LOOKAHEAD = "blade has no lookahead decoding"
-NO_LORA = "blade has no LoRA adapters yet"
 NO_DISAGGREGATION = "blade prefills and decodes in one engine"
 NO_REMOTE = "blade has no remote workers; `blade serve --device` chooses the device"
 ONE_OF_TWO = "--cuda_graph_batch_sizes names the sizes"
@@ -191,8 +194,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         accepted("draft.with_visual", TEXT_ALONE, False, type=boolean),
     ),
     "LoRA": (
-        accepted("enable_lora", NO_LORA, False, type=boolean),
-        refused("lora_modules", NO_LORA, many=True),
+        accepted("enable_lora", "implied by --lora_modules", type=boolean),
+        Option("lora_modules", to=_lora_modules, why="--lora NAME=DIR, once for each", many=True),
     ),
     "Disaggregation": (
         accepted("enable_disagg", NO_DISAGGREGATION, False, type=boolean),

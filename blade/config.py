@@ -67,9 +67,19 @@ class ModelOptions:
     --dtype, also where a GGUF file has blocks. By default weights are served as the checkpoint has them."""
     max_model_len: int | None = None
     """Most tokens of prompt and output together; the checkpoint's own context by default."""
+    lora: tuple[str, ...] = ()
+    """NAME=DIR: a LoRA adapter in PEFT's format, which requests choose as their `model`. Repeat for more."""
+    lora_dir: Path | None = None
+    """Folder whose subfolders may be loaded as adapters, and unloaded, while the server runs."""
 
     def __post_init__(self) -> None:
         _within(self, "max_model_len", 2)
+        for adapter in self.lora:
+            name, _, folder = adapter.partition("=")
+            if not name or not folder:
+                raise ConfigError(f"--lora {adapter} is not of the form NAME=DIR.")
+        if self.lora_dir is not None and not self.lora_dir.is_dir():
+            raise ConfigError(f"--lora-dir {self.lora_dir} is no folder.")
         if self.served_model_name == "":
             raise ConfigError("--served-model-name must not be empty.")
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from blade import __version__, logs
+from blade.api.adapters import AdapterTable
 from blade.api.app import App
 from blade.api.context import ServerContext
 from blade.api.routes import ROUTES
 from blade.api.server import Address, reserve, serve_http
-from blade.assembly import build_engine, choose, load_model
+from blade.assembly import build_engine, choose, load_model, make_adapters
 from blade.banner import command_line, describe, ready
 from blade.checkpoint.progress import console_progress
 from blade.errors import ConfigError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from blade.config import Config
     from blade.engine.engine import Engine
     from blade.engine.memory import MemoryPlan
+    from blade.nn.lora import Adapters
     from blade.text.chat_template import ChatTemplate
     from blade.text.tokenizer import HFTokenizer
 
@@ -81,9 +83,10 @@ def run(config: Config) -> None:
     assembly = choose(config, plugins, to_load=True)
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(_load_text, assembly)
-        engine, memory = _load_engine(assembly)
+        engine, memory, adapters = _load_engine(assembly)
         tokenizer, template = text.result()
     context = _context(config, assembly, engine, tokenizer, template, keys, address.url)
+    context.adapters = _adapter_table(assembly, adapters)
     gc.freeze()  # what is loaded stays; the collector need not look at it again and again
     gc.enable()
 
@@ -135,8 +138,9 @@ def _api_keys(config: Config) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, keys)))
 
 
-def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan]:
+def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan, Adapters | None]:
     total, done = assembly.weight_bytes, 0
+    adapters = make_adapters(assembly)
     with console_progress() as show:
 
         def advance(num_bytes: int) -> None:
@@ -144,10 +148,24 @@ def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan]:
             done += num_bytes
             show(f"Loading {assembly.model_name}", min(done, total), total)
 
-        model = load_model(assembly, advance)
+        model = load_model(assembly, advance, adapters)
         draft = load_model(assembly.draft, advance) if assembly.draft else None
     memory = assembly.plan_memory()
-    return build_engine(assembly, model, memory, draft), memory
+    return build_engine(assembly, model, memory, draft, adapters), memory, adapters
+
+
+def _adapter_table(assembly: Assembly, adapters: Adapters | None) -> AdapterTable:
+    """With those of --lora loaded."""
+    from blade.checkpoint.peft import read_adapter
+
+    if adapters is None:
+        return AdapterTable()
+    make, options = adapters.make, assembly.config.model
+    table = AdapterTable(assembly.model_name, lambda name, path: make(name, read_adapter(path)), options.lora_dir)
+    for adapter in options.lora:
+        name, _, folder = adapter.partition("=")
+        table.load(name, Path(folder).expanduser())
+    return table
 
 
 def _load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:

@@ -63,6 +63,7 @@ class Sequence:
     prediction_ids: list[int] = field(
         default_factory=list
     )  # what the client expects the output to be like: for drafters
+    adapter: Any = None  # the LoRA adapter, as the runner's own table has it; None: the model as it is
 
     # The engine fills these.
     output_ids: list[int] = field(default_factory=list)
@@ -225,6 +226,15 @@ class Float8Weight:
 
 
 QuantizedWeight: TypeAlias = GroupedWeight | Float8Weight
+
+
+@dataclass(slots=True, frozen=True)
+class LowRank:
+    """An update of a linear's W [N, K], scale * b a (LoRA, Hu et al. 2021)."""
+
+    a: Tensor  # [r, K]
+    b: Tensor  # [N, r]
+    scale: float
 
 
 @dataclass(slots=True, frozen=True)

@@ -34,6 +34,7 @@ MAPPED = {
     "draft.model": ("small", ["--draft.model", "small"]),
     "draft.tokenizer_dir": ("tok", ["--draft.tokenizer-dir", "tok"]),
     "draft.dtype": ("half", ["--draft.dtype", "float16"]),
+    "lora_modules": ("a=/x", ["--lora", "a=/x"]),
 }
 ACCEPTED = {
     "tensor_parallel_size": ("1", "2"),
@@ -65,7 +66,7 @@ ACCEPTED = {
     "draft.enable_triton_mla": ("false", "true"),
     "draft.disable_cuda_graph": ("false", "true"),
     "draft.with_visual": ("false", "true"),
-    "enable_lora": ("false", "true"),
+    "enable_lora": ("true", None),
     "enable_disagg": ("false", "true"),
     "enable_semi_pd_mode": ("false", "true"),
 }
@@ -86,7 +87,6 @@ REFUSED = {
     "draft.tokenizer_special_tokens": "<a>",
     "draft.cuda_graph_max_batch_size": "1",
     "draft.cuda_graph_batch_sizes": "1",
-    "lora_modules": "x",
     "disagg_pd.inst_id": "a",
     "disagg_pd.inst_role": "prefill",
     "disagg_pd.disagg_transfer_type": "rdma",
@@ -148,7 +148,7 @@ def test_the_command_line_is_one_that_blade_takes(monkeypatch: pytest.MonkeyPatc
     assert exit_info.value.code == 0
     (config,) = seen
     assert config.model == ModelOptions(
-        model="dir", tokenizer_dir=Path("tok"), chat_template=Path("chat.jinja"), dtype="float16"
+        model="dir", tokenizer_dir=Path("tok"), chat_template=Path("chat.jinja"), dtype="float16", lora=("a=/x",)
     )
     assert config.engine == EngineConfig(
         max_queue_time=30,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from blade.api.adapters import AdapterTable
 from blade.api.http import HTTPError
 from blade.api.metrics import Metrics
 
@@ -46,9 +47,16 @@ class ServerContext:
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since the epoch
     seq_ids: Iterator[int] = field(default_factory=count)
+    adapters: AdapterTable = field(default_factory=AdapterTable)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises HTTPError 404 unless `name` is the model served, or empty."""
-        if name and name != self.model_name:
-            message = f"The model {name!r} is not served here; {self.model_name!r} is."
+    def adapter_of(self, name: str | None) -> Any:
+        """The LoRA adapter that a request's `model` names; None where it names the model itself, or nothing. Raises
+        HTTPError 404 for any other name."""
+        if not name or name == self.model_name:
+            return None
+        adapter = self.adapters.get(name)
+        if adapter is None:
+            served = " and ".join(map(repr, [self.model_name, *self.adapters][:8]))
+            message = f"The model {name!r} is not served here; {served} {'are' if ' and ' in served else 'is'}."
             raise HTTPError(404, message, code="model_not_found", param="model")
+        return adapter

@@ -142,7 +142,7 @@ class Generation:
         summary = RequestSummary(
             request_id=job.id,
             endpoint=job.endpoint,
-            model=self._server.model_name,
+            model=job.served_model,
             num_choices=len(job.seqs),
             prompt_tokens=self.usage.prompt_tokens,
             cached_tokens=self.usage.cached_tokens,

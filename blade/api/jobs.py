@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blade.api import params
 from blade.api.prompts import chat_prompt, completion_prompts, predicted, uses_tools
@@ -30,6 +30,7 @@ class Job:
     chat: bool
     continues: bool  # the reply goes on from a text, rather than beginning one
     model: str  # as the request names it
+    served_model: str  # the model, or one of its adapters
     stream: bool
     include_usage: bool
     logprobs: bool
@@ -50,14 +51,14 @@ async def completion_job(server: ServerContext, http: HTTPRequest) -> Job:
     body = await http.body()
     arrival = time.monotonic()
     request = decode(body, CompletionRequest)
-    server.check_model(request.model)
+    adapter = server.adapter_of(request.model)
     num_logprobs = params.completion_logprobs(request)
     if request.echo and num_logprobs is not None:
         raise RequestError("echo together with logprobs is not supported by this version.", param="echo")
     sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
     prompts = await completion_prompts(request, len(body), server.tokenizer)
     echo = [_echo(request, prompt, i, server) for i, prompt in enumerate(prompts)] if request.echo else []
-    return _job(server, http, request, sampling, prompts, echo, arrival)
+    return _job(server, http, request, sampling, prompts, echo, adapter, arrival)
 
 
 async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
@@ -65,13 +66,13 @@ async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
     body = await http.body()
     arrival = time.monotonic()
     request = decode(body, ChatRequest)
-    server.check_model(request.model)
+    adapter = server.adapter_of(request.model)
     num_logprobs = params.chat_logprobs(request)
     sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
     has_parser = server.tool_parser is not None
     prompt = await chat_prompt(request, len(body), server.chat_template, server.tokenizer, has_parser)
     prediction = await predicted(request, len(body), server.tokenizer, server.engine.limits.max_context)
-    job = _job(server, http, request, sampling, [prompt], [], arrival)
+    job = _job(server, http, request, sampling, [prompt], [], adapter, arrival)
     for seq in job.seqs:
         seq.prediction_ids = prediction
     return job
@@ -92,15 +93,20 @@ def _job(
     sampling: SamplingParams,
     prompts: list[list[int]],
     echo: list[str],
+    adapter: Any,
     arrival: float,
 ) -> Job:
     chat = isinstance(request, ChatRequest)
+    seqs = _sequences(server, request, sampling, prompts, _namespace(http.tenant, request.cache_salt, adapter), arrival)
+    for seq in seqs:
+        seq.adapter = adapter
     return Job(
         id=http.id,
         endpoint=http.path,
         chat=chat,
         continues=not isinstance(request, ChatRequest) or bool(request.resume_response),
         model=request.model or "",
+        served_model=server.model_name if adapter is None else adapter.name,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         logprobs=sampling.logprobs is not None,
@@ -108,7 +114,7 @@ def _job(
         stop=params.stop_strings(request),
         tools=isinstance(request, ChatRequest) and uses_tools(request),
         echo=echo,
-        seqs=_sequences(server, request, sampling, prompts, _namespace(http.tenant, request.cache_salt), arrival),
+        seqs=seqs,
         arrival=arrival,
     )
 
@@ -155,6 +161,9 @@ def _check_count(num_prompts: int, n: int, field: str, limits: Limits) -> None:
         )
 
 
-def _namespace(tenant: bytes, salt: str | None) -> bytes:
-    """The prefix-cache namespace: prefixes are shared within one API key and one `cache_salt` only."""
-    return blake2b((salt or "").encode(), key=tenant, digest_size=16).digest() if tenant or salt else b""
+def _namespace(tenant: bytes, salt: str | None, adapter: Any) -> bytes:
+    """The prefix-cache namespace: prefixes are shared within one API key, one `cache_salt` and one adapter only."""
+    if not (tenant or salt or adapter):
+        return b""
+    person = adapter.namespace if adapter else b""
+    return blake2b((salt or "").encode(), key=tenant, person=person, digest_size=16).digest()

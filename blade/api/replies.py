@@ -34,7 +34,7 @@ TOO_LONG = Failure(500, f"The stream has reached its bound of {MAX_STREAM_BYTES}
 async def respond(server: ServerContext, http: HTTPRequest, job: Job) -> JSONResponse | EventStream:
     """Raises Overloaded and whatever else fails before the first token; ClientGone when nobody is there to answer."""
     generation = Generation(server, job)
-    dialect = DIALECTS[server.options.dialect](job, server.model_name, server.tokenizer, generation.usage)
+    dialect = DIALECTS[server.options.dialect](job, job.served_model, server.tokenizer, generation.usage)
     if not job.stream:
         return await _whole(generation, http, dialect)
     frames = _frames(generation, http, dialect)

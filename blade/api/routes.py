@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from blade.api.adapters import load_adapter, unload_adapter
 from blade.api.http import JSONResponse, Response, TextResponse
 from blade.api.jobs import chat_job, completion_job
 from blade.api.metrics import CONTENT_TYPE
@@ -32,21 +33,24 @@ async def chat_completions(server: ServerContext, http: HTTPRequest) -> Response
 
 
 async def list_models(server: ServerContext, http: HTTPRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [_model(server)]})
+    models = [_model(server), *(_model(server, name) for name in server.adapters)]
+    return JSONResponse({"object": "list", "data": models})
 
 
 async def get_model(server: ServerContext, http: HTTPRequest) -> Response:
-    server.check_model(http.path.removeprefix("/v1/models/"))
-    return JSONResponse(_model(server))
+    adapter = server.adapter_of(http.path.removeprefix("/v1/models/"))
+    return JSONResponse(_model(server, adapter and adapter.name))
 
 
-def _model(server: ServerContext) -> dict[str, Any]:
+def _model(server: ServerContext, adapter: str | None = None) -> dict[str, Any]:
+    """`parent`: of an adapter, the model it changes."""
     return {
-        "id": server.model_name,
+        "id": adapter or server.model_name,
         "object": "model",
         "created": server.started,
         "owned_by": "blade",
         "max_model_len": server.engine.limits.max_context,
+        **({"parent": server.model_name} if adapter else {}),
     }
 
 
@@ -82,6 +86,8 @@ ROUTES: Mapping[str, Handler] = {
     "POST /v1/chat/completions": chat_completions,
     "GET /v1/models": list_models,
     "GET /v1/models/*": get_model,
+    "POST /v1/load_lora_adapter": load_adapter,
+    "POST /v1/unload_lora_adapter": unload_adapter,
     "GET /": hello,
     "GET /health": health,
     "GET /ping": ping,

@@ -144,6 +144,7 @@ REFUSED = dict.fromkeys(
 }
 """Fields that would change the reply and cannot be honoured: refused by name, where unknown ones are ignored."""
 
+S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T", bound=Sampling)
 _Refused = msgspec.defstruct("_Refused", [(name, Any, None) for name in REFUSED])
 
@@ -154,15 +155,20 @@ def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind, strict=False)
 
 
-def decode(body: bytes, kind: type[T]) -> T:
-    """A request from its JSON. Raises RequestError naming the field."""
+def parse(body: bytes, kind: type[S]) -> S:
+    """A struct from its JSON. Raises RequestError naming the field."""
     try:
-        request: T = _decoder(kind).decode(body)
-        refused = _decoder(_Refused).decode(body)
+        value: S = _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
         raise _invalid(error.args[0]) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the last: nested too deeply
         raise RequestError("The body is not valid JSON.") from None
+    return value
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """A generation request from its JSON. Raises RequestError naming the field."""
+    request, refused = parse(body, kind), parse(body, _Refused)
     for name, reason in REFUSED.items():
         if getattr(refused, name) is not None:
             raise RequestError(f"{name} {reason}", param=name)

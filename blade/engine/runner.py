@@ -11,16 +11,29 @@ from blade.engine.sampler import Row, Sampler
 from blade.engine.verify import accept
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from blade.contracts import Model, Ops
-    from blade.types import CaptureOptions, KVCache, Sampled, Sequence, Step
+    from blade.nn.lora import Adapters
+    from blade.types import Batch, CaptureOptions, KVCache, Sampled, Sequence, Step
 
 
 class ModelRunner:
     """Owns a model, its KV cache and the sampler (contracts.Runner)."""
 
-    def __init__(self, model: Model, kv: KVCache, ops: Ops, options: CaptureOptions, secret: int | None = None) -> None:
-        """`secret`: see Sampler. Two runners of one secret draw a sequence's tokens with the same random numbers."""
+    def __init__(
+        self,
+        model: Model,
+        kv: KVCache,
+        ops: Ops,
+        options: CaptureOptions,
+        secret: int | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
+        """`secret`: see Sampler. Two runners of one secret draw a sequence's tokens with the same random numbers.
+        `adapters`: of the model, where sequences may have one."""
         self.ops = ops
+        self.model, self.kv, self.adapters = model, kv, adapters
         self.forward = ops.capture(model, kv, options)
         self.block_size = options.block_size
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
@@ -28,7 +41,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
         batch = build_batch(step, self.block_size, self.ops.to_device)
-        logits = self.forward(batch)
+        logits = self._forward(step, batch)
         rows = [
             Row(seq, seq.computed + num_tokens - back)
             for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)
@@ -39,6 +52,16 @@ class ModelRunner:
             accept(seq.draft_ids, [next(sampled) for _ in range(num_rows(seq, num_tokens))])
             for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)
         ]
+
+    def _forward(self, step: Step, batch: Batch) -> Tensor:
+        """Steps with adapters are not replayed: what was captured knows nothing of them."""
+        if self.adapters is None or all(seq.adapter is None for seq in step.seqs):
+            return self.forward(batch)
+        pairs = list(zip(step.seqs, step.num_tokens, strict=True))
+        tokens = [seq.adapter for seq, num in pairs for _ in range(num)]
+        rows = [seq.adapter for seq, num in pairs for _ in range(num_rows(seq, num))]
+        with self.adapters.chosen(tokens, rows):
+            return self.model.forward(batch, self.kv)
 
     def forget(self, seq: Sequence) -> None:
         self.sampler.forget(seq)

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Attention, Linear, Ops, Quantization, Weights
+    from blade.nn.lora import Adapters
 
 
 class Loader:
     """contracts.Loader of one checkpoint for one device.
 
     `progress` is called once for each tensor that is in, with the bytes it takes there: parameters times the run
-    dtype's, or what the quantization says. A tensor that is missing, or has another shape than the model expects,
-    raises CheckpointError naming it.
+    dtype's, or what the quantization says. `adapters` is told of the linears that it may change. A tensor that is
+    missing, or has another shape than the model expects, raises CheckpointError naming it.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Loader:
         dtype: torch.dtype,
         quantization: Quantization | None = None,
         progress: Callable[[int], None] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.ops = ops
         self.attention = attention
@@ -41,6 +43,7 @@ class Loader:
         self._names = frozenset(weights.names())
         self._quantization = quantization
         self._progress = progress
+        self._adapters = adapters
         self._loaded: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -51,7 +54,10 @@ class Loader:
 
     def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
         expected: Seq[tuple[int, int] | None] = shapes or [None] * len(prefixes)
-        return self._quantized(prefixes, expected) or self._plain(prefixes, expected)
+        linear = self._quantized(prefixes, expected) or self._plain(prefixes, expected)
+        if self._adapters is None or shapes is None or not all(map(_is_adaptable, prefixes)):
+            return linear
+        return self._adapters.wrap(prefixes, shapes, linear)
 
     def embedding(
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
@@ -94,3 +100,8 @@ class Loader:
         if self._progress is not None and name not in self._loaded:
             self._loaded.add(name)
             self._progress(loaded_bytes(name, self._weights, self.ops, self.dtype, quantization))
+
+
+def _is_adaptable(prefix: str) -> bool:
+    """Of the layers' linears; experts are called by their mixture, not one by one."""
+    return ".layers." in prefix and ".experts." not in prefix

@@ -1,0 +1,131 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021), several in one step: y += scale * B (A x) for the rows of whoever asked."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from blade.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.contracts import Linear, Ops
+    from blade.types import LowRank
+
+Prefixes: TypeAlias = tuple[str, ...]
+Shapes: TypeAlias = "Seq[tuple[int, int]]"
+NAMESPACE_BYTES = 16
+
+
+@dataclass(slots=True, frozen=True)
+class Update:
+    """What an adapter adds to one stack of linears."""
+
+    down: Linear  # [R, K]: the A of all of them
+    up: Linear  # [N, R]: their B, scaled, each in the place of its own
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Adapter:
+    """One adapter, ready for a model."""
+
+    name: str
+    namespace: bytes  # of the prefix cache: no other adapter has it, not even a later one of the same name
+    updates: Mapping[Prefixes, Update] = field(repr=False)
+
+
+class Adapters:
+    """The linears of one model that adapters may change, and which rows of the step under way whose adapter changes."""
+
+    def __init__(self, ops: Ops, dtype: torch.dtype) -> None:
+        self.ops, self.dtype = ops, dtype
+        self._shapes: dict[Prefixes, Shapes] = {}
+        self._rows: dict[int, list[tuple[Adapter, Tensor | None]]] = {}
+
+    def wrap(self, prefixes: Prefixes, shapes: Shapes, linear: Linear) -> Linear:
+        """The linear over the tensors under `prefixes`, of `shapes` (N, K), open to adapters."""
+        self._shapes[prefixes] = shapes
+        return AdaptedLinear(linear, prefixes, self)
+
+    def make(self, name: str, updates: Mapping[str, LowRank]) -> Adapter:
+        """Raises CheckpointError for an update of what is no linear of the model, or of another shape."""
+        left, made = dict(updates), {}
+        for prefixes, shapes in self._shapes.items():
+            parts = [left.pop(prefix, None) for prefix in prefixes]
+            if any(parts):
+                made[prefixes] = self._update(name, prefixes, shapes, parts)
+        if left:
+            raise CheckpointError(
+                f"The adapter {name!r} changes {min(left)}, which is no linear of the model that can be adapted."
+            )
+        return Adapter(name, secrets.token_bytes(NAMESPACE_BYTES), made)
+
+    def _update(self, name: str, prefixes: Prefixes, shapes: Shapes, parts: Seq[LowRank | None]) -> Update:
+        for prefix, shape, part in zip(prefixes, shapes, parts, strict=True):
+            if part is not None and (len(part.b), part.a.shape[1]) != shape:
+                found = (len(part.b), part.a.shape[1])
+                raise CheckpointError(f"The adapter {name!r} has a {found} update of {prefix}, which is {shape}.")
+        rank, n = sum(len(part.a) for part in parts if part), sum(shape[0] for shape in shapes)
+        down, up = torch.empty(rank, shapes[0][1], dtype=self.dtype), torch.zeros(n, rank, dtype=self.dtype)
+        row = column = 0
+        for shape, part in zip(shapes, parts, strict=True):
+            if part is not None:
+                down[column : column + len(part.a)] = part.a
+                up[row : row + shape[0], column : column + len(part.a)] = part.b.float() * part.scale
+                column += len(part.a)
+            row += shape[0]
+        return Update(self.ops.linear(down, None), self.ops.linear(up, None))
+
+    @contextmanager
+    def chosen(self, *ways: Seq[Adapter | None]) -> Iterator[None]:
+        """While it lasts, linears change their rows: `ways` has for each number of rows that the model works on (the
+        step's tokens, the rows of logits) the adapter of every row. Where the numbers are equal the rows are too."""
+        self._rows = {len(way): self._groups(way) for way in ways}
+        try:
+            yield
+        finally:
+            self._rows = {}
+
+    def _groups(self, rows: Seq[Adapter | None]) -> list[tuple[Adapter, Tensor | None]]:
+        places: dict[Adapter, list[int]] = {}
+        for row, adapter in enumerate(rows):
+            if adapter is not None:
+                places.setdefault(adapter, []).append(row)
+        return [
+            (adapter, None if len(at) == len(rows) else self.ops.to_device(torch.tensor(at)))
+            for adapter, at in places.items()
+        ]
+
+    def of(self, num_rows: int) -> list[tuple[Adapter, Tensor | None]]:
+        """The adapters of a step's rows, each with its rows; None for all of them."""
+        return self._rows[num_rows] if self._rows else []
+
+
+class AdaptedLinear:
+    """contracts.Linear: another one and what adapters add to it."""
+
+    def __init__(self, base: Linear, prefixes: Prefixes, adapters: Adapters) -> None:
+        self._base, self._prefixes, self._adapters = base, prefixes, adapters
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        y = self._base(x, out_dtype)
+        for adapter, rows in self._adapters.of(len(x)):
+            update = adapter.updates.get(self._prefixes)
+            if update is None:
+                continue
+            if rows is None:
+                y += update(x)
+            else:
+                y.index_add_(0, rows, update(self._adapters.ops.take_rows(x, rows)).to(y.dtype))
+        return y
