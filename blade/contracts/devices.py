@@ -64,6 +64,10 @@ class Ops(Protocol):
         """x [N, D], rows [R] int64 -> [R, D]."""
         ...
 
+    def add_rows(self, y: Tensor, rows: Tensor | None, x: Tensor) -> None:
+        """y [N, D] += x [R, D] in place at rows [R] int64, all different; None: R is N."""
+        ...
+
     def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
         """The model's forward on this cache, or what does the same faster: it may note down what forward does with a
         batch and repeat that for other batches of the same shapes, if nothing but ops, attention and views took part.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from blade.engine.adapted import AdaptedForward
 from blade.engine.batch import build_batch, num_rows
 from blade.engine.sampler import Row, Sampler
 from blade.engine.verify import accept
@@ -33,8 +34,8 @@ class ModelRunner:
         """`secret`: see Sampler. Two runners of one secret draw a sequence's tokens with the same random numbers.
         `adapters`: of the model, where sequences may have one."""
         self.ops = ops
-        self.model, self.kv, self.adapters = model, kv, adapters
         self.forward = ops.capture(model, kv, options)
+        self.adapted = AdaptedForward(model, kv, ops, options, adapters) if adapters else None
         self.block_size = options.block_size
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
 
@@ -54,14 +55,16 @@ class ModelRunner:
         ]
 
     def _forward(self, step: Step, batch: Batch) -> Tensor:
-        """Steps with adapters are not replayed: what was captured knows nothing of them."""
-        if self.adapters is None or all(seq.adapter is None for seq in step.seqs):
+        adapters = [seq.adapter for seq in step.seqs]
+        if self.adapted is None or not any(adapters):
             return self.forward(batch)
-        pairs = list(zip(step.seqs, step.num_tokens, strict=True))
-        tokens = [seq.adapter for seq, num in pairs for _ in range(num)]
-        rows = [seq.adapter for seq, num in pairs for _ in range(num_rows(seq, num))]
-        with self.adapters.chosen(tokens, rows):
-            return self.model.forward(batch, self.kv)
+        tokens = _repeated(adapters, step.num_tokens)
+        rows = _repeated(adapters, [num_rows(seq, num) for seq, num in zip(step.seqs, step.num_tokens, strict=True)])
+        return self.adapted(batch, tokens, rows)
 
     def forget(self, seq: Sequence) -> None:
         self.sampler.forget(seq)
+
+
+def _repeated(adapters: list[Any], nums: list[int]) -> list[Any]:
+    return [adapter for adapter, num in zip(adapters, nums, strict=True) for _ in range(num)]

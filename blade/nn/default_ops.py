@@ -47,6 +47,12 @@ class DefaultOps:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
+    def add_rows(self, y: Tensor, rows: Tensor | None, x: Tensor) -> None:
+        if rows is None:
+            y.add_(x)
+        else:
+            y.index_add_(0, rows, x)
+
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         residual.add_(x)
         return self.rms_norm(residual, weight, eps), residual

@@ -36,7 +36,7 @@ class Update:
         return self.up(self.down(x))
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter, ready for a model."""
 
@@ -124,8 +124,6 @@ class AdaptedLinear:
             update = adapter.updates.get(self._prefixes)
             if update is None:
                 continue
-            if rows is None:
-                y += update(x)
-            else:
-                y.index_add_(0, rows, update(self._adapters.ops.take_rows(x, rows)).to(y.dtype))
+            ops = self._adapters.ops
+            ops.add_rows(y, rows, update(x if rows is None else ops.take_rows(x, rows)))
         return y

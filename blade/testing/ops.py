@@ -163,6 +163,12 @@ def _check_rows(ops: Ops, x: Tensor) -> None:
     for rows in (torch.tensor([3, 49, 0, 3]), torch.tensor([], dtype=torch.int64)):
         found = ops.take_rows(ops.to_device(x), ops.to_device(rows))
         require(torch.equal(found.cpu(), x[rows]), "take_rows does not give the rows as they are")
+    for at in (None, torch.tensor([3, 49, 0])):
+        expected, added = x.clone(), x.flip(0)[: len(x) if at is None else len(at)].contiguous()
+        expected[slice(None) if at is None else at] += added
+        y = ops.to_device(x.clone())
+        ops.add_rows(y, None if at is None else ops.to_device(at), ops.to_device(added))
+        require_close("add_rows", y, expected.float(), x.dtype)
 
 
 def _check_argmax(ops: Ops) -> None:

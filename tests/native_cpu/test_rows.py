@@ -45,6 +45,21 @@ def test_add_rms_norm(ops: SimdOps, shape: tuple[int, int], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 16, 100, 5000])
+def test_add_rows(ops: SimdOps, d: int, dtype: torch.dtype) -> None:
+    y, x = torch.randn(9, d).to(dtype), torch.randn(4, d).to(dtype)
+    rows = torch.tensor([8, 0, 3, 5])
+    want = y.clone()
+    want[rows] += x
+    ops.add_rows(y, rows, x)
+    assert torch.equal(y, want)
+    ops.add_rows(y, None, want)
+    assert torch.equal(y, want + want)
+    with pytest.raises(ValueError, match="x"):
+        ops.add_rows(y, None, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_silu_mul(ops: SimdOps, shape: tuple[int, int], dtype: torch.dtype) -> None:
     gate_up = (20 * torch.randn(shape[0], 2 * shape[1])).to(dtype)

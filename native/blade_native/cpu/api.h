@@ -85,6 +85,16 @@ struct TakeRowsCall {
     int32_t threads;
 };
 
+// y [.., d], at rows [num_rows] of it (null: the first num_rows), += x [num_rows, d]. No row comes twice.
+struct AddRowsCall {
+    int32_t dtype;
+    const void* x;
+    const int64_t* rows;
+    int64_t num_rows, d;
+    void* y;
+    int32_t threads;
+};
+
 // x [outer, inner, d] with `stride` elements between outers -> y [outer, inner, d] contiguous.
 struct RmsNormCall {
     int32_t dtype;

@@ -1,5 +1,5 @@
-// What works row by row: root mean square norms (Zhang & Sennrich 2019), the gate of a gated MLP (Shazeer 2020), and rows
-// taken out of a table.
+// What works row by row: root mean square norms (Zhang & Sennrich 2019), the gate of a gated MLP (Shazeer 2020), rows taken
+// out of a table and added to one.
 // Sums and exponentials are float32 whatever the dtype.
 #include <algorithm>
 #include <cmath>
@@ -64,7 +64,27 @@ void silu_mul(const SiluMulCall& c) {
         });
     });
 }
+
+template <class E>
+void add_rows(const AddRowsCall& c) {
+    parallel_for(c.threads, c.num_rows, grain(c.d), [&](long i, int) {
+        const E* x = (const E*)c.x + i * c.d;
+        E* y = (E*)c.y + (c.rows ? c.rows[i] : i) * c.d;
+        vec::for_lanes(c.d, [&](long j, int lanes) {
+            vec::store_some(y + j, vec::add(vec::load_some(x + j, lanes), vec::load_some(y + j, lanes)), lanes);
+        });
+    });
+}
 }  // namespace
+
+EXPORT int blade_add_rows(const AddRowsCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        add_rows<float>(c);
+    else
+        add_rows<bf16>(c);
+    return OK;
+}
 
 EXPORT int blade_rms_norm(const RmsNormCall* call) {
     auto& c = *call;

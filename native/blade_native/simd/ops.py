@@ -88,6 +88,18 @@ class SimdOps(DefaultOps):
         self.library.take_rows(x.data_ptr(), rows.data_ptr(), rows.numel(), row_bytes, out.data_ptr(), self.threads)
         return out
 
+    def add_rows(self, y: Tensor, rows: Tensor | None, x: Tensor) -> None:
+        if y.dtype not in DTYPES:
+            super().add_rows(y, rows, x)
+            return
+        num_rows, d = x.shape
+        check("x", x, y.dtype, (len(y) if rows is None else rows.numel(), y.shape[1]))
+        check("y", y, y.dtype, y.shape)
+        if rows is not None:
+            check("rows", rows, torch.int64, (num_rows,))
+        at = None if rows is None else rows.data_ptr()
+        self.library.add_rows(DTYPES[y.dtype], x.data_ptr(), at, num_rows, d, y.data_ptr(), self.threads)
+
     def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
         """Small steps are replayed, see capture.py."""
 
