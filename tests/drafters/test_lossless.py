@@ -121,7 +121,7 @@ def test_the_same_model_as_draft_is_always_right(target: Any, tiny_llama: Path) 
 
 
 def test_what_is_counted(target: Any) -> None:
-    stats: EngineStats = generate(target, "ngram", SETTINGS["greedy"])[1]
+    stats: EngineStats = generate(target, "ngram, all verified", SETTINGS["greedy"])[1]
     (drafter,) = stats.drafters
     assert drafter.name == "ngram"
     assert drafter.tokens_verified == stats.draft_tokens
