@@ -16,21 +16,25 @@ from blade_native.simd.ops import SimdOps
 
 # bits, group, scales, offsets, groups per block (0: the whole row)
 FORMATS = {
-    "q4_0": (4, 32, "half", "none", 1),
-    "q4_1": (4, 32, "half", "minima", 1),
+    "q4_0": (4, 32, "float16", "none", 1),
+    "q4_1": (4, 32, "float16", "minima", 1),
     "q4_k": (4, 32, "uint8", "code minima", 8),
     "rows4": (4, 32, "uint8", "code minima", 0),
-    "awq64": (4, 64, "half", "zeros", 1),
-    "gptq128": (4, 128, "half", "none", 1),
-    "q5_0": (5, 32, "half", "none", 1),
-    "q5_1": (5, 32, "half", "minima", 1),
+    "awq64": (4, 64, "float16", "zeros", 1),
+    "gptq128": (4, 128, "float16", "none", 1),
+    "q5_0": (5, 32, "float16", "none", 1),
+    "q5_1": (5, 32, "float16", "minima", 1),
     "q5_k": (5, 32, "uint8", "code minima", 8),
     "five128": (5, 128, "int8", "code minima", 2),
     "q6_k": (6, 16, "int8", "none", 16),
-    "six32": (6, 32, "half", "zeros", 1),
-    "q8_0": (8, 32, "half", "none", 1),
-    "int8": (8, 64, "half", "none", 1),
+    "six32": (6, 32, "float16", "zeros", 1),
+    "q8_0": (8, 32, "float16", "none", 1),
+    "int8": (8, 64, "float16", "none", 1),
     "eight16": (8, 16, "uint8", "none", 0),
+    "awq_bf16": (4, 64, "bfloat16", "zeros", 1),
+    "four_f32": (4, 128, "float32", "none", 1),
+    "eight_bf16": (8, 128, "bfloat16", "minima", 1),
+    "channel8": (8, 128, "float32", "none", 1),
 }
 K = 512
 ROWS = [1, 2, 3, 5, 16, 33]
@@ -48,9 +52,11 @@ def weight_of(name: str, n: int, k: int = K) -> GroupedWeight:
         low = -128 if dtype is torch.int8 else 0
         return torch.randint(low, low + 256, (n, groups), generator=generator).to(dtype)
 
-    weight = GroupedWeight(bits, group, torch.randint(0, 2**bits, (n, k), generator=generator).byte(), halves(groups))
-    if scales != "half":
-        weight = replace(weight, scales=codes(getattr(torch, scales)), block_scales=halves(blocks))
+    dtype = getattr(torch, scales)
+    q = torch.randint(0, 2**bits, (n, k), generator=generator).byte()
+    weight = GroupedWeight(bits, group, q, torch.randn(n, groups, generator=generator).to(dtype))
+    if not dtype.is_floating_point:
+        weight = replace(weight, scales=codes(dtype), block_scales=halves(blocks))
     if offsets == "minima":
         weight = replace(weight, minima=halves(groups))
     elif offsets == "code minima":
@@ -164,7 +170,8 @@ def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
         "group is 16": replace(weight, group=16),
         "group of 32 does not divide K = 500": replace(weight, q=weight.q[:, :500]),
         "q is torch.int8": replace(weight, q=weight.q.to(torch.int8)),
-        "scales are torch.float32": replace(weight, scales=weight.scales.float()),
+        "scales are torch.float64": replace(weight, scales=weight.scales.double()),
+        "minima are torch.bfloat16": replace(weight, minima=weight.minima.bfloat16()),
         "scales are .*uint8": replace(codes, block_scales=None),
         r"minima are torch.float16 \[33, 15\]": replace(weight, minima=weight.minima[:, 1:]),
         "zeros stand beside minima": replace(weight, zeros=codes.scales),

@@ -10,15 +10,16 @@
 enum Status { OK = 0, OUT_OF_MEMORY = 1 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
-// How a group's scale or offset is kept. CODES count multiples of a block's float16; ZEROS are integer zero points.
-enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4 };
+// How a group's scale or offset is kept: as float16 (HALF), bfloat16 (BRAIN) or float32 (SINGLE). CODES count multiples of
+// a block's float16; ZEROS are integer zero points.
+enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4, BRAIN = 5, SINGLE = 6 };
 
 // What a weight is: 32 (float) or 16 (bf16) bits, or 8, 6, 5 or 4 of an unsigned integer q in groups of a row, which
 // share a scale and an offset: w = scale * q + offset. Without offsets q is centred: w = scale * (q - 2^(bits - 1)).
 struct Format {
     int32_t bits;
     int32_t group;    // 16, 32, 64 or 128; a multiple of 32 for 4 and 5 bits
-    int32_t scales;   // HALF, UNSIGNED_CODES or SIGNED_CODES
+    int32_t scales;   // HALF, BRAIN, SINGLE, UNSIGNED_CODES or SIGNED_CODES
     int32_t offsets;  // NONE, HALF, UNSIGNED_CODES or SIGNED_CODES (minima), or ZEROS: offset = -scale * zero
     int64_t block;    // weights of a row that share what the codes count; 0 without codes
 };
@@ -43,7 +44,7 @@ struct LinearCall {
     int32_t threads;
 };
 
-// Grouped weights as checkpoints have them: q [n, k] bytes; scales and offsets [n, k / group], halves or bytes as the
+// Grouped weights as checkpoints have them: q [n, k] bytes; scales and offsets [n, k / group], floats or bytes as the
 // format says; block_scales and block_offsets [n, k / block] halves. What the format lacks is null.
 struct Grouped {
     const uint8_t* q;

@@ -13,7 +13,15 @@
 constexpr int PANEL = 32;  // output channels
 
 // Bytes that 32 channels' scales or offsets take in a unit, and in a block.
-INLINE long bytes_of(int numbers) { return numbers == NONE ? 0 : numbers == HALF ? 2 * PANEL : PANEL; }
+INLINE long bytes_of(int numbers) {
+    switch (numbers) {
+        case NONE: return 0;
+        case HALF:
+        case BRAIN: return 2 * PANEL;
+        case SINGLE: return 4 * PANEL;
+        default: return PANEL;
+    }
+}
 INLINE long block_bytes_of(int numbers) {
     return numbers == UNSIGNED_CODES || numbers == SIGNED_CODES ? 2 * PANEL : 0;
 }

@@ -15,6 +15,7 @@ from blade_native.simd.linear import pack_joined
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
+FLOATS = {torch.float16: HALF, torch.bfloat16: 5, torch.float32: 6}
 CODES = {torch.uint8: 2, torch.int8: 3}
 
 
@@ -41,6 +42,9 @@ def problem(weight: GroupedWeight) -> str | None:
     return _problem_of_numbers(weight) or _problem_of_blocks(weight)
 
 
+_PLAIN = {"scales": list(FLOATS), "minima": [torch.float16], "zeros": [torch.uint8]}
+
+
 def _problem_of_numbers(weight: GroupedWeight) -> str | None:
     shape = (weight.q.shape[0], weight.q.shape[1] // weight.group)
     if weight.zeros is not None and (weight.minima is not None or weight.zeros.dtype is not torch.uint8):
@@ -49,7 +53,7 @@ def _problem_of_numbers(weight: GroupedWeight) -> str | None:
         numbers: Tensor | None = getattr(weight, name)
         if numbers is None:
             continue
-        wanted = [torch.uint8] if name == "zeros" else [torch.float16] if blocks is None else list(CODES)
+        wanted = list(CODES) if blocks is not None else _PLAIN[name]
         if numbers.dtype not in wanted or numbers.shape != shape:
             return f"{name} are {numbers.dtype} {list(numbers.shape)}, not {wanted} {list(shape)}"
     return None
@@ -91,7 +95,7 @@ def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | N
 def _format(weight: GroupedWeight) -> CFormat:
     blocks = weight.block_scales if weight.block_scales is not None else weight.block_minima
     block = 0 if blocks is None else weight.q.shape[1] // blocks.shape[1]
-    scales = HALF if weight.block_scales is None else CODES[weight.scales.dtype]
+    scales = (FLOATS | CODES)[weight.scales.dtype]
     offsets = NONE if weight.zeros is None else ZEROS
     if weight.minima is not None:
         offsets = HALF if weight.block_minima is None else CODES[weight.minima.dtype]
