@@ -35,6 +35,14 @@ FORMATS = {
     "four_f32": (4, 128, "float32", "none", 1),
     "eight_bf16": (8, 128, "bfloat16", "minima", 1),
     "channel8": (8, 128, "float32", "none", 1),
+    "nvfp4": (4, 16, "float32", "fp4", 1),
+    "mxfp4": (4, 32, "bfloat16", "fp4", 1),
+    "nf4": (4, 64, "float32", "nf4", 1),
+    "values_k": (4, 128, "int8", "fp4", 2),
+}
+VALUES = {
+    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    "nf4": (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127),
 }
 K = 512
 ROWS = [1, 2, 3, 5, 16, 33]
@@ -63,6 +71,8 @@ def weight_of(name: str, n: int, k: int = K) -> GroupedWeight:
         weight = replace(weight, minima=codes(torch.uint8), block_minima=halves(blocks))
     elif offsets == "zeros":
         weight = replace(weight, zeros=codes(torch.uint8) % 2**bits)
+    elif offsets in VALUES:
+        weight = replace(weight, values=VALUES[offsets])
     return weight
 
 
@@ -105,7 +115,7 @@ def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
     assert error < 0.01
 
 
-@pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8"])
+@pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8", "nvfp4", "nf4"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) -> None:
     linear = ops.quantized_linear(weight_of(name, 70, 4096), None)
     x = torch.randn(300, 4096)
@@ -164,7 +174,7 @@ def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
 
 
 def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
-    weight, codes = weight_of("q4_1", 33), weight_of("q4_k", 33)
+    weight, codes, nf4 = (weight_of(name, 33) for name in ("q4_1", "q4_k", "nf4"))
     refused = {
         "bits is 3": replace(weight, bits=3),
         "group is 16": replace(weight, group=16),
@@ -180,6 +190,10 @@ def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
         "block_minima have another shape": replace(codes, block_minima=codes.block_minima[:, :1]),
         "block_scales divide K = 512 into 3": replace(codes, block_scales=torch.zeros(33, 3).half()),
         "block_scales are torch.float32": replace(codes, block_scales=codes.block_scales.float()),
+        r"values are \(0, 128,": replace(nf4, values=(0, 128, *nf4.values[2:])),
+        "values are 15 for 4 bits": replace(nf4, values=nf4.values[1:]),
+        "values stand beside": replace(nf4, zeros=nf4.q[:, ::64]),
+        "group is 256": replace(nf4, group=256),
     }
     for message, wrong in refused.items():
         assert not covers(wrong)

@@ -30,12 +30,13 @@ struct ByteTile {
     };
 };
 
-Tile find_tile(int bits, int rows) {
+Tile find_tile(const Layout& layout, int rows) {
+    int bits = layout.format.bits;
     Tile tile;
     if (bits == 32 || (bits == 16 && WIDENS_BF16)) return tile_of<F32Tile, Tile>(rows);
     if constexpr (!WIDENS_BF16)
         if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
-    with_bits(bits, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
+    with_bits(layout.width, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
     return tile;
 }
 
@@ -43,39 +44,44 @@ template <int R>
 struct StreamBF16 {
     static constexpr StreamTile tile = stream_bf16<R>;
 };
-template <int BITS>
+template <class P>
 struct StreamGroups {
     template <int R>
     struct Rows {
-        static constexpr StreamTile tile = stream_groups<BITS, R>;
+        static constexpr StreamTile tile = stream_groups<P, R>;
     };
 };
 
 // How so few rows take weights straight from memory; null where a slice of them is used as it lies there.
-StreamTile find_stream(int bits, int rows) {
+StreamTile find_stream(const Layout& layout, int rows) {
+    int bits = layout.format.bits;
     if (rows > STREAM_ROWS || bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
     if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
-    with_bits(bits, [&](auto b) { tile = tile_of<StreamGroups<b>::template Rows, StreamTile, STREAM_ROWS>(rows); });
+    with_packing(layout, [&](auto p) {
+        tile = tile_of<StreamGroups<decltype(p)>::template Rows, StreamTile, STREAM_ROWS>(rows);
+    });
     return tile;
 }
 
-int words_per_step(int bits) { return bits == 8 ? ByteDot<8>::WORDS : 1; }
+int words_per_step(int width) { return width == 8 ? ByteDot<8>::WORDS : 1; }
 
 // Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
-bool is_streamed(int bits, const Tiling& tiling) {
-    return find_stream(bits, tiling.height(tiling.num_tiles - 1)) && (tiling.num_tiles == 1 || bits == 4 || bits == 16);
+bool is_streamed(const Layout& layout, const Tiling& tiling) {
+    int bits = layout.format.bits;
+    return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
+           (tiling.num_tiles == 1 || bits == 4 || bits == 16);
 }
 }  // namespace
 
 Job::Job(const LinearCall& c)
     : call(c), linear(*c.linear), layout(linear.format, linear.k),
       tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
-      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(linear.format.bits, tiling)) {
+      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)) {
     int bits = linear.format.bits;
     bool widened = bits == 16 && WIDENS_BF16;
     unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
-    row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(bits)) : widened ? 8 : 4;
+    row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(layout.width)) : widened ? 8 : 4;
     long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
     if (stream && tiling.num_tiles == 1) slice = layout.units;
@@ -105,11 +111,12 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
                       offsets + (u - from) * PANEL);
     slice.scales = scales, slice.offsets = offsets;
     slice.words += layout.quants;  // of 8 bits, in place
-    with_bits(bits, [&](auto b) {
-        if constexpr (b < 8) {
+    with_packing(layout, [&](auto p) {
+        if constexpr (p.BITS < 8) {
             for (long u = from; u < to; u++)
-                unpack_bits<b>((const uint32_t*)(packed + layout.offset_of(u) + layout.quants), layout.steps,
-                               (uint32_t*)(scratch + (u - from) * job.unpacked));
+                unpack_bits<decltype(p)>(layout.format,
+                                         (const uint32_t*)(packed + layout.offset_of(u) + layout.quants), layout.steps,
+                                         (uint32_t*)(scratch + (u - from) * job.unpacked));
             slice.words = scratch, slice.stride = job.unpacked;
         }
     });
@@ -151,8 +158,7 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
         float* c = sums + (tile - first_tile) * MAX_TILE_ROWS * PANEL;
         if (from == 0) start_sums(job, panel, rows, c);
         prefetch_lines(next, share);
-        find_tile(job.layout.format.bits, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes,
-                                                c);
+        find_tile(job.layout, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, c);
         if (to == job.layout.units) store_sums(job, panel, job.tiling.start(tile), rows, c);
     }
 }
@@ -165,7 +171,7 @@ void stream(const Job& job, long panel, float* sums) {
     for (long from = 0; from < job.layout.units; from += job.slice)
         for (long tile = 0; tile < tiling.num_tiles; tile++) {
             int rows = tiling.height(tile);
-            find_stream(job.layout.format.bits, rows)(
+            find_stream(job.layout, rows)(
                 job.layout, job.panel(panel), from, std::min(from + job.slice, job.layout.units),
                 job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, sums_of(tile), tile == 0);
         }
@@ -189,14 +195,14 @@ void multiply_block(const Job& job, long first_tile, long first_panel, long last
 template <class X>
 void pack_rows(const Job& job, long tile, const X* x) {
     const Format& f = job.layout.format;
-    int rows = job.tiling.height(tile), zero = f.offsets == NONE ? 1 << (f.bits - 1) : 0;
+    int rows = job.tiling.height(tile), zero = job.layout.zero;
     long k = job.linear.k;
     char* out = job.tiles + tile * job.tile_bytes();
     if (f.bits == 32 || (f.bits == 16 && WIDENS_BF16))
         pack_floats(x, k, rows, (float*)out);
     else if (f.bits == 16)
         pack_words((const bf16*)x, k, rows, (uint32_t*)out);
-    else if (f.bits == 8)
+    else if (job.layout.width == 8)
         pack_groups<ByteDot<8>::WORDS>(x, k, rows, f.group, zero, out);
     else
         pack_groups<1>(x, k, rows, f.group, zero, out);

@@ -50,16 +50,15 @@ void dequantize(const Layout& layout, const char* panel, int lane, E* out) {
         const char* unit = panel + layout.offset_of(u);
         unpack_scales(layout, unit, panel + layout.header_of(u), scales, offsets);
         const uint32_t *quants = (const uint32_t*)(unit + layout.quants), *q = words;
-        with_bits(f.bits, [&](auto bits) {
-            if constexpr (bits == 8)
+        with_packing(layout, [&](auto p) {
+            if constexpr (p.BITS == 8)
                 q = quants;
             else
-                unpack_bits<bits>(quants, layout.steps, words);
+                unpack_bits<decltype(p)>(f, quants, layout.steps, words);
         });
-        float zero = f.offsets == NONE ? float(1 << (f.bits - 1)) : 0;
         for (int i = 0; i < f.group; i++) {
             float number = ((const uint8_t*)(q + i / 4 * PANEL + lane))[i % 4];
-            vec::from_float((number - zero) * scales[lane] + offsets[lane], out[i]);
+            vec::from_float((number - layout.zero) * scales[lane] + offsets[lane], out[i]);
         }
     }
 }

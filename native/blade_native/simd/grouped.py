@@ -14,6 +14,8 @@ from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
 from blade_native.simd.linear import pack_joined
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
+VALUES_GROUPS = (16, 32, 64, 128)
+VALUES = 1  # `Coding` of api.h
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
 FLOATS = {torch.float16: HALF, torch.bfloat16: 5, torch.float32: 6}
 CODES = {torch.uint8: 2, torch.int8: 3}
@@ -26,20 +28,21 @@ def covers(weight: GroupedWeight) -> bool:
 
 def has_kernel(weight: GroupedWeight) -> bool:
     """Whether kernels compute on such weights, if they are sound."""
-    return weight.values is None and weight.order is None
+    return (weight.values is None or weight.bits == 4) and weight.order is None
 
 
 def problem(weight: GroupedWeight) -> str | None:
     """What the kernels do not cover, beginning with the field's name."""
     if weight.bits not in GROUPS:
         return f"bits is {weight.bits}, not one of {list(GROUPS)}"
-    if weight.group not in GROUPS[weight.bits]:
-        return f"group is {weight.group}, not one of {list(GROUPS[weight.bits])} for {weight.bits} bits"
+    groups = GROUPS[weight.bits] if weight.values is None else VALUES_GROUPS
+    if weight.group not in groups:
+        return f"group is {weight.group}, not one of {list(groups)} for {weight.bits} bits"
     if weight.q.dtype is not torch.uint8 or weight.q.dim() != 2:
         return f"q is {weight.q.dtype} {list(weight.q.shape)}, not torch.uint8 [N, K]"
     if weight.q.shape[1] % weight.group:
         return f"group of {weight.group} does not divide K = {weight.q.shape[1]}"
-    return _problem_of_numbers(weight) or _problem_of_blocks(weight)
+    return _problem_of_numbers(weight) or _problem_of_blocks(weight) or _problem_of_values(weight)
 
 
 _PLAIN = {"scales": list(FLOATS), "minima": [torch.float16], "zeros": [torch.uint8]}
@@ -75,6 +78,16 @@ def _problem_of_blocks(weight: GroupedWeight) -> str | None:
     return "block_minima have another shape than block_scales" if len(shapes) > 1 else None
 
 
+def _problem_of_values(weight: GroupedWeight) -> str | None:
+    if weight.values is None:
+        return None
+    if weight.bits != 4 or len(weight.values) != 16:
+        return f"values are {len(weight.values)} for {weight.bits} bits, not 16 for 4"
+    if not all(-127 <= value <= 127 for value in weight.values):
+        return f"values are {weight.values}, not all in -127..127"
+    return "values stand beside zeros or minima" if weight.zeros is not None or weight.minima is not None else None
+
+
 def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | None, threads: int) -> Linear:
     """Neighbours of one format become one matrix. Raises ValueError naming the field that no kernel covers."""
     for weight in weights:
@@ -99,4 +112,8 @@ def _format(weight: GroupedWeight) -> CFormat:
     offsets = NONE if weight.zeros is None else ZEROS
     if weight.minima is not None:
         offsets = HALF if weight.block_minima is None else CODES[weight.minima.dtype]
-    return CFormat(weight.bits, weight.group, scales, offsets, block)
+    form = CFormat(weight.bits, weight.group, scales, offsets, block)
+    if weight.values is not None:
+        form.coding, form.zero = VALUES, -min(weight.values)
+        form.values[:] = [value + form.zero for value in weight.values]
+    return form

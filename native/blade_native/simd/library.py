@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
 from blade import ConfigError
@@ -29,6 +29,9 @@ class CFormat(Structure):
         ("scales", c_int32),
         ("offsets", c_int32),
         ("block", c_int64),
+        ("coding", c_int32),
+        ("zero", c_int32),
+        ("values", c_uint8 * 16),
     )
 
 
