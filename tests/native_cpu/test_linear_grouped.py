@@ -129,9 +129,29 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) ->
 @pytest.mark.parametrize("name", FORMATS)
 def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
-    weight = weight_of(name, 70)
-    linear = ops.quantized_linear(weight, None)
-    assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
+    for order in (None, torch.randperm(K)):
+        weight = replace(weight_of(name, 70), order=order)
+        linear = ops.quantized_linear(weight, None)
+        assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
+
+
+@pytest.mark.parametrize("name", ["awq64", "channel8", "nvfp4"])
+def test_columns_in_another_order_are_those_of_permuted_features(ops: SimdOps, name: str) -> None:
+    weight, bias, order = weight_of(name, 70), torch.randn(70), torch.randperm(K)
+    linear = ops.quantized_linear(replace(weight, order=order), bias)
+    for m in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(m, K).to(dtype)
+            assert linear(x).equal(ops.quantized_linear(weight, bias)(x[:, order]))
+
+
+def test_matrices_of_one_order_become_one(ops: SimdOps) -> None:
+    first, second = torch.randperm(K), torch.randperm(K)
+    weights = [replace(weight_of("q4_0", 64), order=order) for order in (first, first.clone(), second, None)]
+    stacked, x = ops.quantized_linear(weights, None), torch.randn(3, K)
+    assert isinstance(stacked, StackedLinear)
+    assert [part.n for part in stacked.parts] == [128, 64, 64]
+    assert stacked(x).equal(torch.cat([ops.quantized_linear(weight, None)(x) for weight in weights], dim=-1))
 
 
 def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
@@ -194,6 +214,9 @@ def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
         "values are 15 for 4 bits": replace(nf4, values=nf4.values[1:]),
         "values stand beside": replace(nf4, zeros=nf4.q[:, ::64]),
         "group is 256": replace(nf4, group=256),
+        "order is torch.int32": replace(nf4, order=torch.arange(K, dtype=torch.int32)),
+        r"order is torch.int64 \[1\]": replace(nf4, order=torch.tensor([0])),
+        r"order does not name each of 0..511 once": replace(nf4, order=torch.zeros(K, dtype=torch.int64)),
     }
     for message, wrong in refused.items():
         assert not covers(wrong)

@@ -36,7 +36,8 @@ struct Linear {
     Format format;
     int64_t n, k;  // k is even for bf16, a multiple of group and block for grouped weights
     const char* weights;
-    const float* bias;  // padded to whole panels, or null
+    const float* bias;     // padded to whole panels, or null
+    const int32_t* order;  // [k]: column i multiplies feature order[i] of x, of grouped weights. Null: feature i
 };
 
 // y [m, n] = x [m, k] W^T + b. x is contiguous, of the weights' dtype, or of either for grouped weights.

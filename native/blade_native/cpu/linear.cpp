@@ -203,9 +203,9 @@ void pack_rows(const Job& job, long tile, const X* x) {
     else if (f.bits == 16)
         pack_words((const bf16*)x, k, rows, (uint32_t*)out);
     else if (job.layout.width == 8)
-        pack_groups<ByteDot<8>::WORDS>(x, k, rows, f.group, zero, out);
+        pack_groups<ByteDot<8>::WORDS>(x, k, job.linear.order, rows, f.group, zero, out);
     else
-        pack_groups<1>(x, k, rows, f.group, zero, out);
+        pack_groups<1>(x, k, job.linear.order, rows, f.group, zero, out);
 }
 }  // namespace
 

@@ -12,7 +12,8 @@
 #include "api.h"
 #include "vec.h"
 
-constexpr int PANEL = 32;  // output channels
+constexpr int PANEL = 32;      // output channels
+constexpr int MAX_GROUP = 128;  // numbers of a row
 
 // Bytes that 32 channels' scales or offsets take in a unit, and in a block.
 INLINE long bytes_of(int numbers) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade.contracts import Linear
 from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
-from blade_native.simd.linear import pack_joined
+from blade_native.simd.linear import Matrix, pack_joined
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 VALUES_GROUPS = (16, 32, 64, 128)
@@ -28,7 +28,7 @@ def covers(weight: GroupedWeight) -> bool:
 
 def has_kernel(weight: GroupedWeight) -> bool:
     """Whether kernels compute on such weights, if they are sound."""
-    return (weight.values is None or weight.bits == 4) and weight.order is None
+    return weight.values is None or weight.bits == 4
 
 
 def problem(weight: GroupedWeight) -> str | None:
@@ -42,7 +42,12 @@ def problem(weight: GroupedWeight) -> str | None:
         return f"q is {weight.q.dtype} {list(weight.q.shape)}, not torch.uint8 [N, K]"
     if weight.q.shape[1] % weight.group:
         return f"group of {weight.group} does not divide K = {weight.q.shape[1]}"
-    return _problem_of_numbers(weight) or _problem_of_blocks(weight) or _problem_of_values(weight)
+    return (
+        _problem_of_numbers(weight)
+        or _problem_of_blocks(weight)
+        or _problem_of_values(weight)
+        or _problem_of_order(weight)
+    )
 
 
 _PLAIN = {"scales": list(FLOATS), "minima": [torch.float16], "zeros": [torch.uint8]}
@@ -88,6 +93,15 @@ def _problem_of_values(weight: GroupedWeight) -> str | None:
     return "values stand beside zeros or minima" if weight.zeros is not None or weight.minima is not None else None
 
 
+def _problem_of_order(weight: GroupedWeight) -> str | None:
+    order, k = weight.order, weight.q.shape[1]
+    if order is None:
+        return None
+    if order.dtype is not torch.int64 or order.shape != (k,):
+        return f"order is {order.dtype} {list(order.shape)}, not torch.int64 [{k}]"
+    return None if order.sort().values.equal(torch.arange(k)) else f"order does not name each of 0..{k - 1} once"
+
+
 def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | None, threads: int) -> Linear:
     """Neighbours of one format become one matrix. Raises ValueError naming the field that no kernel covers."""
     for weight in weights:
@@ -101,8 +115,12 @@ def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | N
         pointers = CGrouped(*(None if source is None else source.data_ptr() for source in kept))
         library.pack_grouped(ctypes.byref(linear), ctypes.byref(pointers), threads)
 
-    shaped = [(weight, _format(weight), (len(weight.q), weight.q.shape[1])) for weight in weights]
-    return pack_joined(library, shaped, bias, threads, pack)
+    return pack_joined(library, [_matrix(weight) for weight in weights], bias, threads, pack)
+
+
+def _matrix(weight: GroupedWeight) -> Matrix[GroupedWeight]:
+    (n, k), order = weight.q.shape, weight.order
+    return Matrix(weight, _format(weight), (n, k), None if order is None else order.to(torch.int32))
 
 
 def _format(weight: GroupedWeight) -> CFormat:

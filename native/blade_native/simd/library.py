@@ -38,7 +38,14 @@ class CFormat(Structure):
 class CLinear(Structure):
     """`Linear` of api.h."""
 
-    _fields_ = (("format", CFormat), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        ("format", CFormat),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("order", c_void_p),
+    )
 
 
 class CGrouped(Structure):
