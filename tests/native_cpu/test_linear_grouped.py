@@ -16,21 +16,33 @@ from blade_native.simd.ops import SimdOps
 
 # bits, group, scales, offsets, groups per block (0: the whole row)
 FORMATS = {
-    "q4_0": (4, 32, "half", "none", 1),
-    "q4_1": (4, 32, "half", "minima", 1),
+    "q4_0": (4, 32, "float16", "none", 1),
+    "q4_1": (4, 32, "float16", "minima", 1),
     "q4_k": (4, 32, "uint8", "code minima", 8),
     "rows4": (4, 32, "uint8", "code minima", 0),
-    "awq64": (4, 64, "half", "zeros", 1),
-    "gptq128": (4, 128, "half", "none", 1),
-    "q5_0": (5, 32, "half", "none", 1),
-    "q5_1": (5, 32, "half", "minima", 1),
+    "awq64": (4, 64, "float16", "zeros", 1),
+    "gptq128": (4, 128, "float16", "none", 1),
+    "q5_0": (5, 32, "float16", "none", 1),
+    "q5_1": (5, 32, "float16", "minima", 1),
     "q5_k": (5, 32, "uint8", "code minima", 8),
     "five128": (5, 128, "int8", "code minima", 2),
     "q6_k": (6, 16, "int8", "none", 16),
-    "six32": (6, 32, "half", "zeros", 1),
-    "q8_0": (8, 32, "half", "none", 1),
-    "int8": (8, 64, "half", "none", 1),
+    "six32": (6, 32, "float16", "zeros", 1),
+    "q8_0": (8, 32, "float16", "none", 1),
+    "int8": (8, 64, "float16", "none", 1),
     "eight16": (8, 16, "uint8", "none", 0),
+    "awq_bf16": (4, 64, "bfloat16", "zeros", 1),
+    "four_f32": (4, 128, "float32", "none", 1),
+    "eight_bf16": (8, 128, "bfloat16", "minima", 1),
+    "channel8": (8, 128, "float32", "none", 1),
+    "nvfp4": (4, 16, "float32", "fp4", 1),
+    "mxfp4": (4, 32, "bfloat16", "fp4", 1),
+    "nf4": (4, 64, "float32", "nf4", 1),
+    "values_k": (4, 128, "int8", "fp4", 2),
+}
+VALUES = {
+    "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    "nf4": (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127),
 }
 K = 512
 ROWS = [1, 2, 3, 5, 16, 33]
@@ -48,15 +60,19 @@ def weight_of(name: str, n: int, k: int = K) -> GroupedWeight:
         low = -128 if dtype is torch.int8 else 0
         return torch.randint(low, low + 256, (n, groups), generator=generator).to(dtype)
 
-    weight = GroupedWeight(bits, group, torch.randint(0, 2**bits, (n, k), generator=generator).byte(), halves(groups))
-    if scales != "half":
-        weight = replace(weight, scales=codes(getattr(torch, scales)), block_scales=halves(blocks))
+    dtype = getattr(torch, scales)
+    q = torch.randint(0, 2**bits, (n, k), generator=generator).byte()
+    weight = GroupedWeight(bits, group, q, torch.randn(n, groups, generator=generator).to(dtype))
+    if not dtype.is_floating_point:
+        weight = replace(weight, scales=codes(dtype), block_scales=halves(blocks))
     if offsets == "minima":
         weight = replace(weight, minima=halves(groups))
     elif offsets == "code minima":
         weight = replace(weight, minima=codes(torch.uint8), block_minima=halves(blocks))
     elif offsets == "zeros":
         weight = replace(weight, zeros=codes(torch.uint8) % 2**bits)
+    elif offsets in VALUES:
+        weight = replace(weight, values=VALUES[offsets])
     return weight
 
 
@@ -99,7 +115,7 @@ def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
     assert error < 0.01
 
 
-@pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8"])
+@pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8", "nvfp4", "nf4"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) -> None:
     linear = ops.quantized_linear(weight_of(name, 70, 4096), None)
     x = torch.randn(300, 4096)
@@ -113,9 +129,29 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) ->
 @pytest.mark.parametrize("name", FORMATS)
 def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([0, 69, 31, 32, 32, *range(20)])
-    weight = weight_of(name, 70)
-    linear = ops.quantized_linear(weight, None)
-    assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
+    for order in (None, torch.randperm(K)):
+        weight = replace(weight_of(name, 70), order=order)
+        linear = ops.quantized_linear(weight, None)
+        assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
+
+
+@pytest.mark.parametrize("name", ["awq64", "channel8", "nvfp4"])
+def test_columns_in_another_order_are_those_of_permuted_features(ops: SimdOps, name: str) -> None:
+    weight, bias, order = weight_of(name, 70), torch.randn(70), torch.randperm(K)
+    linear = ops.quantized_linear(replace(weight, order=order), bias)
+    for m in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(m, K).to(dtype)
+            assert linear(x).equal(ops.quantized_linear(weight, bias)(x[:, order]))
+
+
+def test_matrices_of_one_order_become_one(ops: SimdOps) -> None:
+    first, second = torch.randperm(K), torch.randperm(K)
+    weights = [replace(weight_of("q4_0", 64), order=order) for order in (first, first.clone(), second, None)]
+    stacked, x = ops.quantized_linear(weights, None), torch.randn(3, K)
+    assert isinstance(stacked, StackedLinear)
+    assert [part.n for part in stacked.parts] == [128, 64, 64]
+    assert stacked(x).equal(torch.cat([ops.quantized_linear(weight, None)(x) for weight in weights], dim=-1))
 
 
 def test_stacked_linears_write_side_by_side(ops: SimdOps) -> None:
@@ -158,13 +194,14 @@ def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
 
 
 def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
-    weight, codes = weight_of("q4_1", 33), weight_of("q4_k", 33)
+    weight, codes, nf4 = (weight_of(name, 33) for name in ("q4_1", "q4_k", "nf4"))
     refused = {
         "bits is 3": replace(weight, bits=3),
         "group is 16": replace(weight, group=16),
         "group of 32 does not divide K = 500": replace(weight, q=weight.q[:, :500]),
         "q is torch.int8": replace(weight, q=weight.q.to(torch.int8)),
-        "scales are torch.float32": replace(weight, scales=weight.scales.float()),
+        "scales are torch.float64": replace(weight, scales=weight.scales.double()),
+        "minima are torch.bfloat16": replace(weight, minima=weight.minima.bfloat16()),
         "scales are .*uint8": replace(codes, block_scales=None),
         r"minima are torch.float16 \[33, 15\]": replace(weight, minima=weight.minima[:, 1:]),
         "zeros stand beside minima": replace(weight, zeros=codes.scales),
@@ -173,6 +210,13 @@ def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
         "block_minima have another shape": replace(codes, block_minima=codes.block_minima[:, :1]),
         "block_scales divide K = 512 into 3": replace(codes, block_scales=torch.zeros(33, 3).half()),
         "block_scales are torch.float32": replace(codes, block_scales=codes.block_scales.float()),
+        r"values are \(0, 128,": replace(nf4, values=(0, 128, *nf4.values[2:])),
+        "values are 15 for 4 bits": replace(nf4, values=nf4.values[1:]),
+        "values stand beside": replace(nf4, zeros=nf4.q[:, ::64]),
+        "group is 256": replace(nf4, group=256),
+        "order is torch.int32": replace(nf4, order=torch.arange(K, dtype=torch.int32)),
+        r"order is torch.int64 \[1\]": replace(nf4, order=torch.tensor([0])),
+        r"order does not name each of 0..511 once": replace(nf4, order=torch.zeros(K, dtype=torch.int64)),
     }
     for message, wrong in refused.items():
         assert not covers(wrong)

@@ -42,14 +42,21 @@ INLINE int quantize_group(const X* x, int group, float& scale, uint32_t* out, lo
     return int(vec::sum(total));
 }
 
-// Rows [R][k] -> the groups of a tile (ActivationGroup). `zero` is what the weights' q are centred on, or 0.
+// Rows [R][k] -> the groups of a tile (ActivationGroup). `zero` is what the weights' q are centred on, or 0; `order`, that
+// of the weights' columns, may be null.
 template <int WORDS, class X>
-void pack_groups(const X* x, long k, int rows, int group, int zero, char* out) {
+void pack_groups(const X* x, long k, const int32_t* order, int rows, int group, int zero, char* out) {
+    X ordered[MAX_GROUP];
     for (long i = 0; i < k; i += group, out += rows * activation_bytes(group / 4, WORDS))
         for (int r = 0; r < rows; r++) {
             float *scales = (float*)out, *factors = scales + 2 * rows;
             uint32_t* words = (uint32_t*)out + 3 * rows + r * WORDS;
-            int sum = quantize_group<WORDS>(x + r * k + i, group, scales[r], words, rows * WORDS);
+            const X* from = x + r * k + i;
+            if (order) {
+                for (int j = 0; j < group; j++) ordered[j] = x[r * k + order[i + j]];
+                from = ordered;
+            }
+            int sum = quantize_group<WORDS>(from, group, scales[r], words, rows * WORDS);
             ((int32_t*)out)[rows + r] = -zero * sum;
             factors[r] = scales[r] * sum;
         }

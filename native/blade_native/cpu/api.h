@@ -10,17 +10,25 @@
 enum Status { OK = 0, OUT_OF_MEMORY = 1 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
-// How a group's scale or offset is kept. CODES count multiples of a block's float16; ZEROS are integer zero points.
-enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4 };
+// How a group's scale or offset is kept: as float16 (HALF), bfloat16 (BRAIN) or float32 (SINGLE). CODES count multiples of
+// a block's float16; ZEROS are integer zero points.
+enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4, BRAIN = 5, SINGLE = 6 };
+
+// What the bits of a grouped weight are.
+enum Coding { INTEGERS = 0, VALUES = 1 };
 
 // What a weight is: 32 (float) or 16 (bf16) bits, or 8, 6, 5 or 4 of an unsigned integer q in groups of a row, which
-// share a scale and an offset: w = scale * q + offset. Without offsets q is centred: w = scale * (q - 2^(bits - 1)).
+// share a scale and an offset: w = scale * q + offset. Without offsets q is centred: w = scale * (q - 2^(bits - 1)). With
+// VALUES, of 4 bits and without offsets, w = scale * (values[q] - zero).
 struct Format {
     int32_t bits;
-    int32_t group;    // 16, 32, 64 or 128; a multiple of 32 for 4 and 5 bits
-    int32_t scales;   // HALF, UNSIGNED_CODES or SIGNED_CODES
+    int32_t group;    // 16, 32, 64 or 128; a multiple of 32 for integers of 4 and 5 bits
+    int32_t scales;   // HALF, BRAIN, SINGLE, UNSIGNED_CODES or SIGNED_CODES
     int32_t offsets;  // NONE, HALF, UNSIGNED_CODES or SIGNED_CODES (minima), or ZEROS: offset = -scale * zero
     int64_t block;    // weights of a row that share what the codes count; 0 without codes
+    int32_t coding;
+    int32_t zero;         // of the values
+    uint8_t values[16];  // all below 32, or any
 };
 
 // Weights [n, k] in panels of 32 output channels, the last one padded with zeros; linear_format.h has the layouts.
@@ -28,7 +36,8 @@ struct Linear {
     Format format;
     int64_t n, k;  // k is even for bf16, a multiple of group and block for grouped weights
     const char* weights;
-    const float* bias;  // padded to whole panels, or null
+    const float* bias;     // padded to whole panels, or null
+    const int32_t* order;  // [k]: column i multiplies feature order[i] of x, of grouped weights. Null: feature i
 };
 
 // y [m, n] = x [m, k] W^T + b. x is contiguous, of the weights' dtype, or of either for grouped weights.
@@ -43,7 +52,7 @@ struct LinearCall {
     int32_t threads;
 };
 
-// Grouped weights as checkpoints have them: q [n, k] bytes; scales and offsets [n, k / group], halves or bytes as the
+// Grouped weights as checkpoints have them: q [n, k] bytes; scales and offsets [n, k / group], floats or bytes as the
 // format says; block_scales and block_offsets [n, k / block] halves. What the format lacks is null.
 struct Grouped {
     const uint8_t* q;

@@ -2,9 +2,8 @@
 // cache-sized blocks for many (prefill). Rows are cut into tiles, K into slices that are unpacked once for all tiles of
 // a block; the products of one output are always summed in the order of K, so a row of y is bit-identical whatever rows
 // stand beside it.
-#include <algorithm>
-
 #include "activations.h"
+#include "linear_job.h"
 #include "parallel.h"
 #include "stream_tile.h"
 #include "unpack.h"
@@ -31,12 +30,13 @@ struct ByteTile {
     };
 };
 
-Tile find_tile(int bits, int rows) {
+Tile find_tile(const Layout& layout, int rows) {
+    int bits = layout.format.bits;
     Tile tile;
     if (bits == 32 || (bits == 16 && WIDENS_BF16)) return tile_of<F32Tile, Tile>(rows);
     if constexpr (!WIDENS_BF16)
         if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
-    with_bits(bits, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
+    with_bits(layout.width, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
     return tile;
 }
 
@@ -44,70 +44,54 @@ template <int R>
 struct StreamBF16 {
     static constexpr StreamTile tile = stream_bf16<R>;
 };
-template <int BITS>
+template <class P>
 struct StreamGroups {
     template <int R>
     struct Rows {
-        static constexpr StreamTile tile = stream_groups<BITS, R>;
+        static constexpr StreamTile tile = stream_groups<P, R>;
     };
 };
 
 // How so few rows take weights straight from memory; null where a slice of them is used as it lies there.
-StreamTile find_stream(int bits, int rows) {
+StreamTile find_stream(const Layout& layout, int rows) {
+    int bits = layout.format.bits;
     if (rows > STREAM_ROWS || bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
     if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
-    with_bits(bits, [&](auto b) { tile = tile_of<StreamGroups<b>::template Rows, StreamTile, STREAM_ROWS>(rows); });
+    with_packing(layout, [&](auto p) {
+        tile = tile_of<StreamGroups<decltype(p)>::template Rows, StreamTile, STREAM_ROWS>(rows);
+    });
     return tile;
 }
 
-int words_per_step(int bits) { return bits == 8 ? ByteDot<8>::WORDS : 1; }
-
-// Rows [0, m) cut into tiles whose heights differ by at most one.
-struct Tiling {
-    long m, num_tiles;
-    long start(long tile) const { return tile * m / num_tiles; }
-    int height(long tile) const { return int(start(tile + 1) - start(tile)); }
-};
+int words_per_step(int width) { return width == 8 ? ByteDot<8>::WORDS : 1; }
 
 // Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
-bool is_streamed(int bits, const Tiling& tiling) {
-    return find_stream(bits, tiling.height(tiling.num_tiles - 1)) && (tiling.num_tiles == 1 || bits == 4 || bits == 16);
+bool is_streamed(const Layout& layout, const Tiling& tiling) {
+    int bits = layout.format.bits;
+    return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
+           (tiling.num_tiles == 1 || bits == 4 || bits == 16);
+}
+}  // namespace
+
+Job::Job(const LinearCall& c)
+    : call(c), linear(*c.linear), layout(linear.format, linear.k),
+      tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
+      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)) {
+    int bits = linear.format.bits;
+    bool widened = bits == 16 && WIDENS_BF16;
+    unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
+    row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(layout.width)) : widened ? 8 : 4;
+    long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
+    slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
+    if (stream && tiling.num_tiles == 1) slice = layout.units;
+    long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
+    block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
+    chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
+    per_thread = aligned(sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL)));
 }
 
-struct Job {
-    const LinearCall& call;
-    const Linear& linear;
-    Layout layout;
-    Tiling tiling;
-    long num_panels;
-    bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
-    long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
-    long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
-    long per_thread;                // bytes of scratch
-    char *tiles = nullptr, *scratch = nullptr;
-
-    explicit Job(const LinearCall& c)
-        : call(c), linear(*c.linear), layout(linear.format, linear.k),
-          tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
-          few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(linear.format.bits, tiling)) {
-        int bits = linear.format.bits;
-        bool widened = bits == 16 && WIDENS_BF16;
-        unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
-        row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(bits)) : widened ? 8 : 4;
-        long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
-        slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
-        if (stream && tiling.num_tiles == 1) slice = layout.units;
-        long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
-        block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
-        chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
-        per_thread = sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL));
-    }
-    long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
-    long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
-    const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
-};
-
+namespace {
 // Units [from, to) of one panel, unpacked into the thread's scratch where they cannot be used in place.
 Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     const Layout& layout = job.layout;
@@ -127,11 +111,12 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
                       offsets + (u - from) * PANEL);
     slice.scales = scales, slice.offsets = offsets;
     slice.words += layout.quants;  // of 8 bits, in place
-    with_bits(bits, [&](auto b) {
-        if constexpr (b < 8) {
+    with_packing(layout, [&](auto p) {
+        if constexpr (p.BITS < 8) {
             for (long u = from; u < to; u++)
-                unpack_bits<b>((const uint32_t*)(packed + layout.offset_of(u) + layout.quants), layout.steps,
-                               (uint32_t*)(scratch + (u - from) * job.unpacked));
+                unpack_bits<decltype(p)>(layout.format,
+                                         (const uint32_t*)(packed + layout.offset_of(u) + layout.quants), layout.steps,
+                                         (uint32_t*)(scratch + (u - from) * job.unpacked));
             slice.words = scratch, slice.stride = job.unpacked;
         }
     });
@@ -173,8 +158,7 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
         float* c = sums + (tile - first_tile) * MAX_TILE_ROWS * PANEL;
         if (from == 0) start_sums(job, panel, rows, c);
         prefetch_lines(next, share);
-        find_tile(job.layout.format.bits, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes,
-                                                c);
+        find_tile(job.layout, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, c);
         if (to == job.layout.units) store_sums(job, panel, job.tiling.start(tile), rows, c);
     }
 }
@@ -187,7 +171,7 @@ void stream(const Job& job, long panel, float* sums) {
     for (long from = 0; from < job.layout.units; from += job.slice)
         for (long tile = 0; tile < tiling.num_tiles; tile++) {
             int rows = tiling.height(tile);
-            find_stream(job.layout.format.bits, rows)(
+            find_stream(job.layout, rows)(
                 job.layout, job.panel(panel), from, std::min(from + job.slice, job.layout.units),
                 job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, sums_of(tile), tile == 0);
         }
@@ -209,58 +193,51 @@ void multiply_block(const Job& job, long first_tile, long first_panel, long last
 }
 
 template <class X>
-void pack_tile(const Job& job, long tile) {
+void pack_rows(const Job& job, long tile, const X* x) {
     const Format& f = job.layout.format;
-    int rows = job.tiling.height(tile), zero = f.offsets == NONE ? 1 << (f.bits - 1) : 0;
+    int rows = job.tiling.height(tile), zero = job.layout.zero;
     long k = job.linear.k;
-    const X* x = (const X*)job.call.x + job.tiling.start(tile) * k;
     char* out = job.tiles + tile * job.tile_bytes();
     if (f.bits == 32 || (f.bits == 16 && WIDENS_BF16))
         pack_floats(x, k, rows, (float*)out);
     else if (f.bits == 16)
         pack_words((const bf16*)x, k, rows, (uint32_t*)out);
-    else if (f.bits == 8)
-        pack_groups<ByteDot<8>::WORDS>(x, k, rows, f.group, zero, out);
+    else if (job.layout.width == 8)
+        pack_groups<ByteDot<8>::WORDS>(x, k, job.linear.order, rows, f.group, zero, out);
     else
-        pack_groups<1>(x, k, rows, f.group, zero, out);
+        pack_groups<1>(x, k, job.linear.order, rows, f.group, zero, out);
 }
-
-void run(const Job& job) {
-    int threads = job.call.threads;
-    parallel_for(threads, job.tiling.num_tiles, 1, [&](long tile, int) {
-        if (job.call.x_dtype == FLOAT32)
-            pack_tile<float>(job, tile);
-        else
-            pack_tile<bf16>(job, tile);
-    });
-    auto scratch = [&](int thread) { return job.scratch + thread * job.per_thread; };
-    if (job.few)
-        return parallel_parts(threads, job.num_panels, [&](long panel, int thread) {
-            if (job.stream)
-                stream(job, panel, (float*)scratch(thread));
-            else
-                multiply_block(job, 0, panel, panel + 1, scratch(thread));
-        });
-    long num_blocks = (job.tiling.num_tiles + job.block - 1) / job.block;
-    long num_chunks = (job.num_panels + job.chunk - 1) / job.chunk;
-    parallel_for(threads, num_blocks * num_chunks, 1, [&](long item, int thread) {
-        long first = item % num_chunks * job.chunk, last = std::min(first + job.chunk, job.num_panels);
-        multiply_block(job, item / num_chunks * job.block, first, last, scratch(thread));
-    });
-}
-
-long aligned(long bytes) { return (bytes + 63) / 64 * 64; }
 }  // namespace
+
+void pack_tile(const Job& job, long tile, const void* x) {
+    if (job.call.x_dtype == FLOAT32)
+        pack_rows(job, tile, (const float*)x);
+    else
+        pack_rows(job, tile, (const bf16*)x);
+}
+
+void multiply_item(const Job& job, long item, char* scratch) {
+    if (job.stream) return stream(job, item, (float*)scratch);
+    long first = item % job.num_chunks() * job.chunk, last = std::min(first + job.chunk, job.num_panels);
+    multiply_block(job, item / job.num_chunks() * job.block, first, last, scratch);
+}
 
 EXPORT int blade_linear(const LinearCall* call) {
     if (call->m == 0) return OK;
     Job job(*call);
-    job.per_thread = aligned(job.per_thread);
     long tiles = aligned(job.tiling.num_tiles * job.tile_bytes());
     Scratch scratch(tiles + call->threads * job.per_thread);
     if (!scratch.data) return OUT_OF_MEMORY;
     job.tiles = (char*)scratch.data;
     job.scratch = job.tiles + tiles;
-    run(job);
+    long row = job.linear.k * (call->x_dtype == FLOAT32 ? 4 : 2);
+    parallel_for(call->threads, job.tiling.num_tiles, 1, [&](long tile, int) {
+        pack_tile(job, tile, (const char*)call->x + job.tiling.start(tile) * row);
+    });
+    auto multiply = [&](long item, int thread) { multiply_item(job, item, job.scratch + thread * job.per_thread); };
+    if (job.few)
+        parallel_parts(call->threads, job.num_items(), multiply);
+    else
+        parallel_for(call->threads, job.num_items(), 1, multiply);
     return OK;
 }

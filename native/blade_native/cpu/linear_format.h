@@ -7,13 +7,24 @@
 //                       6-bit weights: [steps / 4][32] words, two bits for each of four steps
 //            Where scales or offsets are codes, each block of units is preceded by {[32] halves, [32] halves} of those.
 #pragma once
+#include <algorithm>
+
 #include "api.h"
 #include "vec.h"
 
-constexpr int PANEL = 32;  // output channels
+constexpr int PANEL = 32;      // output channels
+constexpr int MAX_GROUP = 128;  // numbers of a row
 
 // Bytes that 32 channels' scales or offsets take in a unit, and in a block.
-INLINE long bytes_of(int numbers) { return numbers == NONE ? 0 : numbers == HALF ? 2 * PANEL : PANEL; }
+INLINE long bytes_of(int numbers) {
+    switch (numbers) {
+        case NONE: return 0;
+        case HALF:
+        case BRAIN: return 2 * PANEL;
+        case SINGLE: return 4 * PANEL;
+        default: return PANEL;
+    }
+}
 INLINE long block_bytes_of(int numbers) {
     return numbers == UNSIGNED_CODES || numbers == SIGNED_CODES ? 2 * PANEL : 0;
 }
@@ -22,6 +33,8 @@ struct Layout {
     Format format;
     long units;            // of a panel
     int steps;             // of a group; 1 for dense weights
+    int width;             // bits of the integers that are multiplied
+    int zero;              // what these are centred on; 0 with offsets
     long offsets, quants;  // where they start in a unit
     long unit_bytes, block_header;
     long block;  // units; all of a panel where there are no codes
@@ -30,6 +43,9 @@ struct Layout {
         bool dense = f.bits >= 16;
         units = dense ? k * f.bits / 32 : k / f.group;
         steps = dense ? 1 : f.group / 4;
+        bool wide = f.coding == VALUES && *std::max_element(f.values, f.values + 16) >= 32;
+        width = f.coding == INTEGERS ? f.bits : wide ? 8 : 5;
+        zero = dense || f.offsets != NONE ? 0 : f.coding == VALUES ? f.zero : 1 << (f.bits - 1);
         offsets = dense ? 0 : bytes_of(f.scales);
         quants = dense ? 0 : offsets + bytes_of(f.offsets);
         unit_bytes = dense ? 4 * PANEL : quants + long(f.group) * f.bits / 8 * PANEL;

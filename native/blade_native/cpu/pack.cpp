@@ -42,24 +42,24 @@ void copy_dense(const Layout& layout, const char* panel, int lane, E* out) {
 
 // One channel of a panel, dequantised: one rounding in float32 (products fit it, but for codes with 6 and 8 bits).
 template <class E>
-void dequantize(const Layout& layout, const char* panel, int lane, E* out) {
+void dequantize(const Layout& layout, const char* panel, int lane, const int32_t* order, E* out) {
     const Format& f = layout.format;
-    for (long u = 0; u < layout.units; u++, out += f.group) {
-        uint32_t words[PANEL * 32];  // of 128 numbers
+    for (long u = 0; u < layout.units; u++) {
+        uint32_t words[PANEL * MAX_GROUP / 4];
         float scales[PANEL], offsets[PANEL] = {};
         const char* unit = panel + layout.offset_of(u);
         unpack_scales(layout, unit, panel + layout.header_of(u), scales, offsets);
         const uint32_t *quants = (const uint32_t*)(unit + layout.quants), *q = words;
-        with_bits(f.bits, [&](auto bits) {
-            if constexpr (bits == 8)
+        with_packing(layout, [&](auto p) {
+            if constexpr (p.BITS == 8)
                 q = quants;
             else
-                unpack_bits<bits>(quants, layout.steps, words);
+                unpack_bits<decltype(p)>(f, quants, layout.steps, words);
         });
-        float zero = f.offsets == NONE ? float(1 << (f.bits - 1)) : 0;
         for (int i = 0; i < f.group; i++) {
             float number = ((const uint8_t*)(q + i / 4 * PANEL + lane))[i % 4];
-            vec::from_float((number - zero) * scales[lane] + offsets[lane], out[i]);
+            long column = u * f.group + i;
+            vec::from_float((number - layout.zero) * scales[lane] + offsets[lane], out[order ? order[column] : column]);
         }
     }
 }
@@ -74,7 +74,7 @@ void unpack_rows(const UnpackRowsCall& c) {
         if (linear.format.bits >= 16)
             copy_dense(layout, panel, int(c.rows[i] % PANEL), out);
         else
-            dequantize(layout, panel, int(c.rows[i] % PANEL), out);
+            dequantize(layout, panel, int(c.rows[i] % PANEL), linear.order, out);
     });
 }
 }  // namespace

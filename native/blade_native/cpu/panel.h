@@ -25,10 +25,11 @@ INLINE void put_bits(const uint8_t* q, int steps, int lane, uint32_t* low) {
 
 // Entry i of one channel's scales or offsets.
 INLINE void put_number(int numbers, const void* values, long i, int lane, char* out) {
-    if (numbers == HALF)
-        memcpy(out + 2 * lane, (const uint16_t*)values + i, 2);
-    else if (numbers != NONE)
-        out[lane] = ((const char*)values)[i];
+    switch (bytes_of(numbers) / PANEL) {
+        case 1: out[lane] = ((const char*)values)[i]; break;
+        case 2: memcpy(out + 2 * lane, (const uint16_t*)values + i, 2); break;
+        case 4: memcpy(out + 4 * lane, (const uint32_t*)values + i, 4); break;
+    }
 }
 
 // A block's halves, which codes count; those that the format lacks are not read.

@@ -48,16 +48,19 @@ void stream_bf16(const Layout&, const char* packed, long from, long to, const ch
 }
 
 // sums[r][v] += q of 16 NV channels of one group . q of the activations x; `low` and `high` are the channels' bits.
-template <int BITS, int R, int NV>
-INLINE void stream_dot(const uint32_t* low, const uint32_t* high, const uint32_t* x, int steps, vec::I (&sums)[R][NV]) {
-    typedef ByteDot<BITS> Dot;
+template <class P, int R, int NV>
+INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint32_t* high, const uint32_t* x, int steps,
+                       vec::I (&sums)[R][NV]) {
+    typedef ByteDot<P::WIDTH> Dot;
+    constexpr int BITS = P::BITS;
     constexpr int SPAN = SPAN_STEPS<BITS>, CHUNK = std::max({SPAN, Dot::FIT, 4});
     constexpr long LOW_WORDS = BITS == 8 ? SPAN * PANEL : SPAN / 2 * PANEL;
     for (int s = 0; s < steps; s += CHUNK, x += CHUNK * R * Dot::WORDS) {
         typename Dot::Partial partial[R][NV];
         for_constants(std::make_integer_sequence<int, CHUNK>{}, [&](auto i) {
             for (int v = 0; v < NV; v++) {
-                auto weights = Dot::weights(step_of<BITS, i % SPAN>(low + v * vec::LANES, high + v * vec::LANES));
+                auto weights = Dot::weights(
+                    unpacked.template step<i % SPAN>(low + v * vec::LANES, high + v * vec::LANES));
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
                     const uint32_t* activation = x + (i * R + r) * Dot::WORDS;
@@ -76,11 +79,12 @@ INLINE void stream_dot(const uint32_t* low, const uint32_t* high, const uint32_t
     }
 }
 
-template <int BITS, int R>
+template <class P, int R>
 void stream_groups(const Layout& layout, const char* packed, long from, long to, const char* activations, float* c,
                    bool fetch) {
-    constexpr int WORDS = ByteDot<BITS>::WORDS, NV = TILE_VECTORS<R>;
+    constexpr int WORDS = ByteDot<P::WIDTH>::WORDS, NV = TILE_VECTORS<R>;
     const Format& f = layout.format;
+    const Steps<P> unpacked(f);
     const char *header = packed + layout.header_of(from), *unit = packed + layout.offset_of(from);
     const long group_bytes = R * activation_bytes(layout.steps, WORDS);
     long left = layout.block - from % layout.block;  // units of the block
@@ -94,7 +98,7 @@ void stream_groups(const Layout& layout, const char* packed, long from, long to,
             for (int r = 0; r < R; r++)
                 for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
             const uint32_t* low = (const uint32_t*)(unit + layout.quants) + first;
-            stream_dot<BITS>(low, low + layout.steps / 2 * PANEL, group.words, layout.steps, sums);
+            stream_dot(unpacked, low, low + layout.steps / 2 * PANEL, group.words, layout.steps, sums);
             for (int v = 0; v < NV; v++) {
                 int channel = first + v * vec::LANES;
                 vec::F scale = numbers_at(f.scales, unit, header, channel);

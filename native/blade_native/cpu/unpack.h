@@ -36,21 +36,43 @@ INLINE vec::W step_of(const uint32_t* low, const uint32_t* high) {
     return q;
 }
 
+// How BITS of a weight become the integer of WIDTH bits that is multiplied.
+template <int B, int W = B>
+struct Packing {
+    static constexpr int BITS = B, WIDTH = W;
+};
+
+template <class P>
+struct Steps {
+    vec::Table values;
+    explicit Steps(const Format& f) : values(vec::table(f.values)) {}
+
+    template <int I>
+    inline __attribute__((always_inline)) vec::W step(const uint32_t* low, const uint32_t* high) const {
+        vec::W q = step_of<P::BITS, I>(low, high);
+        if constexpr (P::WIDTH != P::BITS) return vec::look_up(values, q);
+        return q;
+    }
+};
+
 // The low and high bits of one group -> [steps][32] words of four bytes.
-template <int BITS>
-INLINE void unpack_bits(const uint32_t* low, int steps, uint32_t* out) {
-    constexpr int SPAN = SPAN_STEPS<BITS>;
+template <class P>
+INLINE void unpack_bits(const Format& f, const uint32_t* low, int steps, uint32_t* out) {
+    constexpr int SPAN = SPAN_STEPS<P::BITS>;
+    const Steps<P> unpacked(f);
     const uint32_t* high = low + steps / 2 * PANEL;
     for (int s = 0; s < steps; s += SPAN, high += PANEL, low += SPAN / 2 * PANEL, out += SPAN * PANEL)
         for (int v = 0; v < PANEL; v += vec::LANES)
             for_constants(std::make_integer_sequence<int, SPAN>{}, [&](auto i) {
-                vec::store_word(out + i * PANEL + v, step_of<BITS, i>(low + v, high + v));
+                vec::store_word(out + i * PANEL + v, unpacked.template step<i>(low + v, high + v));
             });
 }
 
 // Sixteen scales or minima of `numbers`' kind; the block's halves are those that codes count.
 INLINE vec::F numbers_at(int numbers, const char* unit, const char* block, int channel) {
     if (numbers == HALF) return vec::half_to_float(unit + 2 * channel);
+    if (numbers == BRAIN) return vec::load((const bf16*)unit + channel);
+    if (numbers == SINGLE) return vec::load((const float*)unit + channel);
     vec::F codes = numbers == UNSIGNED_CODES ? vec::load((const uint8_t*)unit + channel)
                                              : vec::load((const int8_t*)unit + channel);
     return vec::mul(codes, vec::half_to_float(block + 2 * channel));
@@ -74,7 +96,7 @@ INLINE void unpack_scales(const Layout& layout, const char* unit, const char* bl
     }
 }
 
-// Calls body(constant of bits) for a grouped format.
+// Calls body(constant of bits) for integers of 4, 5, 6 or 8.
 template <class Body>
 INLINE void with_bits(int bits, Body body) {
     switch (bits) {
@@ -83,4 +105,11 @@ INLINE void with_bits(int bits, Body body) {
         case 5: return body(std::integral_constant<int, 5>{});
         default: return body(std::integral_constant<int, 4>{});
     }
+}
+
+// Calls body(Packing) for a grouped format.
+template <class Body>
+INLINE void with_packing(const Layout& layout, Body body) {
+    if (layout.format.coding == VALUES) return layout.width == 5 ? body(Packing<4, 5>{}) : body(Packing<4, 8>{});
+    with_bits(layout.format.bits, [&](auto bits) { body(Packing<bits>{}); });
 }

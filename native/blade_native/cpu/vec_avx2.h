@@ -119,6 +119,10 @@ INLINE void store_word(void* p, W w) {
     _mm256_storeu_si256((__m256i*)p + 1, w.b);
 }
 INLINE W high_nibbles(W w) { return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)}); }
+// Byte i of the table for each byte i < 16 of w.
+typedef __m256i Table;
+INLINE Table table(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+INLINE W look_up(Table t, W w) { return {_mm256_shuffle_epi8(t, w.a), _mm256_shuffle_epi8(t, w.b)}; }
 INLINE F as_float(W w) { return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)}; }
 INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 INLINE F half_to_float(const void* p) {

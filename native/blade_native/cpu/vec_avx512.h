@@ -77,6 +77,10 @@ INLINE W shift(W w) {
 }
 INLINE void store_word(void* p, W w) { _mm512_storeu_si512(p, w); }
 INLINE W high_nibbles(W w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
+// Byte i of the table for each byte i < 16 of w.
+typedef __m512i Table;
+INLINE Table table(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+INLINE W look_up(Table t, W w) { return _mm512_shuffle_epi8(t, w); }
 INLINE F as_float(W w) { return _mm512_castsi512_ps(w); }
 INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 INLINE F half_to_float(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }

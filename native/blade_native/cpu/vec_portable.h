@@ -110,6 +110,16 @@ INLINE W shift(W w) {
 }
 INLINE void store_word(void* p, W w) { memcpy(p, &w, sizeof w); }
 INLINE W high_nibbles(W w) { QUARTERS(W, (w.v[q] >> 4) & 0x0f0f0f0f) }
+// Byte i of the table for each byte i < 16 of w.
+typedef const uint8_t* Table;
+INLINE Table table(const uint8_t* p) { return p; }
+INLINE W look_up(Table t, W w) {
+    uint8_t bytes[4 * LANES];
+    memcpy(bytes, &w, sizeof w);
+    for (uint8_t& each : bytes) each = t[each];
+    memcpy(&w, bytes, sizeof w);
+    return w;
+}
 INLINE F as_float(W w) { QUARTERS(F, bits_to_float(w.v[q])) }
 INLINE F to_float(I x) { QUARTERS(F, __builtin_convertvector(x.v[q], F4)) }
 INLINE F half_to_float(const void* p) {

@@ -10,7 +10,7 @@ from torch import Tensor
 from blade import GGMLBlocks
 from blade_native.simd.grouped import CODES, HALF, NONE
 from blade_native.simd.library import CFormat, CLinear, Library
-from blade_native.simd.linear import PackedLinear, StackedLinear, pack_joined
+from blade_native.simd.linear import Matrix, PackedLinear, StackedLinear, pack_joined
 
 UNSIGNED, SIGNED = CODES.values()
 KINDS = {  # GGML's number, and the format of the panels: bits, group, scales, offsets, block
@@ -34,5 +34,5 @@ def pack_blocks(
         raw = blocks.raw.contiguous()
         library.pack_blocks(ctypes.byref(linear), raw.data_ptr(), KINDS[blocks.kind][0], threads)
 
-    shaped = [(blocks, KINDS[blocks.kind][1], blocks.shape) for blocks in matrices]
+    shaped = [Matrix(blocks, KINDS[blocks.kind][1], blocks.shape) for blocks in matrices]
     return pack_joined(library, shaped, bias, threads, pack)

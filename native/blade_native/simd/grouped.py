@@ -11,10 +11,13 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade.contracts import Linear
 from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
-from blade_native.simd.linear import pack_joined
+from blade_native.simd.linear import Matrix, pack_joined
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
+VALUES_GROUPS = (16, 32, 64, 128)
+VALUES = 1  # `Coding` of api.h
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
+FLOATS = {torch.float16: HALF, torch.bfloat16: 5, torch.float32: 6}
 CODES = {torch.uint8: 2, torch.int8: 3}
 
 
@@ -25,20 +28,29 @@ def covers(weight: GroupedWeight) -> bool:
 
 def has_kernel(weight: GroupedWeight) -> bool:
     """Whether kernels compute on such weights, if they are sound."""
-    return weight.values is None and weight.order is None
+    return weight.values is None or weight.bits == 4
 
 
 def problem(weight: GroupedWeight) -> str | None:
     """What the kernels do not cover, beginning with the field's name."""
     if weight.bits not in GROUPS:
         return f"bits is {weight.bits}, not one of {list(GROUPS)}"
-    if weight.group not in GROUPS[weight.bits]:
-        return f"group is {weight.group}, not one of {list(GROUPS[weight.bits])} for {weight.bits} bits"
+    groups = GROUPS[weight.bits] if weight.values is None else VALUES_GROUPS
+    if weight.group not in groups:
+        return f"group is {weight.group}, not one of {list(groups)} for {weight.bits} bits"
     if weight.q.dtype is not torch.uint8 or weight.q.dim() != 2:
         return f"q is {weight.q.dtype} {list(weight.q.shape)}, not torch.uint8 [N, K]"
     if weight.q.shape[1] % weight.group:
         return f"group of {weight.group} does not divide K = {weight.q.shape[1]}"
-    return _problem_of_numbers(weight) or _problem_of_blocks(weight)
+    return (
+        _problem_of_numbers(weight)
+        or _problem_of_blocks(weight)
+        or _problem_of_values(weight)
+        or _problem_of_order(weight)
+    )
+
+
+_PLAIN = {"scales": list(FLOATS), "minima": [torch.float16], "zeros": [torch.uint8]}
 
 
 def _problem_of_numbers(weight: GroupedWeight) -> str | None:
@@ -49,7 +61,7 @@ def _problem_of_numbers(weight: GroupedWeight) -> str | None:
         numbers: Tensor | None = getattr(weight, name)
         if numbers is None:
             continue
-        wanted = [torch.uint8] if name == "zeros" else [torch.float16] if blocks is None else list(CODES)
+        wanted = list(CODES) if blocks is not None else _PLAIN[name]
         if numbers.dtype not in wanted or numbers.shape != shape:
             return f"{name} are {numbers.dtype} {list(numbers.shape)}, not {wanted} {list(shape)}"
     return None
@@ -71,6 +83,25 @@ def _problem_of_blocks(weight: GroupedWeight) -> str | None:
     return "block_minima have another shape than block_scales" if len(shapes) > 1 else None
 
 
+def _problem_of_values(weight: GroupedWeight) -> str | None:
+    if weight.values is None:
+        return None
+    if weight.bits != 4 or len(weight.values) != 16:
+        return f"values are {len(weight.values)} for {weight.bits} bits, not 16 for 4"
+    if not all(-127 <= value <= 127 for value in weight.values):
+        return f"values are {weight.values}, not all in -127..127"
+    return "values stand beside zeros or minima" if weight.zeros is not None or weight.minima is not None else None
+
+
+def _problem_of_order(weight: GroupedWeight) -> str | None:
+    order, k = weight.order, weight.q.shape[1]
+    if order is None:
+        return None
+    if order.dtype is not torch.int64 or order.shape != (k,):
+        return f"order is {order.dtype} {list(order.shape)}, not torch.int64 [{k}]"
+    return None if order.sort().values.equal(torch.arange(k)) else f"order does not name each of 0..{k - 1} once"
+
+
 def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | None, threads: int) -> Linear:
     """Neighbours of one format become one matrix. Raises ValueError naming the field that no kernel covers."""
     for weight in weights:
@@ -84,15 +115,23 @@ def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | N
         pointers = CGrouped(*(None if source is None else source.data_ptr() for source in kept))
         library.pack_grouped(ctypes.byref(linear), ctypes.byref(pointers), threads)
 
-    shaped = [(weight, _format(weight), (len(weight.q), weight.q.shape[1])) for weight in weights]
-    return pack_joined(library, shaped, bias, threads, pack)
+    return pack_joined(library, [_matrix(weight) for weight in weights], bias, threads, pack)
+
+
+def _matrix(weight: GroupedWeight) -> Matrix[GroupedWeight]:
+    (n, k), order = weight.q.shape, weight.order
+    return Matrix(weight, _format(weight), (n, k), None if order is None else order.to(torch.int32))
 
 
 def _format(weight: GroupedWeight) -> CFormat:
     blocks = weight.block_scales if weight.block_scales is not None else weight.block_minima
     block = 0 if blocks is None else weight.q.shape[1] // blocks.shape[1]
-    scales = HALF if weight.block_scales is None else CODES[weight.scales.dtype]
+    scales = (FLOATS | CODES)[weight.scales.dtype]
     offsets = NONE if weight.zeros is None else ZEROS
     if weight.minima is not None:
         offsets = HALF if weight.block_minima is None else CODES[weight.minima.dtype]
-    return CFormat(weight.bits, weight.group, scales, offsets, block)
+    form = CFormat(weight.bits, weight.group, scales, offsets, block)
+    if weight.values is not None:
+        form.coding, form.zero = VALUES, -min(weight.values)
+        form.values[:] = [value + form.zero for value in weight.values]
+    return form

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
 from blade import ConfigError
@@ -29,13 +29,23 @@ class CFormat(Structure):
         ("scales", c_int32),
         ("offsets", c_int32),
         ("block", c_int64),
+        ("coding", c_int32),
+        ("zero", c_int32),
+        ("values", c_uint8 * 16),
     )
 
 
 class CLinear(Structure):
     """`Linear` of api.h."""
 
-    _fields_ = (("format", CFormat), ("n", c_int64), ("k", c_int64), ("weights", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        ("format", CFormat),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("order", c_void_p),
+    )
 
 
 class CGrouped(Structure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,29 @@ PANEL = 32  # output channels per panel
 T = TypeVar("T")
 
 
+class Matrix(NamedTuple, Generic[T]):
+    """One of several to be stacked along N: what its weights are made of, and what they become."""
+
+    source: T
+    form: CFormat
+    shape: tuple[int, int]  # N and K
+    order: Tensor | None = None  # [K] int32: of the columns, as GroupedWeight.order
+
+    def continues(self, other: Matrix[T]) -> bool:
+        """Whether the two can be one matrix, this below the other."""
+        same_order = (
+            self.order is other.order if self.order is None or other.order is None else self.order.equal(other.order)
+        )
+        return same_order and other.shape[0] % PANEL == 0 and bytes(other.form) == bytes(self.form)
+
+
 class PackedLinear:
     """y = x W^T + b over weights packed for one machine: contracts.Linear.
 
     A row of the result is bit-identical whatever rows are computed with it. `dtype` is that of x for dense weights,
     None for grouped ones, which take f32 and bf16 and quantise each group of a row to int8 (the scheme of LLM.int8()'s
     vector-wise quantisation, Dettmers et al. 2022, in groups). b is float32, padded to
-    whole panels.
+    whole panels; `order` that of the weights' columns, int32.
     """
 
     def __init__(
@@ -38,11 +54,12 @@ class PackedLinear:
         bias: Tensor | None,
         threads: int,
         k: int | None = None,
+        order: Tensor | None = None,
     ) -> None:
         self.n: int = linear.n
         self.k: int = k or linear.k  # features of x; the weights may have a column more
         self.dtype = dtype
-        self.weights, self.bias = weights, bias  # kept alive for the kernels
+        self.weights, self.bias, self.order = weights, bias, order  # kept alive for the kernels
         self._library, self._linear, self._threads = library, linear, threads
         self._address = ctypes.addressof(linear)
 
@@ -105,7 +122,7 @@ def pack_dense(library: Library, weight: Tensor, bias: Tensor | None, threads: i
     if dtype is torch.bfloat16 and k % 2:
         weight = F.pad(weight, (0, 1))  # whole 32-bit words
     bias, weight = pad_bias(bias), weight.contiguous()
-    linear = CLinear(CFormat(BITS[dtype]), n, weight.shape[1], None, bias_at(bias))
+    linear = CLinear(CFormat(BITS[dtype]), n, weight.shape[1], None, address(bias))
     weights = place(library, linear)
     library.pack_dense(ctypes.byref(linear), weight.data_ptr(), threads)
     return PackedLinear(library, linear, dtype, weights, bias, threads, k)
@@ -113,21 +130,20 @@ def pack_dense(library: Library, weight: Tensor, bias: Tensor | None, threads: i
 
 def pack_joined(
     library: Library,
-    matrices: Seq[tuple[T, CFormat, tuple[int, int]]],
+    matrices: Seq[Matrix[T]],
     bias: Tensor | None,
     threads: int,
     pack: Callable[[CLinear, T], None],
 ) -> PackedLinear | StackedLinear:
-    """One linear over grouped matrices stacked along N: (source, its format, (N, K)) each; pack(linear, source) fills
-    one's weights. Neighbours of one format become one matrix, unless one ends inside a panel."""
-    runs: list[list[tuple[T, CFormat, tuple[int, int]]]] = []
+    """One linear over grouped matrices stacked along N; pack(linear, source) fills one's weights. Neighbours of one
+    format and order become one matrix, unless one ends inside a panel."""
+    runs: list[list[Matrix[T]]] = []
     for each in matrices:
-        last = runs[-1][-1] if runs else None
-        if last is not None and last[2][0] % PANEL == 0 and bytes(last[1]) == bytes(each[1]):
+        if runs and each.continues(runs[-1][-1]):
             runs[-1].append(each)
         else:
             runs.append([each])
-    sizes = [sum(shape[0] for _, _, shape in run) for run in runs]
+    sizes = [sum(each.shape[0] for each in run) for run in runs]
     biases = [None] * len(runs) if bias is None else bias.split_with_sizes(sizes)
     parts = [_pack_run(library, *part, threads, pack) for part in zip(runs, biases, strict=True)]
     return parts[0] if len(parts) == 1 else StackedLinear(parts)
@@ -135,22 +151,22 @@ def pack_joined(
 
 def _pack_run(
     library: Library,
-    run: Seq[tuple[T, CFormat, tuple[int, int]]],
+    run: Seq[Matrix[T]],
     bias: Tensor | None,
     threads: int,
     pack: Callable[[CLinear, T], None],
 ) -> PackedLinear:
     """One matrix out of several of one format, of which all but the last fill whole panels."""
-    _, form, (_, k) = run[0]
+    _, form, (_, k), order = run[0]
     bias = pad_bias(bias)
-    linear = CLinear(form, sum(shape[0] for _, _, shape in run), k, None, bias_at(bias))
+    linear = CLinear(form, sum(each.shape[0] for each in run), k, None, address(bias), address(order))
     weights = place(library, linear)
     at = weights.data_ptr()
-    for source, _, (n, _) in run:
-        part = CLinear(form, n, k, at, None)
-        pack(part, source)
+    for each in run:
+        part = CLinear(form, each.shape[0], k, at)
+        pack(part, each.source)
         at += library.packed_bytes(ctypes.byref(part))
-    return PackedLinear(library, linear, None, weights, bias, threads)
+    return PackedLinear(library, linear, None, weights, bias, threads, order=order)
 
 
 def place(library: Library, linear: CLinear) -> Tensor:
@@ -165,5 +181,5 @@ def pad_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else F.pad(bias.float(), (0, -len(bias) % PANEL))
 
 
-def bias_at(bias: Tensor | None) -> int | None:
-    return None if bias is None else bias.data_ptr()
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
