@@ -2,9 +2,8 @@
 // cache-sized blocks for many (prefill). Rows are cut into tiles, K into slices that are unpacked once for all tiles of
 // a block; the products of one output are always summed in the order of K, so a row of y is bit-identical whatever rows
 // stand beside it.
-#include <algorithm>
-
 #include "activations.h"
+#include "linear_job.h"
 #include "parallel.h"
 #include "stream_tile.h"
 #include "unpack.h"
@@ -63,51 +62,30 @@ StreamTile find_stream(int bits, int rows) {
 
 int words_per_step(int bits) { return bits == 8 ? ByteDot<8>::WORDS : 1; }
 
-// Rows [0, m) cut into tiles whose heights differ by at most one.
-struct Tiling {
-    long m, num_tiles;
-    long start(long tile) const { return tile * m / num_tiles; }
-    int height(long tile) const { return int(start(tile + 1) - start(tile)); }
-};
-
 // Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
 bool is_streamed(int bits, const Tiling& tiling) {
     return find_stream(bits, tiling.height(tiling.num_tiles - 1)) && (tiling.num_tiles == 1 || bits == 4 || bits == 16);
 }
+}  // namespace
 
-struct Job {
-    const LinearCall& call;
-    const Linear& linear;
-    Layout layout;
-    Tiling tiling;
-    long num_panels;
-    bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
-    long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
-    long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
-    long per_thread;                // bytes of scratch
-    char *tiles = nullptr, *scratch = nullptr;
+Job::Job(const LinearCall& c)
+    : call(c), linear(*c.linear), layout(linear.format, linear.k),
+      tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
+      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(linear.format.bits, tiling)) {
+    int bits = linear.format.bits;
+    bool widened = bits == 16 && WIDENS_BF16;
+    unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
+    row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(bits)) : widened ? 8 : 4;
+    long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
+    slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
+    if (stream && tiling.num_tiles == 1) slice = layout.units;
+    long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
+    block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
+    chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
+    per_thread = aligned(sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL)));
+}
 
-    explicit Job(const LinearCall& c)
-        : call(c), linear(*c.linear), layout(linear.format, linear.k),
-          tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
-          few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(linear.format.bits, tiling)) {
-        int bits = linear.format.bits;
-        bool widened = bits == 16 && WIDENS_BF16;
-        unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
-        row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(bits)) : widened ? 8 : 4;
-        long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
-        slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
-        if (stream && tiling.num_tiles == 1) slice = layout.units;
-        long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
-        block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
-        chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
-        per_thread = sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL));
-    }
-    long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
-    long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
-    const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
-};
-
+namespace {
 // Units [from, to) of one panel, unpacked into the thread's scratch where they cannot be used in place.
 Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     const Layout& layout = job.layout;
@@ -209,11 +187,10 @@ void multiply_block(const Job& job, long first_tile, long first_panel, long last
 }
 
 template <class X>
-void pack_tile(const Job& job, long tile) {
+void pack_rows(const Job& job, long tile, const X* x) {
     const Format& f = job.layout.format;
     int rows = job.tiling.height(tile), zero = f.offsets == NONE ? 1 << (f.bits - 1) : 0;
     long k = job.linear.k;
-    const X* x = (const X*)job.call.x + job.tiling.start(tile) * k;
     char* out = job.tiles + tile * job.tile_bytes();
     if (f.bits == 32 || (f.bits == 16 && WIDENS_BF16))
         pack_floats(x, k, rows, (float*)out);
@@ -224,43 +201,37 @@ void pack_tile(const Job& job, long tile) {
     else
         pack_groups<1>(x, k, rows, f.group, zero, out);
 }
+}  // namespace
 
-void run(const Job& job) {
-    int threads = job.call.threads;
-    parallel_for(threads, job.tiling.num_tiles, 1, [&](long tile, int) {
-        if (job.call.x_dtype == FLOAT32)
-            pack_tile<float>(job, tile);
-        else
-            pack_tile<bf16>(job, tile);
-    });
-    auto scratch = [&](int thread) { return job.scratch + thread * job.per_thread; };
-    if (job.few)
-        return parallel_parts(threads, job.num_panels, [&](long panel, int thread) {
-            if (job.stream)
-                stream(job, panel, (float*)scratch(thread));
-            else
-                multiply_block(job, 0, panel, panel + 1, scratch(thread));
-        });
-    long num_blocks = (job.tiling.num_tiles + job.block - 1) / job.block;
-    long num_chunks = (job.num_panels + job.chunk - 1) / job.chunk;
-    parallel_for(threads, num_blocks * num_chunks, 1, [&](long item, int thread) {
-        long first = item % num_chunks * job.chunk, last = std::min(first + job.chunk, job.num_panels);
-        multiply_block(job, item / num_chunks * job.block, first, last, scratch(thread));
-    });
+void pack_tile(const Job& job, long tile, const void* x) {
+    if (job.call.x_dtype == FLOAT32)
+        pack_rows(job, tile, (const float*)x);
+    else
+        pack_rows(job, tile, (const bf16*)x);
 }
 
-long aligned(long bytes) { return (bytes + 63) / 64 * 64; }
-}  // namespace
+void multiply_item(const Job& job, long item, char* scratch) {
+    if (job.stream) return stream(job, item, (float*)scratch);
+    long first = item % job.num_chunks() * job.chunk, last = std::min(first + job.chunk, job.num_panels);
+    multiply_block(job, item / job.num_chunks() * job.block, first, last, scratch);
+}
 
 EXPORT int blade_linear(const LinearCall* call) {
     if (call->m == 0) return OK;
     Job job(*call);
-    job.per_thread = aligned(job.per_thread);
     long tiles = aligned(job.tiling.num_tiles * job.tile_bytes());
     Scratch scratch(tiles + call->threads * job.per_thread);
     if (!scratch.data) return OUT_OF_MEMORY;
     job.tiles = (char*)scratch.data;
     job.scratch = job.tiles + tiles;
-    run(job);
+    long row = job.linear.k * (call->x_dtype == FLOAT32 ? 4 : 2);
+    parallel_for(call->threads, job.tiling.num_tiles, 1, [&](long tile, int) {
+        pack_tile(job, tile, (const char*)call->x + job.tiling.start(tile) * row);
+    });
+    auto multiply = [&](long item, int thread) { multiply_item(job, item, job.scratch + thread * job.per_thread); };
+    if (job.few)
+        parallel_parts(call->threads, job.num_items(), multiply);
+    else
+        parallel_for(call->threads, job.num_items(), 1, multiply);
     return OK;
 }

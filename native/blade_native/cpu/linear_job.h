@@ -1,0 +1,44 @@
+// A linear cut into items of work, for who runs one alone (linear.cpp) and who runs many side by side (experts.cpp).
+#pragma once
+#include <algorithm>
+
+#include "linear_format.h"
+#include "tile_shape.h"
+
+// Rows [0, m) cut into tiles whose heights differ by at most one.
+struct Tiling {
+    long m, num_tiles;
+    long start(long tile) const { return tile * m / num_tiles; }
+    int height(long tile) const { return int(start(tile + 1) - start(tile)); }
+};
+
+// How one linear is computed. It starts with `tiles` and `scratch` unset: memory for the packed activations, tile_bytes()
+// for each tile, and `per_thread` bytes of scratch for each thread.
+struct Job {
+    const LinearCall call;
+    const Linear& linear;
+    Layout layout;
+    Tiling tiling;
+    long num_panels;
+    bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
+    long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
+    long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
+    long per_thread;                // bytes of scratch
+    char *tiles = nullptr, *scratch = nullptr;
+
+    explicit Job(const LinearCall& c);
+    long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
+    long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
+    const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
+    long num_blocks() const { return (tiling.num_tiles + block - 1) / block; }
+    long num_chunks() const { return (num_panels + chunk - 1) / chunk; }
+    long num_items() const { return num_blocks() * num_chunks(); }
+};
+
+// Packs the rows of one tile, which lie side by side at x, in x_dtype.
+void pack_tile(const Job& job, long tile, const void* x);
+
+// The product of item i: a chunk of panels times a block of tiles. Items of few tiles follow each other in memory.
+void multiply_item(const Job& job, long item, char* scratch);
+
+INLINE long aligned(long bytes) { return (bytes + 63) / 64 * 64; }
