@@ -81,11 +81,11 @@ def _check_gated_delta(
     dt_bias = torch.randn(num_heads, generator=generator)
     state = torch.randn(_NUM_SLOTS, num_heads, key_dim, value_dim, generator=generator)
 
-    def parts(mixed: Tensor, gates: Tensor) -> list[Tensor]:
-        q, k, v = mixed.split(widths, dim=1)
-        a, b = gates.split(num_heads, dim=1)
+    def parts(mixed: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        q, k, v = mixed.split_with_sizes(widths, dim=1)
+        a, b = gates.split_with_sizes([num_heads, num_heads], dim=1)
         q, k = (x.unflatten(1, (num_k_heads, key_dim)) for x in (q, k))
-        return [q, k, v.unflatten(1, (num_heads, value_dim)), a, b]
+        return q, k, v.unflatten(1, (num_heads, value_dim)), a, b
 
     after, expected = state.clone(), torch.empty(num_tokens, num_heads, value_dim)
     inputs = [x.float() for x in parts(mixed, gates)]
@@ -143,7 +143,10 @@ def _check_gated_rms_norm(ops: Ops, dtype: torch.dtype, generator: torch.Generat
 
 def _spans(sequences: list[tuple[int, int, int]]) -> list[tuple[slice, int, int]]:
     ends = [sum(length for length, _, _ in sequences[: i + 1]) for i in range(len(sequences))]
-    return [(slice(end - length, end), *slots) for end, (length, *slots) in zip(ends, sequences, strict=True)]
+    return [
+        (slice(end - length, end), slot_in, slot_out)
+        for end, (length, slot_in, slot_out) in zip(ends, sequences, strict=True)
+    ]
 
 
 def _kept_rows(sequences: list[tuple[int, int, int]]) -> list[int]:
