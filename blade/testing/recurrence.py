@@ -19,7 +19,7 @@ _BATCHES = [  # per sequence: (tokens, state_in, state_out)
     [(1, 3, 5)],
     [(1, -1, 0), (1, 8, 2), (1, 4, -1), (1, 1, 6)],
     [(2, 7, 0), (5, -1, 3), (1, 1, 8), (3, 2, 4)],
-    [(70, -1, 8), (1, 6, 0), (131, 2, 1)],
+    [(70, -1, 8), (1, 6, 0), (67, 2, 1)],
 ]
 _HEADS = [(2, 4, 32, 48), (1, 1, 64, 32), (2, 6, 128, 128)]  # HK, HV, DK, DV
 
@@ -28,7 +28,7 @@ def check_recurrence(ops: Ops, dtype: torch.dtype, generator: torch.Generator) -
     for sequences in _BATCHES:
         for channels, window in ((32, 4), (80, 2), (48, 3)):
             _check_short_conv(ops, sequences, channels, window, dtype, generator)
-        for heads in _HEADS:
+        for heads in _HEADS[: 3 if len(sequences) == 4 else 2]:
             _check_gated_delta(ops, sequences, heads, dtype, generator)
     _check_gated_rms_norm(ops, dtype, generator)
 
@@ -82,10 +82,10 @@ def _check_gated_delta(
     state = torch.randn(_NUM_SLOTS, num_heads, key_dim, value_dim, generator=generator)
 
     def parts(mixed: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        q, k, v = mixed.split_with_sizes(widths, dim=1)
-        a, b = gates.split_with_sizes([num_heads, num_heads], dim=1)
-        q, k = (x.unflatten(1, (num_k_heads, key_dim)) for x in (q, k))
-        return q, k, v.unflatten(1, (num_heads, value_dim)), a, b
+        q, k, v = torch.split_with_sizes(mixed, widths, dim=1)
+        a, b = torch.split_with_sizes(gates, [num_heads, num_heads], dim=1)
+        q, k = (x.view(num_tokens, num_k_heads, key_dim) for x in (q, k))
+        return q, k, v.view(num_tokens, num_heads, value_dim), a, b
 
     after, expected = state.clone(), torch.empty(num_tokens, num_heads, value_dim)
     inputs = [x.float() for x in parts(mixed, gates)]
