@@ -141,6 +141,10 @@ class Batch:
     # The same on the host, for launch code that must not wait for the device.
     query_lens: list[int]  # [B]
     kv_lens: list[int]  # [B], equals context_lens
+    # Of a model with recurrent layers, whose states of all sequences lie in slots. A step reads one slot of a sequence
+    # and writes another, so that running it again is harmless.
+    state_in: Tensor | None = None  # [B] int32: slot of the state before this step; below 0: there is none yet, zeros
+    state_out: Tensor | None = None  # [B] int32: slot for the state after it; below 0: a padding row
 
     @property
     def max_query_len(self) -> int:

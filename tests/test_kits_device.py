@@ -1,5 +1,6 @@
 """The kits for op sets and attention catch what is subtly wrong."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,13 +55,58 @@ class WidenedEmbedding(TorchOps):
         return super().embedding(weight.double())
 
 
+class ForgetfulConv(TorchOps):
+    def short_conv(self, x: Any, weight: Any, batch: Any, state: Any) -> Any:
+        return super().short_conv(x, weight, replace(batch, state_in=torch.full_like(batch.state_in, -1)), state)
+
+
+class InPlaceConv(TorchOps):
+    """Leaves the new state where the old one was."""
+
+    def short_conv(self, x: Any, weight: Any, batch: Any, state: Any) -> Any:
+        return super().short_conv(x, weight, replace(batch, state_out=batch.state_in), state)
+
+
+class InPlaceDelta(TorchOps):
+    def gated_delta(self, q: Any, k: Any, v: Any, a: Any, b: Any, decay: Any, dt: Any, batch: Any, state: Any) -> Any:
+        batch = replace(batch, state_out=batch.state_in)
+        return super().gated_delta(q, k, v, a, b, decay, dt, batch, state)
+
+
+class InterleavedHeads(TorchOps):
+    """Head h of v goes with head h % HK of k."""
+
+    def gated_delta(self, q: Any, k: Any, v: Any, a: Any, b: Any, decay: Any, dt: Any, batch: Any, state: Any) -> Any:
+        q, k = (x.repeat(1, v.shape[1] // x.shape[1], 1) for x in (q, k))
+        return super().gated_delta(q, k, v, a, b, decay, dt, batch, state)
+
+
+class UngatedNorm(TorchOps):
+    def gated_rms_norm(self, x: Any, gate: Any, weight: Any, eps: float) -> Any:
+        return super().gated_rms_norm(x, gate.sigmoid(), weight, eps)
+
+
 def test_the_torch_ops_pass() -> None:
     check_ops(TorchOps(), [torch.float32, torch.bfloat16])
 
 
 @pytest.mark.parametrize(
     "ops",
-    [NoBias, HalfLinear, WrongEps, NarrowNorm, InPlaceNorm, OldResidual, SwappedGate, WidenedEmbedding],
+    [
+        NoBias,
+        HalfLinear,
+        WrongEps,
+        NarrowNorm,
+        InPlaceNorm,
+        OldResidual,
+        SwappedGate,
+        WidenedEmbedding,
+        ForgetfulConv,
+        InPlaceConv,
+        InPlaceDelta,
+        InterleavedHeads,
+        UngatedNorm,
+    ],
 )
 def test_a_broken_op_is_caught(ops: type[TorchOps]) -> None:
     with pytest.raises(AssertionError):

@@ -95,6 +95,36 @@ class Ops(Protocol):
         by id, and their weights [T, k] float32: their softmax over all E, with `normalize` divided by their sum."""
         ...
 
+    def short_conv(self, x: Tensor, weight: Tensor, batch: Batch, state: Tensor) -> Tensor:
+        """A causal convolution of each channel along each sequence of the batch, then silu: x [T, C] (whose rows may
+        lie apart), weight [C, W] in x's dtype, the newest token's at W - 1 -> [T, C]. state [num_slots, C, W - 1] in
+        x's dtype: a sequence's last W - 1 inputs, the newest last, read at its batch.state_in (below 0: zeros) and,
+        for the next step, written at its batch.state_out (below 0: a padding row, of which nothing is stored and
+        whose output may be anything). No slot is both read and written in one step; others stay as they are."""
+        ...
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, dt_bias: Tensor, batch: Batch,
+        state: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The gated delta rule (Yang, Kautz & Hatamizadeh 2024) along each sequence of the batch, in float32 inside.
+
+        q, k [T, HK, DK], v [T, HV, DV] with HK a divisor of HV, a and b [T, HV], all in one dtype; of each, what
+        belongs to one token is contiguous, and tokens may lie apart. decay and dt_bias [HV] float32. state [num_slots,
+        HV, DK, DV] float32, read and written as short_conv's. Head h of v goes with head h // (HV / HK) of q and k.
+        With alpha = exp(decay * softplus(a + dt_bias)), beta = sigmoid(b), and q and k divided by
+        sqrt(their sum of squares + 1e-6), for each token in turn
+
+            S = alpha * S;  S = S + k (beta * (v - k^T S));  out = q^T S / sqrt(DK)
+
+        Returns [T, HV, DV] in v's dtype."""
+        ...
+
+    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """rms_norm(x) * silu(gate), in float32 inside: x [T, H, D], gate [T, H, D] (whose tokens may lie apart),
+        weight [D]."""
+        ...
+
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [R, V] float32 -> the largest [R] and its id [R] int64, the first of equal ones. Of a row
         that holds NaN or +infinity the value is not finite and the id any."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn import default_recurrence
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from collections.abc import Sequence as Seq
@@ -68,6 +70,18 @@ class DefaultOps:
         ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
         weights = logits.softmax(-1).gather(1, ids)
         return ids, weights / weights.sum(-1, keepdim=True) if normalize else weights
+
+    def short_conv(self, x: Tensor, weight: Tensor, batch: Batch, state: Tensor) -> Tensor:
+        return default_recurrence.short_conv(x, weight, batch, state)
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, dt_bias: Tensor, batch: Batch,
+        state: Tensor,
+    ) -> Tensor:  # fmt: skip
+        return default_recurrence.gated_delta(q, k, v, a, b, decay, dt_bias, batch, state)
+
+    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return default_recurrence.gated_rms_norm(x, gate, weight, eps)
 
 
 class MixedExperts:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from blade.contracts import Attention, Ops
 from blade.errors import ConfigError
-from blade.testing.ops import require_close, tolerance
 from blade.testing.require import require
+from blade.testing.tolerance import require_close, tolerance
 from blade.types import Batch, KVSpec
 
 if TYPE_CHECKING:

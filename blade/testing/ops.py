@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from blade.contracts import Ops
+from blade.testing.recurrence import check_recurrence
 from blade.testing.require import require
+from blade.testing.tolerance import require_close
 from blade.types import Batch, CaptureOptions, KVCache
 
 if TYPE_CHECKING:
@@ -41,26 +43,9 @@ def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
         _check_norms(ops, torch.full((3, 64), 1e-4, dtype=dtype), generator)  # where eps counts
         _check_capture(ops, torch.randn(40, 64, generator=generator).to(dtype))
         _check_experts(ops, dtype, generator)
+        check_recurrence(ops, dtype, generator)
     _check_argmax(ops)
     _check_route(ops)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative error that a result in this dtype may have; twice its resolution, and 1e-5 for sums in float32."""
-    import torch
-
-    return max(2 * torch.finfo(dtype).eps, 1e-5)
-
-
-def require_close(what: str, found: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
-    """`expected` is float32; errors are measured against its largest value."""
-    require(found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-    require(found.dtype == dtype, f"{what}: dtype {found.dtype}, not {dtype}")
-    error = float((found.float().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
-    limit = factor * tolerance(dtype)
-    require(
-        error <= limit, f"{what}, {dtype}, shape {tuple(found.shape)}: relative error {error:.1e} exceeds {limit:.1e}"
-    )
 
 
 def _check_linear(ops: Ops, x: Tensor, generator: torch.Generator) -> None:

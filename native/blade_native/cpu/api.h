@@ -136,6 +136,15 @@ struct SiluMulCall {
     int32_t threads;
 };
 
+// x [rows, d] *= sigmoid(gate), in place; gate [rows, d] or [rows, 1] with gate_stride elements from row to row.
+struct SigmoidMulCall {
+    int32_t dtype;
+    void* x;
+    const void* gate;
+    int64_t rows, d, gate_width, gate_stride;
+    int32_t threads;
+};
+
 // q [T, H, D], k and v [T, KV, D] with strides between tokens in elements; cos_sin [max_context, rotary_dim], cosines in
 // the first half of a row and sines in the second; q_out and k_out are contiguous.
 struct RopeAndStoreCall {
@@ -177,6 +186,18 @@ struct TopKCall {
     int64_t rows, n, k;
     float* values;
     int64_t* ids;
+    int32_t threads;
+};
+
+// logits [rows, n] -> ids [rows, k] of the largest, equal ones by id, and their shares of the softmax; with `normalize`
+// of the sum of these k. Of a row with NaN or +infinity the weights are NaN and the ids any in range. 1 <= k <= n.
+struct RouteCall {
+    int32_t dtype;
+    const void* logits;
+    int64_t rows, n, k;
+    int32_t normalize;
+    int64_t* ids;
+    float* weights;
     int32_t threads;
 };
 

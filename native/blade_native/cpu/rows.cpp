@@ -1,5 +1,5 @@
-// What works row by row: root mean square norms (Zhang & Sennrich 2019), the gate of a gated MLP (Shazeer 2020), rows taken
-// out of a table and added to one.
+// What works row by row: root mean square norms (Zhang & Sennrich 2019), gates, such as a gated MLP's (Shazeer 2020), rows
+// taken out of a table and added to one.
 // Sums and exponentials are float32 whatever the dtype.
 #include <algorithm>
 #include <cmath>
@@ -75,6 +75,24 @@ void add_rows(const AddRowsCall& c) {
         });
     });
 }
+
+vec::F sigmoid(vec::F x) {
+    return vec::div(vec::set(1.0f), vec::add(vec::set(1.0f), vec::exp(vec::sub(vec::zero(), x))));
+}
+
+template <class E>
+void sigmoid_mul(const SigmoidMulCall& c) {
+    parallel_for(c.threads, c.rows, grain(2 * c.d), [&](long row, int) {
+        E* x = (E*)c.x + row * c.d;
+        const E* gate = (const E*)c.gate + row * c.gate_stride;
+        bool single = c.gate_width == 1;
+        vec::F factor = sigmoid(vec::set(vec::to_float(*gate)));
+        vec::for_lanes(c.d, [&](long i, int lanes) {
+            if (!single) factor = sigmoid(vec::load_some(gate + i, lanes));
+            vec::store_some(x + i, vec::mul(vec::load_some(x + i, lanes), factor), lanes);
+        });
+    });
+}
 }  // namespace
 
 EXPORT int blade_add_rows(const AddRowsCall* call) {
@@ -110,6 +128,15 @@ EXPORT int blade_silu_mul(const SiluMulCall* call) {
         silu_mul<float>(c);
     else
         silu_mul<bf16>(c);
+    return OK;
+}
+
+EXPORT int blade_sigmoid_mul(const SigmoidMulCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        sigmoid_mul<float>(c);
+    else
+        sigmoid_mul<bf16>(c);
     return OK;
 }
 

@@ -100,6 +100,9 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
         "dtype": INT, "x": PTR, "residual": PTR, "rows": LONG, "d": LONG, "weight": PTR, "eps": c_float, "y": PTR,
     },
     "silu_mul": {"dtype": INT, "gate_up": PTR, "rows": LONG, "d": LONG, "y": PTR},
+    "sigmoid_mul": {
+        "dtype": INT, "x": PTR, "gate": PTR, "rows": LONG, "d": LONG, "gate_width": LONG, "gate_stride": LONG,
+    },
     "rope_and_store": {
         "kv": PTR, "step": PTR, "q": PTR, "k": PTR, "v": PTR, "q_stride": LONG, "k_stride": LONG, "v_stride": LONG,
         "cos_sin": PTR, "rotary_dim": LONG, "q_out": PTR, "k_out": PTR,
@@ -109,6 +112,9 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     },
     "argmax": {"logits": PTR, "rows": LONG, "n": LONG, "values": PTR, "ids": PTR},
     "top_k": {"logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "values": PTR, "ids": PTR},
+    "route": {
+        "dtype": INT, "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "normalize": INT, "ids": PTR, "weights": PTR,
+    },
 }  # fmt: skip
 
 
@@ -152,10 +158,12 @@ class Library:
     rms_norm: Kernel
     add_rms_norm: Kernel
     silu_mul: Kernel
+    sigmoid_mul: Kernel
     rope_and_store: Kernel
     attend: Kernel
     argmax: Kernel
     top_k: Kernel
+    route: Kernel
 
     def __init__(self, level: str) -> None:
         self.level = level

@@ -154,6 +154,34 @@ class SimdOps(DefaultOps):
         self.library.silu_mul(DTYPES[gate_up.dtype], gate_up.data_ptr(), rows, width // 2, y.data_ptr(), self.threads)
         return y
 
+    def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x [T, D], changed in place; gate [T, D] or [T, 1], whose rows may lie apart."""
+        if x.dtype not in DTYPES:
+            return super().sigmoid_mul(x, gate)
+        rows, d = x.shape
+        check("x", x, x.dtype, (rows, d))
+        width = gate.shape[-1]
+        if gate.dtype is not x.dtype or gate.shape not in ((rows, d), (rows, 1)) or (width > 1 and gate.stride(1) != 1):
+            raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, not {x.dtype} [{rows}, {d}] or [{rows}, 1]")
+        where = x.data_ptr(), gate.data_ptr()
+        self.library.sigmoid_mul(DTYPES[x.dtype], *where, rows, d, width, gate.stride(0), self.threads)
+        return x
+
+    def route(self, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        """Of a row with NaN or +infinity the weights are NaN and the ids any in range."""
+        if logits.dtype not in DTYPES:
+            return super().route(logits, k, normalize)
+        rows, num_experts = logits.shape
+        check("logits", logits, logits.dtype, (rows, num_experts))
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k = {k} is not in 1..{num_experts}")
+        ids = logits.new_empty((rows, k), dtype=torch.int64)
+        weights = logits.new_empty((rows, k), dtype=torch.float32)
+        into = ids.data_ptr(), weights.data_ptr()
+        dtype = DTYPES[logits.dtype]
+        self.library.route(dtype, logits.data_ptr(), rows, num_experts, k, normalize, *into, self.threads)
+        return ids, weights
+
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
         values, ids = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.int64)
