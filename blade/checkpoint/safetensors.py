@@ -6,7 +6,7 @@ Layout after https://huggingface.co/docs/safetensors: 8 bytes of header length, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,7 +140,7 @@ class SafetensorsWeights:
     def num_params(self) -> int:
         return sum(prod(h.shape) for _, h in self._tensors.values())
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
