@@ -92,7 +92,8 @@ def _zeros(name: str, weights: Weights, bits: int, n: int, num_groups: int) -> T
     if stored.dtype == torch.int32 and tuple(stored.shape) == (-(-n * bits // 32), num_groups):
         return unpack(stored.T, bits, n).T.contiguous()
     if stored.dtype == torch.int8 and tuple(stored.shape) == (n, num_groups):
-        return _unsigned(stored) - (128 - 2 ** (bits - 1))
+        zeros: Tensor = _unsigned(stored) - (128 - 2 ** (bits - 1))
+        return zeros
     raise CheckpointError(
         f"Tensor {name} has shape {tuple(stored.shape)}; to those beside it belongs {(n, num_groups)}."
     )
