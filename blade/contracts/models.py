@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from collections.abc import Sequence as Seq
 
     import torch
@@ -42,7 +42,7 @@ class Architecture(Protocol):
 class Weights(Protocol):
     """The named tensors of a checkpoint, under their Hugging Face names whatever the file format."""
 
-    def names(self) -> Iterable[str]: ...
+    def names(self) -> Collection[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -80,7 +80,9 @@ class Loader(Protocol):
     attention: Attention
     dtype: torch.dtype
 
-    def has(self, name: str) -> bool: ...
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor; of "lm_head.weight", in whatever form the checkpoint has that matrix."""
+        ...
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Raises CheckpointError when it is missing or has another shape than the model expects."""
@@ -114,3 +116,5 @@ class Quantization(Protocol):
     def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
         """Bytes of memory that the tensor takes once `linear` has loaded it; None where it is plain."""
         ...
+
+    # A format that packs numbers may say how many: num_params(name, weights) -> int | None, as num_bytes does of bytes.
