@@ -2,15 +2,18 @@
 
 from blade.chunks import in_chunks
 from blade.nn.config import DecoderConfig
-from blade.nn.decoder import Decoder, FeedForward, Layer, Norm, SelfAttention
+from blade.nn.decoder import ChannelMixer, Decoder, FeedForward, Layer, Norm, SelfAttention, TokenMixer
 from blade.nn.default_ops import DefaultOps
+from blade.nn.fused_experts import SplitExperts
 from blade.nn.grouped import GroupedQuantization
 from blade.nn.keys import Keys
 from blade.nn.loader import Loader
+from blade.nn.mixture import Mixture, MixtureConfig, SharedExpert, load_experts
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
 from blade.nn.rope_config import read_rope
 
 __all__ = [
+    "ChannelMixer",
     "Decoder",
     "DecoderConfig",
     "DefaultOps",
@@ -22,10 +25,16 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "Loader",
+    "Mixture",
+    "MixtureConfig",
     "Norm",
     "Rope",
     "SelfAttention",
+    "SharedExpert",
+    "SplitExperts",
+    "TokenMixer",
     "YarnRope",
     "in_chunks",
+    "load_experts",
     "read_rope",
 ]

@@ -28,6 +28,13 @@ class Keys(CheckedValues):
             self.refuse(key, "true or false")
         return value
 
+    def integers(self, key: str, default: list[int] | None = None) -> list[int]:
+        """None of them below 0; maybe none at all."""
+        value = self._get(key, default)
+        if type(value) is not list or any(type(item) is not int or item < 0 for item in value):
+            self.refuse(key, "a list of integers of at least 0")
+        return value
+
     def texts(self, key: str, default: list[str] | None = None) -> list[str]:
         """At least one."""
         value = self._get(key, default)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn.row_order import RowOrder, as_ops
 from blade.nn.tensors import check_shape, loaded_bytes, stacked_bias
 
 if TYPE_CHECKING:
@@ -46,24 +47,25 @@ class Loader:
     def has(self, name: str) -> bool:
         return name in self._names
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        return self.ops.to_device(self._get(name, shape))
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self.ops.to_device(self._get(name, shape, dtype))
 
-    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
+    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
         expected: Seq[tuple[int, int] | None] = shapes or [None] * len(prefixes)
-        return self._quantized(prefixes, expected) or self._plain(prefixes, expected)
+        ops = self.ops if order is None else as_ops(RowOrder(self.ops, order))
+        return self._quantized(prefixes, expected, ops) or self._plain(prefixes, expected, ops)
 
     def embedding(
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
     ) -> Callable[[Tensor], Tensor]:
-        table = tied or self._quantized((prefix,), [shape])
+        table = tied or self._quantized((prefix,), [shape], self.ops)
         rows = self.ops.embedding_of(table, self.dtype) if table else None
         return rows or self.ops.embedding(self.tensor(f"{prefix}.weight", shape))
 
-    def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear | None:
+    def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear | None:
         if self._quantization is None:
             return None
-        linear = self._quantization.linear(prefixes, shapes, self._weights, self.ops, self.dtype)
+        linear = self._quantization.linear(prefixes, shapes, self._weights, ops, self.dtype)
         if linear is not None:
             names = [name for name in self._names if name.rpartition(".")[0] in prefixes]
             self._weights.release(names)
@@ -71,7 +73,7 @@ class Loader:
                 self._report(name, self._quantization)
         return linear
 
-    def _plain(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear:
+    def _plain(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear:
         weights = [self._get(f"{prefix}.weight", shape) for prefix, shape in zip(prefixes, shapes, strict=True)]
         bias = stacked_bias(prefixes, [len(weight) for weight in weights], self._weights, self.dtype)
         for prefix in prefixes:
@@ -79,13 +81,13 @@ class Loader:
                 self._report(f"{prefix}.bias")
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         del weights  # or they would be held while the stack is packed
-        linear = self.ops.linear(weight, bias)
+        linear = ops.linear(weight, bias)
         self._weights.release([f"{prefix}.weight" for prefix in prefixes])
         return linear
 
-    def _get(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
+    def _get(self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype | None = None) -> Tensor:
         check_shape(name, self._weights, shape)
-        tensor = self._weights.get(name, self.dtype)
+        tensor = self._weights.get(name, dtype or self.dtype)
         self._report(name)
         return tensor
 

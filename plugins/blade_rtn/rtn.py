@@ -19,6 +19,7 @@ log = logging.getLogger("blade.rtn")
 INT4_GROUP = 32
 INT8_GROUPS = (64, 32)  # the first that divides a row
 TABLES = {"lm_head", "embed_tokens"}  # whose errors reach every logit
+GATES = {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba"}  # small, and they decide
 
 
 class Int8(GroupedQuantization):
@@ -29,7 +30,7 @@ class Int8(GroupedQuantization):
 
     def grouped_bytes(self, name: str, weights: Weights) -> int | None:
         shape = weights.shape(name)
-        if len(shape) != 2 or not name.endswith(".weight"):
+        if len(shape) != 2 or not name.endswith(".weight") or name.split(".")[-2] in GATES:
             return None
         if shape[1] % INT8_GROUPS[-1]:
             self._tell(name, shape[1])
