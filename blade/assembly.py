@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from blade.checkpoint.open import Checkpoint
     from blade.config import Config
-    from blade.contracts import Architecture, Attention, DraftModel, Executor, Model, Ops
+    from blade.contracts import Architecture, Attention, DraftModel, Executor, Model, Ops, Weights
     from blade.engine.blocks import BlockPool
     from blade.engine.engine import Engine
     from blade.engine.memory import MemoryPlan
@@ -65,11 +65,17 @@ class Assembly:
         )
 
     @property
+    def weights(self) -> Weights:
+        """The checkpoint's, as the model's architecture sees them."""
+        seen = getattr(self.architecture, "weights", None)
+        return seen(self.checkpoint.config, self.checkpoint.weights) if seen else self.checkpoint.weights
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights once loaded, the draft model's included; a tied embedding counts once."""
         from blade.nn.tensors import loaded_bytes
 
-        weights, quantization = self.checkpoint.weights, self.form.quantization
+        weights, quantization = self.weights, self.form.quantization
         own = sum(loaded_bytes(name, weights, self.ops, self.dtype, quantization) for name in weights.names())
         return own + (self.draft.weight_bytes if self.draft else 0)
 
@@ -170,7 +176,7 @@ def load_model(
     """Load the weights; `advance` is told the bytes of each tensor once it is in, `adapters` what they may change."""
     from blade.nn import Loader
 
-    weights, quantization = assembly.checkpoint.weights, assembly.form.quantization
+    weights, quantization = assembly.weights, assembly.form.quantization
     loader = Loader(weights, assembly.ops, assembly.attention, assembly.dtype, quantization, advance, adapters)
     return assembly.architecture.build(replace(assembly.model_config, max_context=assembly.max_context), loader)
 

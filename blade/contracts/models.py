@@ -27,7 +27,10 @@ class Model(Protocol):
 
 
 class Architecture(Protocol):
-    """One entry of config.json's `architectures`: what `register_models` registers a factory of."""
+    """One entry of config.json's `architectures`: what `register_models` registers a factory of.
+
+    An architecture whose checkpoints hold more than it loads, or hold it in another shape, may have a method
+    ``weights(config: Mapping[str, Any], weights: Weights) -> Weights``: the checkpoint as its model is to see it."""
 
     def configure(self, config: Mapping[str, Any]) -> ModelConfig:
         """Read config.json's content; raise CheckpointError naming the key that cannot be served."""
@@ -84,13 +87,15 @@ class Loader(Protocol):
         """Whether there is such a tensor; of "lm_head.weight", in whatever form the checkpoint has that matrix."""
         ...
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Raises CheckpointError when it is missing or has another shape than the model expects."""
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """In the run's dtype unless another is asked for. Raises CheckpointError when it is missing or has another
+        shape than the model expects."""
         ...
 
-    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
+    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
         """One linear over the tensors under `prefixes` (each with .weight and maybe .bias), stacked along N; `shapes`
-        are the (N, K) expected under each. Raises CheckpointError as `tensor` does."""
+        are the (N, K) expected under each. With `order` [sum of N] int64, row i of the linear is row order[i] of the
+        stack; it leaves every row within its own tensor. Raises CheckpointError as `tensor` does."""
         ...
 
     def embedding(

@@ -2,16 +2,19 @@
 
 from blade.chunks import in_chunks
 from blade.nn.config import DecoderConfig
-from blade.nn.decoder import Decoder, FeedForward, Layer, Norm, SelfAttention
+from blade.nn.decoder import ChannelMixer, Decoder, FeedForward, Layer, Norm, SelfAttention, TokenMixer
 from blade.nn.default_ops import DefaultOps
 from blade.nn.dequantize import dequantize, expand_scales
+from blade.nn.fused_experts import SplitExperts
 from blade.nn.grouped import GroupedQuantization, Matrix
 from blade.nn.keys import Keys
 from blade.nn.loader import Loader
+from blade.nn.mixture import Mixture, MixtureConfig, SharedExpert, load_experts
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
 from blade.nn.rope_config import read_rope
 
 __all__ = [
+    "ChannelMixer",
     "Decoder",
     "DecoderConfig",
     "DefaultOps",
@@ -24,12 +27,18 @@ __all__ = [
     "Llama3Rope",
     "Loader",
     "Matrix",
+    "Mixture",
+    "MixtureConfig",
     "Norm",
     "Rope",
     "SelfAttention",
+    "SharedExpert",
+    "SplitExperts",
+    "TokenMixer",
     "YarnRope",
     "dequantize",
     "expand_scales",
     "in_chunks",
+    "load_experts",
     "read_rope",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 from blade.nn.keys import Keys
+from blade.nn.mixture import MixtureConfig
 from blade.nn.rope import Rope
 from blade.nn.rope_config import read_rope
 from blade.types import ModelConfig
@@ -26,10 +27,17 @@ class DecoderConfig(ModelConfig):
     windows: tuple[int | None, ...]  # per layer: how many last tokens it attends to; None is all
     qk_norm: bool  # heads of queries and keys are normalised before they are rotated
 
+    prefix: str = field(default="model", kw_only=True)  # of the names of the layers' tensors
+    head: str = field(default="lm_head", kw_only=True)  # of the name of the output matrix
+    norm_offset: float = field(default=0.0, kw_only=True)  # added to the weights of norms
+    output_gate: bool = field(default=False, kw_only=True)  # attention has one; its rows lie beside each head's query
+    mixture: MixtureConfig | None = field(default=None, kw_only=True)  # of the layers that have one
+
     @classmethod
-    def read(cls, config: Mapping[str, Any], qk_norm: bool = False) -> DecoderConfig:
-        """From config.json's content. Raises CheckpointError naming the key that is missing, wrong or not served."""
-        keys = Keys(config)
+    def read(cls, config: Mapping[str, Any] | Keys, qk_norm: bool = False, **settings: Any) -> Self:
+        """From config.json's content; `settings` are further fields, and those that it says nothing of. Raises
+        CheckpointError naming the key that is missing, wrong or not served."""
+        keys = config if isinstance(config, Keys) else Keys(config)
         if keys.text("hidden_act", "silu") != "silu":
             keys.refuse("hidden_act", "silu")
         num_heads = keys.integer("num_attention_heads")
@@ -40,22 +48,26 @@ class DecoderConfig(ModelConfig):
         head_dim = keys.integer("head_dim", hidden_size // num_heads)
         num_layers = keys.integer("num_hidden_layers")
         rope = read_rope(keys, head_dim)
-        return cls(
-            architecture=keys.texts("architectures")[0],
-            vocab_size=keys.integer("vocab_size"),
-            max_context=rope.max_context,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            hidden_size=hidden_size,
-            intermediate_size=keys.integer("intermediate_size"),
-            rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-            tied=keys.flag("tie_word_embeddings", False),
-            rope=rope,
-            windows=_windows(keys, num_layers),
-            qk_norm=qk_norm,
-        )
+        found: dict[str, Any] = {
+            "vocab_size": keys.integer("vocab_size"),
+            "max_context": rope.max_context,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "hidden_size": hidden_size,
+            "rms_norm_eps": keys.number("rms_norm_eps", 1e-6),
+            "tied": keys.flag("tie_word_embeddings", False),
+            "rope": rope,
+            "qk_norm": qk_norm,
+        }
+        if "architecture" not in settings:
+            found["architecture"] = keys.texts("architectures")[0]
+        if "intermediate_size" not in settings:
+            found["intermediate_size"] = keys.integer("intermediate_size")
+        if "windows" not in settings:
+            found["windows"] = _windows(keys, num_layers)
+        return cls(**found | settings)
 
 
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:

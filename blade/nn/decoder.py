@@ -1,14 +1,16 @@
 """The decoder that Llama made common: pre-norm, rotary positions, grouped-query attention, SwiGLU.
 
-Llama 2 (Touvron et al. 2023), Qwen2 and Qwen3 differ only in what `DecoderConfig` and the checkpoint's tensors say:
-biases are used where there are any.
+Llama 2 (Touvron et al. 2023), Qwen2, Qwen3 and their mixtures of experts differ only in what `DecoderConfig` and the
+checkpoint's tensors say: biases are used where there are any. Other families replace a layer's parts.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from blade.nn.mixture import Mixture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 class Norm:
     """Root mean square norm (Zhang & Sennrich 2019)."""
 
-    def __init__(self, name: str, width: int, eps: float, loader: Loader) -> None:
+    def __init__(self, name: str, width: int, eps: float, loader: Loader, offset: float = 0.0) -> None:
+        """`offset`: added to the weight."""
         self.ops = loader.ops
-        self.weight = loader.tensor(f"{name}.weight", (width,))
+        weight = loader.tensor(f"{name}.weight", (width,), torch.float32)
+        self.weight = weight.add(offset).to(loader.dtype)  # rounded once
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -38,57 +42,86 @@ class SelfAttention:
     """Queries, keys and values from one linear; paged attention; the output linear."""
 
     def __init__(self, name: str, config: DecoderConfig, window: int | None, loader: Loader) -> None:
-        self.attention = loader.attention
-        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.head_dim = config.head_dim
+        self.ops, self.attention = loader.ops, loader.attention
+        num_heads, num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_gates = num_heads if config.output_gate else 0
+        self.heads = [num_heads, self.num_gates, num_kv_heads, num_kv_heads]
         self.scale = config.head_dim**-0.5
         self.window = window
-        widths = [num_heads * self.head_dim for num_heads in self.heads]
+        widths = [num * self.head_dim for num in (num_heads + self.num_gates, num_kv_heads, num_kv_heads)]
         self.qkv = loader.linear(
             f"{name}.q_proj",
             f"{name}.k_proj",
             f"{name}.v_proj",
             shapes=[(width, config.hidden_size) for width in widths],
+            order=self.row_order(),
         )
-        self.o = loader.linear(f"{name}.o_proj", shapes=[(config.hidden_size, widths[0])])
+        self.o = loader.linear(f"{name}.o_proj", shapes=[(config.hidden_size, num_heads * self.head_dim)])
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = Norm(f"{name}.q_norm", self.head_dim, config.rms_norm_eps, loader)
-            self.k_norm = Norm(f"{name}.k_norm", self.head_dim, config.rms_norm_eps, loader)
+            self.q_norm = Norm(f"{name}.q_norm", self.head_dim, config.rms_norm_eps, loader, config.norm_offset)
+            self.k_norm = Norm(f"{name}.k_norm", self.head_dim, config.rms_norm_eps, loader, config.norm_offset)
+
+    def row_order(self) -> Tensor | None:
+        """All queries before all gates; in the checkpoint each head's gate follows its query."""
+        if not self.num_gates:
+            return None
+        num_query_rows = 2 * self.num_gates * self.head_dim
+        queries = torch.arange(num_query_rows).view(self.num_gates, 2, self.head_dim).transpose(0, 1).flatten()
+        others = torch.arange(num_query_rows, sum(self.heads) * self.head_dim)
+        return torch.cat((queries, others))
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
         """x [T, hidden_size] -> [T, hidden_size]."""
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, H + 2 KV, D]
-        q, k, v = torch.split_with_sizes(heads, self.heads, dim=1)
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, H (+ H) + 2 KV, D]
+        q, gate, k, v = torch.split_with_sizes(heads, self.heads, dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.attention.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
-        return self.o(self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window))
+        y = self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window)
+        return self.o(self.ops.sigmoid_mul(y, gate.flatten(1)) if self.num_gates else y)
 
 
 class FeedForward:
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), gate and up in one linear."""
 
-    def __init__(self, name: str, config: DecoderConfig, loader: Loader) -> None:
+    def __init__(self, name: str, inner: int, outer: int, loader: Loader) -> None:
         self.ops = loader.ops
-        inner, outer = config.intermediate_size, config.hidden_size
         self.gate_up = loader.linear(f"{name}.gate_proj", f"{name}.up_proj", shapes=[(inner, outer)] * 2)
         self.down = loader.linear(f"{name}.down_proj", shapes=[(outer, inner)])
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> tuple[Tensor]:
         """x [T, hidden_size] -> [T, hidden_size]."""
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+        return (self.down(self.ops.silu_mul(self.gate_up(x))),)
+
+
+class TokenMixer(Protocol):
+    """The part of a layer in which tokens see those before them."""
+
+    def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
+        """x [T, hidden_size] -> [T, hidden_size]."""
+        ...
+
+
+class ChannelMixer(Protocol):
+    """The part of a layer that works on each token by itself."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, hidden_size] -> what is to be added up, [T, hidden_size] each."""
+        ...
 
 
 class Layer:
     """One of the decoder's layers; what it adds to the residual stream is added by the norm that comes next."""
 
-    def __init__(self, name: str, config: DecoderConfig, window: int | None, loader: Loader) -> None:
-        eps = config.rms_norm_eps
-        self.input_norm = Norm(f"{name}.input_layernorm", config.hidden_size, eps, loader)
-        self.attention = SelfAttention(f"{name}.self_attn", config, window, loader)
-        self.post_norm = Norm(f"{name}.post_attention_layernorm", config.hidden_size, eps, loader)
-        self.feed_forward = FeedForward(f"{name}.mlp", config, loader)
+    def __init__(
+        self, name: str, config: DecoderConfig, attention: TokenMixer, feed_forward: ChannelMixer, loader: Loader
+    ) -> None:
+        width, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_offset
+        self.input_norm = Norm(f"{name}.input_layernorm", width, eps, loader, offset)
+        self.attention = attention
+        self.post_norm = Norm(f"{name}.post_attention_layernorm", width, eps, loader, offset)
+        self.feed_forward = feed_forward
 
 
 class Decoder:
@@ -98,13 +131,28 @@ class Decoder:
         self.config = config
         self.ops = loader.ops
         shape = (config.vocab_size, config.hidden_size)
-        tied = config.tied and not loader.has("lm_head.weight")
-        self.lm_head = loader.linear("model.embed_tokens" if tied else "lm_head", shapes=[shape])
-        self.embed = loader.embedding("model.embed_tokens", shape, self.lm_head if tied else None)
-        self.layers = [Layer(f"model.layers.{i}", config, window, loader) for i, window in enumerate(config.windows)]
-        self.norm = Norm("model.norm", config.hidden_size, config.rms_norm_eps, loader)
+        table = f"{config.prefix}.embed_tokens"
+        tied = config.tied and not loader.has(f"{config.head}.weight")
+        self.lm_head = loader.linear(table if tied else config.head, shapes=[shape])
+        self.embed = loader.embedding(table, shape, self.lm_head if tied else None)
+        self.layers = [self.layer(f"{config.prefix}.layers.{i}", i, loader) for i in range(config.num_layers)]
+        self.norm = Norm(f"{config.prefix}.norm", config.hidden_size, config.rms_norm_eps, loader, config.norm_offset)
         self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
+
+    def layer(self, name: str, index: int, loader: Loader) -> Layer:
+        """The layer whose tensors are under `name`."""
+        attention = self.token_mixer(name, index, loader)
+        return Layer(name, self.config, attention, self.channel_mixer(name, index, loader), loader)
+
+    def token_mixer(self, name: str, index: int, loader: Loader) -> TokenMixer:
+        return SelfAttention(f"{name}.self_attn", self.config, self.config.windows[index], loader)
+
+    def channel_mixer(self, name: str, index: int, loader: Loader) -> ChannelMixer:
+        config, mixture = self.config, self.config.mixture
+        if mixture and index in mixture.layers:
+            return Mixture(f"{name}.mlp", mixture, config.hidden_size, loader)
+        return FeedForward(f"{name}.mlp", config.intermediate_size, config.hidden_size, loader)
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """See contracts.Model."""
@@ -115,5 +163,6 @@ class Decoder:
             if layer is self.layers[-1]:  # no later token attends to what comes now
                 x, residual = (self.ops.take_rows(y, batch.logits_rows) for y in (x, residual))  # [R, hidden_size]
             x, residual = layer.post_norm.add(x, residual)
-            x, residual = next_norm.add(layer.feed_forward(x), residual)
+            for part in layer.feed_forward(x):
+                x, residual = next_norm.add(part, residual)
         return self.lm_head(x, torch.float32)

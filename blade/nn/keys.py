@@ -29,6 +29,13 @@ class Keys(CheckedValues):
             self.refuse(key, "true or false")
         return value
 
+    def integers(self, key: str, default: list[int] | None = None) -> list[int]:
+        """None of them below 0; maybe none at all."""
+        value = self._get(key, default)
+        if type(value) is not list or any(type(item) is not int or item < 0 for item in value):
+            self.refuse(key, "a list of integers of at least 0")
+        return value
+
     def texts(self, key: str, default: list[str] | None = None) -> list[str]:
         """At least one."""
         value = self._get(key, default)
@@ -43,7 +50,7 @@ class Keys(CheckedValues):
             self.refuse(key, "a number")
         return float(value)
 
-    def integers(self, key: str) -> list[int]:
+    def sizes(self, key: str) -> list[int]:
         """At least one, each at least 1."""
         value = self._get(key, None)
         if type(value) is not list or not value or any(type(item) is not int or item < 1 for item in value):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn.row_order import RowOrder, as_ops
 from blade.nn.tensors import check_shape, loaded_bytes, split_name, stacked_bias
 
 if TYPE_CHECKING:
@@ -55,27 +56,28 @@ class Loader:
             return name in self._names
         return any(there != f"{prefix}.bias" for there in self._modules.get(prefix, ()))
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        return self.ops.to_device(self._get(name, shape))
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self.ops.to_device(self._get(name, shape, dtype))
 
-    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None) -> Linear:
+    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
         expected: Seq[tuple[int, int] | None] = shapes or [None] * len(prefixes)
-        linear = self._quantized(prefixes, expected) or self._plain(prefixes, expected)
+        ops = self.ops if order is None else as_ops(RowOrder(self.ops, order))
+        linear = self._quantized(prefixes, expected, ops) or self._plain(prefixes, expected, ops)
         if self._adapters is None or shapes is None or not all(map(_is_adaptable, prefixes)):
             return linear
-        return self._adapters.wrap(prefixes, shapes, linear)
+        return self._adapters.wrap(prefixes, shapes, linear, order)
 
     def embedding(
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
     ) -> Callable[[Tensor], Tensor]:
-        table = tied or self._quantized((prefix,), [shape])
+        table = tied or self._quantized((prefix,), [shape], self.ops)
         rows = self.ops.embedding_of(table, self.dtype) if table else None
         return rows or self.ops.embedding(self.tensor(f"{prefix}.weight", shape))
 
-    def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear | None:
+    def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear | None:
         if self._quantization is None:
             return None
-        linear = self._quantization.linear(prefixes, shapes, self._weights, self.ops, self.dtype)
+        linear = self._quantization.linear(prefixes, shapes, self._weights, ops, self.dtype)
         if linear is not None:
             names = [name for prefix in prefixes for name in self._modules[prefix]]
             self._weights.release(names)
@@ -83,7 +85,7 @@ class Loader:
                 self._report(name, self._quantization)
         return linear
 
-    def _plain(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None]) -> Linear:
+    def _plain(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear:
         weights = [self._get(f"{prefix}.weight", shape) for prefix, shape in zip(prefixes, shapes, strict=True)]
         bias = stacked_bias(prefixes, [len(weight) for weight in weights], self._weights, self.dtype)
         for prefix in prefixes:
@@ -91,13 +93,13 @@ class Loader:
                 self._report(f"{prefix}.bias")
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         del weights  # or they would be held while the stack is packed
-        linear = self.ops.linear(weight, bias)
+        linear = ops.linear(weight, bias)
         self._weights.release([f"{prefix}.weight" for prefix in prefixes])
         return linear
 
-    def _get(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
+    def _get(self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype | None = None) -> Tensor:
         check_shape(name, self._weights, shape)
-        tensor = self._weights.get(name, self.dtype)
+        tensor = self._weights.get(name, dtype or self.dtype)
         self._report(name)
         return tensor
 

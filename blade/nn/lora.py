@@ -50,28 +50,31 @@ class Adapters:
 
     def __init__(self, ops: Ops, dtype: torch.dtype) -> None:
         self.ops, self.dtype = ops, dtype
-        self._shapes: dict[Prefixes, Shapes] = {}
+        self._stacks: dict[Prefixes, tuple[Shapes, Tensor | None]] = {}
         self._rows: dict[int, list[tuple[Adapter, Tensor | None]]] = {}
 
-    def wrap(self, prefixes: Prefixes, shapes: Shapes, linear: Linear) -> Linear:
-        """The linear over the tensors under `prefixes`, of `shapes` (N, K), open to adapters."""
-        self._shapes[prefixes] = shapes
+    def wrap(self, prefixes: Prefixes, shapes: Shapes, linear: Linear, order: Tensor | None = None) -> Linear:
+        """The linear over the tensors under `prefixes`, of `shapes` (N, K), open to adapters. `order` [sum of N]: where
+        in the stack each of its rows was."""
+        self._stacks[prefixes] = shapes, order
         return AdaptedLinear(linear, prefixes, self)
 
     def make(self, name: str, updates: Mapping[str, LowRank]) -> Adapter:
         """Raises CheckpointError for an update of what is no linear of the model, or of another shape."""
         left, made = dict(updates), {}
-        for prefixes, shapes in self._shapes.items():
+        for prefixes, (shapes, order) in self._stacks.items():
             parts = [left.pop(prefix, None) for prefix in prefixes]
             if any(parts):
-                made[prefixes] = self._update(name, prefixes, shapes, parts)
+                made[prefixes] = self._update(name, prefixes, shapes, order, parts)
         if left:
             raise CheckpointError(
                 f"The adapter {name!r} changes {min(left)}, which is no linear of the model that can be adapted."
             )
         return Adapter(name, secrets.token_bytes(NAMESPACE_BYTES), made)
 
-    def _update(self, name: str, prefixes: Prefixes, shapes: Shapes, parts: Seq[LowRank | None]) -> Update:
+    def _update(
+        self, name: str, prefixes: Prefixes, shapes: Shapes, order: Tensor | None, parts: Seq[LowRank | None]
+    ) -> Update:
         for prefix, shape, part in zip(prefixes, shapes, parts, strict=True):
             if part is not None and (len(part.b), part.a.shape[1]) != shape:
                 found = (len(part.b), part.a.shape[1])
@@ -85,6 +88,7 @@ class Adapters:
                 up[row : row + shape[0], column : column + len(part.a)] = part.b.float() * part.scale
                 column += len(part.a)
             row += shape[0]
+        up = up if order is None else up[order]
         return Update(self.ops.linear(down, None), self.ops.linear(up, None))
 
     @contextmanager

@@ -127,7 +127,7 @@ def _extent(keys: Keys) -> str:
 
 
 def _block(keys: Keys) -> tuple[int, int]:
-    sizes = keys.integers("block_structure")
+    sizes = keys.sizes("block_structure")
     if len(sizes) != 2:
         keys.refuse("block_structure", "two integers")
     return sizes[0], sizes[1]

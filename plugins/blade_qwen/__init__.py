@@ -1,13 +1,17 @@
-"""Qwen: checkpoints of `Qwen2ForCausalLM` (Qwen1.5 to Qwen2.5, QwQ) and `Qwen3ForCausalLM`."""
+"""Qwen: checkpoints of `Qwen2ForCausalLM` (Qwen1.5 to Qwen2.5, QwQ), `Qwen3ForCausalLM`, and their mixtures of experts,
+`Qwen2MoeForCausalLM` and `Qwen3MoeForCausalLM`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from blade import DefaultCheckpoint, DemoWeights, hookimpl
 
 if TYPE_CHECKING:
-    from blade_qwen.qwen import Qwen2, Qwen3
+    from collections.abc import Callable
+
+    from blade.contracts import Architecture
 
 QWEN_CODER = DemoWeights(
     name="Qwen2.5-Coder-0.5B-Instruct",
@@ -18,19 +22,19 @@ QWEN_CODER = DemoWeights(
 )
 
 
-def make_qwen2() -> Qwen2:
-    from blade_qwen.qwen import Qwen2
+def maker(module: str, name: str) -> Callable[[], Architecture]:
+    """A factory of the class `name`, whose module is imported when it is first called."""
 
-    return Qwen2()
+    def make() -> Architecture:
+        architecture: Architecture = getattr(import_module(f"blade_qwen.{module}"), name)()
+        return architecture
 
-
-def make_qwen3() -> Qwen3:
-    from blade_qwen.qwen import Qwen3
-
-    return Qwen3()
+    return make
 
 
 @hookimpl
 def register_models(register: Any) -> None:
-    register("Qwen2ForCausalLM", make_qwen2)
-    register("Qwen3ForCausalLM", make_qwen3, DefaultCheckpoint("Qwen/Qwen3-0.6B", demo=QWEN_CODER))
+    register("Qwen2ForCausalLM", maker("qwen", "Qwen2"))
+    register("Qwen3ForCausalLM", maker("qwen", "Qwen3"), DefaultCheckpoint("Qwen/Qwen3-0.6B", demo=QWEN_CODER))
+    register("Qwen2MoeForCausalLM", maker("qwen", "Qwen2Moe"))
+    register("Qwen3MoeForCausalLM", maker("qwen", "Qwen3Moe"))

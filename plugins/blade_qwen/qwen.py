@@ -1,14 +1,14 @@
-"""The Qwen family: the shared decoder, with biases (Qwen2) or normalised heads (Qwen3)."""
+"""The Qwen family: the shared decoder, with biases (Qwen2) or normalised heads (Qwen3), dense or with experts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from blade.nn import Decoder, DecoderConfig
+from blade.nn import Decoder, DecoderConfig, Keys, MixtureConfig, SplitExperts
 
 if TYPE_CHECKING:
-    from blade.contracts import Loader
+    from blade.contracts import Loader, Weights
 
 
 class Qwen2:
@@ -26,3 +26,26 @@ class Qwen3(Qwen2):
 
     def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
         return DecoderConfig.read(config, qk_norm=True)
+
+
+class Qwen2Moe(Qwen2):
+    """contracts.Architecture of `Qwen2MoeForCausalLM`."""
+
+    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
+        keys = Keys(config)
+        if keys.flag("use_sliding_window", False) and not keys.has("layer_types"):
+            keys.refuse("use_sliding_window", "false where no layer_types say which layers slide")
+        return DecoderConfig.read(keys, mixture=MixtureConfig.read(keys, shared=True))
+
+    def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
+        return SplitExperts(weights)
+
+
+class Qwen3Moe(Qwen2Moe):
+    """contracts.Architecture of `Qwen3MoeForCausalLM`. Where a window slides, it does in all layers."""
+
+    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
+        keys = Keys(config)
+        window = keys.integer("sliding_window") if keys.flag("use_sliding_window", False) else None
+        windows = (window,) * keys.integer("num_hidden_layers")
+        return DecoderConfig.read(keys, qk_norm=True, windows=windows, mixture=MixtureConfig.read(keys))

@@ -19,6 +19,7 @@ log = logging.getLogger("blade.rtn")
 INT4_GROUP = 32
 INT8_GROUPS = (64, 32)  # the first that divides a row
 TABLES = {"lm_head", "embed_tokens"}  # whose errors reach every logit
+GATES = {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba"}  # small, and they decide
 
 
 class Int8(GroupedQuantization):
@@ -29,7 +30,7 @@ class Int8(GroupedQuantization):
 
     def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
         shape = weights.shape(f"{prefix}.weight")
-        if len(shape) != 2:
+        if len(shape) != 2 or prefix.rpartition(".")[2] in GATES:
             return None
         if shape[1] % INT8_GROUPS[-1]:
             self._tell(prefix, shape[1])

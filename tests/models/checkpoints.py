@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+MIXTURE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama grouped untied": ("Llama", {}),
@@ -44,6 +47,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3 biases": ("Qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3 sliding": ("Qwen3", {"head_dim": 32} | SLIDING),
+    "qwen2 moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 80}),
+    "qwen2 moe fused": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 80, "norm_topk_prob": True}),
+    "qwen3 moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True}),
+    "qwen3 moe partly": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "mlp_only_layers": [0], "decoder_sparse_step": 1}),
+    "qwen3 moe sliding": (
+        "Qwen3Moe",
+        MIXTURE | {"head_dim": 32, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 12},
+    ),
 }
 
 
@@ -93,11 +104,20 @@ def make_reference(case: str) -> Reference:
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(mean=float(parameter.dim() == 1), std=0.2)
-    tensors = dict(model.state_dict())
+    tensors = dict(model.state_dict()) if case.endswith("fused") else _published(model)
     if config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)
     prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in LENGTHS]
     return Reference(config.to_dict(), DictWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
+
+
+def _published(model: Any) -> dict[str, Tensor]:
+    """The tensors as checkpoints have them: transformers keeps a layer's experts in one."""
+    from safetensors.torch import load_file
+
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 @torch.inference_mode()

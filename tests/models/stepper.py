@@ -10,7 +10,7 @@ import torch
 
 import blade_llama
 import blade_qwen
-from blade import KVSpec
+from blade import CaptureOptions, KVSpec
 from blade.nn import Loader
 from blade.plugins import Plugins
 from blade.testing.attention import make_batch
@@ -36,13 +36,17 @@ class Stepper:
         block_size: int = 16,
         ops: Ops | None = None,
         storage: str | None = None,
+        captured: bool = False,
     ) -> None:
-        """`ops`: those of this machine's CPU, unless others are given. `storage`: of the KV cache."""
+        """`ops`: those of this machine's CPU, unless others are given. `storage`: of the KV cache. `captured`: steps of
+        a shape that came before are replayed, where that can be."""
         self.ops = ops or cpu_ops(None)
         attention = paged_attention(self.ops)
         architecture = ARCHITECTURES.create(reference.config["architectures"][0])
         config = architecture.configure(reference.config)
-        self.model = architecture.build(config, Loader(reference.weights, self.ops, attention, dtype))
+        seen = getattr(architecture, "weights", lambda config, weights: weights)
+        weights = seen(reference.config, reference.weights)
+        self.model = architecture.build(config, Loader(weights, self.ops, attention, dtype))
         sizes = [-(-len(prompt) // block_size) for prompt in reference.prompts]
         order = random.Random(0).sample(range(sum(sizes)), sum(sizes))
         self.tables = [[order.pop() for _ in range(size)] for size in sizes]
@@ -52,6 +56,7 @@ class Stepper:
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         spec = KVSpec(config.num_layers, *heads, name, block_size, storage)
         self.kv = attention.allocate(spec, sum(sizes))
+        self.forward = self.ops.capture(self.model, self.kv, CaptureOptions(captured, block_size=block_size))
 
     @torch.inference_mode()
     def step(self, spans: dict[int, Span], rows: list[int] | None = None) -> Tensor:
@@ -60,13 +65,13 @@ class Stepper:
         ids = [token for i, (start, stop) in spans.items() for token in self.prompts[i][start:stop]]
         rows = list(range(len(ids))) if rows is None else rows
         batch = replace(batch, input_ids=torch.tensor(ids), logits_rows=torch.tensor(rows, dtype=torch.int64))
-        return self.model.forward(batch, self.kv)
+        return self.forward(batch)
 
     def run(self, steps: list[dict[int, Span]]) -> list[Tensor]:
         """All logits of every prompt, once the steps have gone through it."""
         parts: list[list[Tensor]] = [[] for _ in self.prompts]
         for spans in steps:
-            logits = self.step(spans).split([stop - start for start, stop in spans.values()])
+            logits = self.step(spans).clone().split([stop - start for start, stop in spans.values()])
             for i, part in zip(spans, logits, strict=True):
                 parts[i].append(part)
         return [torch.cat(part) for part in parts]

@@ -42,6 +42,12 @@ def test_logits_equal_those_of_transformers(reference: Reference, make_ops: Call
         assert error(Stepper(reference, ops=make_ops()).run(steps), reference) < 1e-4
 
 
+def test_replayed_steps_give_the_same(reference: Reference) -> None:
+    stepper = Stepper(reference, captured=True)
+    assert error(stepper.run(one_by_one(lengths(reference), chunk=7)), reference) < 1e-4
+    assert error(stepper.run(one_by_one(lengths(reference), chunk=1)), reference) < 1e-4
+
+
 @pytest.mark.parametrize("block_size", [1, 8, 32])
 def test_block_size_does_not_matter(qwen3_reference: Reference, block_size: int) -> None:
     steps = all_together(lengths(qwen3_reference), seed=2)

@@ -10,6 +10,7 @@ from blade_native.simd.grouped import covers
 from blade_rtn import int4, int8
 from blade_rtn.int4 import quantize_int4
 from blade_rtn.int8 import quantize_int8
+from blade_rtn.rtn import Int4
 
 
 def normal(n: int, k: int) -> torch.Tensor:
@@ -64,3 +65,12 @@ def test_zeros_stay_zeros_and_alike_numbers_alike(quantize) -> None:
     found = dequantize(quantize(weight, 32), torch.float32)
     assert found[0].eq(0).all()
     torch.testing.assert_close(found[1:], weight[1:], rtol=2e-3, atol=1e-3)
+
+
+def test_what_chooses_experts_stays_plain() -> None:
+    class OneShape:
+        def shape(self, name: str) -> tuple[int, ...]:
+            return (8, 64)
+
+    assert Int4().grouped_bytes("model.layers.0.mlp.gate.weight", OneShape()) is None
+    assert Int4().grouped_bytes("model.layers.0.mlp.experts.3.gate_proj.weight", OneShape()) is not None
