@@ -17,6 +17,8 @@
 
 namespace {
 constexpr long TOKENS_AT_ONCE = 1024;  // bounds the scratch; the weights are worth reading again for the next ones
+constexpr long PANELS_AT_ONCE = 4;     // of an expert's second matrix: a longer run of memory is read faster
+constexpr long FETCHED_BYTES = 2048;   // of what comes next
 constexpr long PACK_GRAIN = 4;         // tiles; fewer are not worth another thread
 
 // A linear over m rows, which pack_tile is given, into floats with y_stride between rows.
@@ -26,6 +28,10 @@ LinearCall call_of(const Linear* linear, int x_dtype, long m, long y_stride, int
 
 // What an expert's second matrix is multiplied by.
 int hidden_dtype(const Linear* down) { return down->format.bits == 16 && !WIDENS_BF16 ? BFLOAT16 : FLOAT32; }
+
+void fetch(const char* at) {
+    for (long i = 0; i < FETCHED_BYTES; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 
 bool pack_alike(const Job& a, const Job& b) {
     const Format &f = a.linear.format, &g = b.linear.format;
@@ -182,14 +188,17 @@ private:
     }
 
     void down() {
-        const Job& first = experts_[0].down;
-        long chunk = 1;
+        const long num_panels = experts_[0].down.num_panels;
+        long chunk = std::clamp(num_panels / (c_.threads * 8), 1L, PANELS_AT_ONCE);
         for (const Expert& expert : experts_) chunk = std::max(chunk, expert.down.chunk);
-        parallel_parts(c_.threads, (first.num_panels + chunk - 1) / chunk, [&](long item, int thread) {
-            long from = item * chunk, to = std::min(from + chunk, first.num_panels);
+        parallel_parts(c_.threads, (num_panels + chunk - 1) / chunk, [&](long item, int thread) {
+            long from = item * chunk, to = std::min(from + chunk, num_panels);
             long column = from * PANEL, width = std::min(to * PANEL, long(c_.d)) - column;
             for (long row = 0; row < m_; row++) memset(sums_ + row * c_.d + column, 0, width * 4);
-            for (const Expert& expert : experts_) multiply_panels(expert.down, from, to, scratch_of(thread));
+            for (size_t i = 0; i < experts_.size(); i++) {
+                if (i + 1 < experts_.size()) fetch(experts_[i + 1].down.panel(from));
+                multiply_panels(experts_[i].down, from, to, scratch_of(thread));
+            }
             if (c_.dtype == BFLOAT16) round(column, width);
         });
     }
