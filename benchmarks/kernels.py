@@ -3,8 +3,8 @@
 All contenders of a row take turns within one process, so that a busy machine slows them alike. A turn is an untimed
 call, which wakes the contender's threads, and a timed one. Weights rotate through copies larger than the last-level
 cache: decoding never finds them there. Ends in one JSON line: by op, rows and contender the microseconds per call as
-[median, best] of the turns; of our linears also GB/s of weights and GFLOP/s at their best; and the best read bandwidth
-measured in the same run.
+[median, best] of the turns; of our linears also GB/s of weights and GFLOP/s at their best, of mixtures of experts in
+the median; and the best read bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from blade import Batch, GroupedWeight, KVSpec
 from blade.contracts import Attention, Linear, Ops
+from blade.nn import DefaultOps
 from blade_native.attention import PagedAttention
 from blade_native.cpu import CpuOps, can_pack
 from blade_native.cpu import PackedLinear as OneDNNLinear
@@ -98,6 +99,36 @@ def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: l
         gb_s = {kind: round(size / us[kind][1] / 1e3, 1) for kind, size in sizes.items()}
         gflop_s = {kind: round(2e-3 * m * n * k / us[kind][1]) for kind in sizes}
         results.append({"op": name, "m": m, "us": us, "gb_s": gb_s, "gflop_s": gflop_s})
+    return results
+
+
+def experts(ops: SimdOps, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
+    """A layer of Qwen3-30B-A3B, beside the same linears called expert by expert. Each call chooses other experts."""
+    num_experts, k, width, inner = 128, 8, 2048, 768
+    contenders, sizes = {}, {}
+    for kind in ["bf16", *formats]:
+        gate_up, down = (
+            [
+                ops.linear((torch.randn(n, c) / c**0.5).bfloat16(), None)
+                if kind == "bf16"
+                else ops.quantized_linear(grouped(kind, n, c), None)
+                for _ in range(num_experts)
+            ]
+            for n, c in ((2 * inner, width), (width, inner))
+        )
+        contenders[kind] = ops.experts(gate_up, down)
+        contenders[f"{kind}, one by one"] = DefaultOps.experts(ops, gate_up, down)
+        sizes[kind] = gate_up[0].weights.numel() + down[0].weights.numel()
+    results = []
+    for m in rows:
+        x, weights = torch.randn(m, width).bfloat16(), torch.full((m, k), 1 / k)
+        ids = [torch.rand(m, num_experts).topk(k).indices for _ in range(32)]
+        chosen = statistics.mean(len(each.unique()) for each in ids)
+        calls = {kind: rotate([partial(each, x, i, weights) for i in ids]) for kind, each in contenders.items()}
+        us = measure(calls, seconds)
+        gb_s = {kind: round(size * chosen / us[kind][0] / 1e3, 1) for kind, size in sizes.items()}
+        gflop_s = {kind: round(6e-3 * m * k * width * inner / us[kind][0]) for kind in sizes}
+        results.append({"op": "experts", "m": m, "us": us, "gb_s": gb_s, "gflop_s": gflop_s})
     return results
 
 
@@ -222,6 +253,8 @@ def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[
         return attention(ops, seconds)
     if name == "kv":
         return kv_cache(ops, seconds)
+    if name == "experts":
+        return experts(ops, rows, seconds, formats)
     if name == "rows":
         return [row for m in (1, 16, 1024) for row in row_ops(ops, m, seconds / 4)] + selection(ops, seconds / 4)
     return linears(ops, name, [m for m in rows if name != "lm_head" or m <= 16], seconds, formats)
@@ -230,7 +263,9 @@ def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="*", default=[*LINEARS, "attention", "kv", "rows"], help="what to measure")
+    parser.add_argument(
+        "--ops", nargs="*", default=[*LINEARS, "attention", "kv", "rows", "experts"], help="what to measure"
+    )
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 16, 64, 512], help="rows of the linears' input")
     parser.add_argument("--formats", nargs="*", default=["int8", "int4"], choices=[*FORMATS], help="of linears")
     parser.add_argument("--seconds", type=float, default=0.3, help="per row of the table")

@@ -1,13 +1,17 @@
 // The C ABI that the Python side calls through ctypes. Every function trusts its arguments: ops.py has checked them.
 // Kernels take one pointer, to their *Call struct, so that a step's calls can be recorded and replayed (replay.cpp).
-// They return 0, or OUT_OF_MEMORY when scratch could not be had, and work on `threads` threads (parallel.h).
+// They return 0, or what went wrong (Status), and work on `threads` threads (parallel.h).
 #pragma once
 #include <cstdint>
 #include <cstdlib>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Status { OK = 0, OUT_OF_MEMORY = 1 };
+enum Status {
+    OK = 0,
+    OUT_OF_MEMORY = 1,  // for scratch
+    OUT_OF_RANGE = 2,   // an expert's id
+};
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // How a group's scale or offset is kept: as float16 (HALF), bfloat16 (BRAIN) or float32 (SINGLE). CODES count multiples of
@@ -198,6 +202,21 @@ struct RouteCall {
     int32_t normalize;
     int64_t* ids;
     float* weights;
+    int32_t threads;
+};
+
+// A mixture of gated MLPs: y [m, d] = for each row of x the sum over its k experts, weighted, of
+// down(silu(first half of gate_up(x)) * second half). ids and weights [m, k]; gate_up and down [num_experts] matrices
+// [2 inner, d] and [d, inner], each in its own format; dense ones of gate_up are of x's dtype.
+struct ExpertsCall {
+    const Linear *const *gate_up, *const *down;
+    int64_t num_experts, d, inner;
+    int32_t dtype;  // of x and y
+    const void* x;
+    int64_t m, k;
+    const int64_t* ids;
+    const float* weights;
+    void* y;
     int32_t threads;
 };
 

@@ -140,8 +140,21 @@ void store_as(const Job& job, long panel, long row, int rows, const float* c) {
     }
 }
 
+void add_sums(const Job& job, long panel, const Target* targets, int rows, const float* c) {
+    for (int r = 0; r < rows; r++) {
+        float* y = (float*)job.call.y + targets[r].row * job.call.y_stride + panel * PANEL;
+        vec::F weight = vec::set(targets[r].weight);
+        vec::for_lanes(std::min<long>(job.linear.n - panel * PANEL, PANEL), [&](long v, int lanes) {
+            vec::F sum = vec::fma(weight, vec::load(c + r * PANEL + v), vec::load_some(y + v, lanes));
+            vec::store_some(y + v, sum, lanes);
+        });
+    }
+}
+
 void store_sums(const Job& job, long panel, long row, int rows, const float* c) {
-    if (job.call.y_dtype == FLOAT32)
+    if (job.targets)
+        add_sums(job, panel, job.targets + row, rows, c);
+    else if (job.call.y_dtype == FLOAT32)
         store_as<float>(job, panel, row, rows, c);
     else
         store_as<bf16>(job, panel, row, rows, c);
@@ -222,10 +235,18 @@ void multiply_item(const Job& job, long item, char* scratch) {
     multiply_block(job, item / job.num_chunks() * job.block, first, last, scratch);
 }
 
+void multiply_panels(const Job& job, long first, long last, char* scratch) {
+    if (job.few)
+        for (long panel = first; panel < last; panel++) multiply_item(job, panel, scratch);
+    else
+        for (long tile = 0; tile < job.tiling.num_tiles; tile += job.block)
+            multiply_block(job, tile, first, last, scratch);
+}
+
 EXPORT int blade_linear(const LinearCall* call) {
     if (call->m == 0) return OK;
     Job job(*call);
-    long tiles = aligned(job.tiling.num_tiles * job.tile_bytes());
+    long tiles = aligned(job.packed_bytes());
     Scratch scratch(tiles + call->threads * job.per_thread);
     if (!scratch.data) return OUT_OF_MEMORY;
     job.tiles = (char*)scratch.data;

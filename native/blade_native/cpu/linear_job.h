@@ -12,10 +12,16 @@ struct Tiling {
     int height(long tile) const { return int(start(tile + 1) - start(tile)); }
 };
 
-// How one linear is computed. It starts with `tiles` and `scratch` unset: memory for the packed activations, tile_bytes()
-// for each tile, and `per_thread` bytes of scratch for each thread.
+// Where a row of a product goes that is added to others: y[row] += weight * it.
+struct Target {
+    int32_t row;
+    float weight;
+};
+
+// How one linear is computed. It starts with `tiles` and `scratch` unset: `packed_bytes` for the packed
+// activations, and `per_thread` bytes of scratch for each thread.
 struct Job {
-    const LinearCall call;
+    LinearCall call;
     const Linear& linear;
     Layout layout;
     Tiling tiling;
@@ -25,6 +31,7 @@ struct Job {
     long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
     long per_thread;                // bytes of scratch
     char *tiles = nullptr, *scratch = nullptr;
+    const Target* targets = nullptr;  // [m], or null: rows are stored in order. With them y is float32
 
     explicit Job(const LinearCall& c);
     long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
@@ -33,6 +40,9 @@ struct Job {
     long num_blocks() const { return (tiling.num_tiles + block - 1) / block; }
     long num_chunks() const { return (num_panels + chunk - 1) / chunk; }
     long num_items() const { return num_blocks() * num_chunks(); }
+    long packed_bytes() const {  // of all tiles, whose last one need not be whole
+        return (tiling.num_tiles - 1) * tile_bytes() + tiling.height(tiling.num_tiles - 1) * layout.units * row_bytes;
+    }
 };
 
 // Packs the rows of one tile, which lie side by side at x, in x_dtype.
@@ -40,5 +50,8 @@ void pack_tile(const Job& job, long tile, const void* x);
 
 // The product of item i: a chunk of panels times a block of tiles. Items of few tiles follow each other in memory.
 void multiply_item(const Job& job, long item, char* scratch);
+
+// The product of panels [first, last) and all tiles; no more panels than job.chunk, unless the tiles are few.
+void multiply_panels(const Job& job, long first, long last, char* scratch);
 
 INLINE long aligned(long bytes) { return (bytes + 63) / 64 * 64; }

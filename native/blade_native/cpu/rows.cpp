@@ -59,8 +59,7 @@ void silu_mul(const SiluMulCall& c) {
         E* y = (E*)c.y + row * c.d;
         vec::for_lanes(c.d, [&](long i, int lanes) {
             vec::F gate = vec::load_some(gates + i, lanes), up = vec::load_some(ups + i, lanes);
-            vec::F denominator = vec::add(vec::set(1.0f), vec::exp(vec::sub(vec::zero(), gate)));
-            vec::store_some(y + i, vec::mul(vec::div(gate, denominator), up), lanes);
+            vec::store_some(y + i, vec::mul(vec::silu(gate), up), lanes);
         });
     });
 }
@@ -76,19 +75,15 @@ void add_rows(const AddRowsCall& c) {
     });
 }
 
-vec::F sigmoid(vec::F x) {
-    return vec::div(vec::set(1.0f), vec::add(vec::set(1.0f), vec::exp(vec::sub(vec::zero(), x))));
-}
-
 template <class E>
 void sigmoid_mul(const SigmoidMulCall& c) {
     parallel_for(c.threads, c.rows, grain(2 * c.d), [&](long row, int) {
         E* x = (E*)c.x + row * c.d;
         const E* gate = (const E*)c.gate + row * c.gate_stride;
         bool single = c.gate_width == 1;
-        vec::F factor = sigmoid(vec::set(vec::to_float(*gate)));
+        vec::F factor = vec::sigmoid(vec::set(vec::to_float(*gate)));
         vec::for_lanes(c.d, [&](long i, int lanes) {
-            if (!single) factor = sigmoid(vec::load_some(gate + i, lanes));
+            if (!single) factor = vec::sigmoid(vec::load_some(gate + i, lanes));
             vec::store_some(x + i, vec::mul(vec::load_some(x + i, lanes), factor), lanes);
         });
     });

@@ -104,4 +104,7 @@ INLINE F exp(F x) {
     p = fma(p, r, set(5.0000001201e-1f));
     return scale2(fma(mul(p, r), r, add(r, set(1.0f))), n);
 }
+
+INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
+INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
 }  // namespace vec

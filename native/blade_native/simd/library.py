@@ -85,6 +85,7 @@ class CStep(Structure):
     )
 
 
+OUT_OF_RANGE = 2  # of `Status` of api.h
 PTR, INT, LONG = c_void_p, c_int32, c_int64
 LINEAR = POINTER(CLinear)
 CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the number of threads that ends each
@@ -112,6 +113,10 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     },
     "argmax": {"logits": PTR, "rows": LONG, "n": LONG, "values": PTR, "ids": PTR},
     "top_k": {"logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "values": PTR, "ids": PTR},
+    "experts": {
+        "gate_up": PTR, "down": PTR, "num_experts": LONG, "d": LONG, "inner": LONG, "dtype": INT, "x": PTR, "m": LONG,
+        "k": LONG, "ids": PTR, "weights": PTR, "y": PTR,
+    },
     "route": {
         "dtype": INT, "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "normalize": INT, "ids": PTR, "weights": PTR,
     },
@@ -164,6 +169,7 @@ class Library:
     argmax: Kernel
     top_k: Kernel
     route: Kernel
+    experts: Kernel
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -187,6 +193,8 @@ class Library:
 
 
 def check_status(status: int) -> None:
+    if status == OUT_OF_RANGE:
+        raise IndexError("the id of an expert is out of range")
     if status:
         raise MemoryError("no memory for a kernel's scratch")
 

@@ -61,7 +61,7 @@ class PackedLinear:
         self.dtype = dtype
         self.weights, self.bias, self.order = weights, bias, order  # kept alive for the kernels
         self._library, self._linear, self._threads = library, linear, threads
-        self._address = ctypes.addressof(linear)
+        self.address = ctypes.addressof(linear)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype, or in `out_dtype`: float32 logits come without a second pass."""
@@ -84,7 +84,7 @@ class PackedLinear:
         if self._linear.k != self.k:
             x = F.pad(x, (0, self._linear.k - self.k))
         out = y.data_ptr(), DTYPES[y.dtype], y.stride(0)
-        self._library.linear(self._address, x.data_ptr(), DTYPES[dtype], m, *out, self._threads)
+        self._library.linear(self.address, x.data_ptr(), DTYPES[dtype], m, *out, self._threads)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of W, read back and dequantised: ids [T] int64 -> [T, K]. Ids are trusted to be in range."""
@@ -93,7 +93,7 @@ class PackedLinear:
             raise TypeError(f"rows in {dtype}: the weights give {self.dtype or 'float32 or bfloat16'}")
         out = torch.empty(ids.numel(), self._linear.k, dtype=dtype)
         into = out.data_ptr(), DTYPES[out.dtype]
-        self._library.unpack_rows(self._address, ids.data_ptr(), len(out), *into, self._threads)
+        self._library.unpack_rows(self.address, ids.data_ptr(), len(out), *into, self._threads)
         return out[:, : self.k]
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
-from blade.contracts import Linear, Model, Ops
+from blade.contracts import Experts, Linear, Model, Ops
 from blade.nn import DefaultOps, dequantize
 from blade_native.simd.bandwidth import read_bandwidth
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
+from blade_native.simd.experts import packed_experts
 from blade_native.simd.grouped import has_kernel, pack_grouped
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
@@ -69,6 +70,11 @@ class SimdOps(DefaultOps):
         if any(each.kind not in KINDS for each in blocks):
             return None
         return pack_blocks(self.library, blocks, bias, self.threads)
+
+    def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
+        """Packed linears in one call, of whatever formats; others expert by expert."""
+        packed = packed_experts(self.library, gate_up, down, self.threads)
+        return super().experts(gate_up, down) if packed is None else packed
 
     def embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         return partial(self.take_rows, weight.contiguous())
