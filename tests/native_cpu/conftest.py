@@ -29,6 +29,8 @@ def library(request: pytest.FixtureRequest) -> Library:
         pytest.skip(reason)
     if request.param not in runnable_levels():
         pytest.skip(f"this machine cannot run {request.param}")
+    if not build.is_current(request.param):
+        pytest.skip(f"{request.param} is not compiled: BLADE_CPU_LEVELS=all python -m blade_native.simd.build")
     return load({**os.environ, "BLADE_CPU_ISA": request.param})
 
 

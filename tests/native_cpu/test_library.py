@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,41 @@ def test_missing_and_stale_libraries_are_said_to_be(tmp_path: Path, monkeypatch:
     build.library_path("portable").write_bytes(b"built from other sources")
     with pytest.raises(Unavailable, match="older than their sources"):
         load({})
+
+
+def test_kernels_of_a_lesser_machine_run_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, library: Library
+) -> None:
+    portable = build.library_path("portable")
+    if runnable_levels() == ["portable"]:
+        pytest.skip("this machine runs portable kernels alone")
+    monkeypatch.setattr(build, "LIBRARIES", tmp_path)
+    build.library_path("portable").symlink_to(portable)
+    assert load({}).level == "portable"
+    assert "compiled on a machine without" in caplog.text
+
+
+def test_which_levels_are_compiled() -> None:
+    if (cxx := build.compiler()) is None:
+        pytest.skip("there is no C++ compiler")
+    assert build.wanted_levels(cxx, {}) == list(dict.fromkeys([build.best_level(cxx), "portable"]))
+    assert build.wanted_levels(cxx, {"BLADE_CPU_LEVELS": "all"}) == list(build.levels())
+    with pytest.raises(build.CompileError, match=r"\$BLADE_CPU_LEVELS has 'sse9'; there are all, .*portable"):
+        build.wanted_levels(cxx, {"BLADE_CPU_LEVELS": "sse9"})
+
+
+def test_the_sources_are_sound_for_the_best_level_too() -> None:
+    if (cxx := build.compiler()) is None:
+        pytest.skip("there is no C++ compiler")
+    level, flags = next(iter(build.levels().items()))
+    if build.is_current(level):
+        pytest.skip(f"{level} is compiled")
+    commands = [
+        [cxx, *build.FLAGS, *flags, '-DBLADE_SOURCE_HASH=""', "-fsyntax-only", str(source)]
+        for source in build.SOURCES.glob("*.cpp")
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(build.run, commands))  # raises CompileError
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

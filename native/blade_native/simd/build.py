@@ -1,10 +1,14 @@
 """Compile the C++ sources into one shared library per instruction set: ``python -m blade_native.simd.build``.
 
+By default for the best instruction set that this machine has, and for any machine (portable). $BLADE_CPU_LEVELS names
+others, separated by commas, or all: for packages that are to run elsewhere.
+
 Standard library only, because the package's build hook runs it before any dependency is there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -12,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,23 +66,46 @@ def is_current(level: str) -> bool:
     return path.exists() and source_hash().encode() in path.read_bytes()
 
 
+def wanted_levels(cxx: str, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The levels to compile, best first. Raises CompileError for one that there is not."""
+    named = environ.get("BLADE_CPU_LEVELS")
+    if not named:
+        return list(dict.fromkeys([best_level(cxx), "portable"]))
+    wanted = set(levels()) if named == "all" else {*named.split(","), "portable"}
+    if unknown := wanted - levels().keys():
+        raise CompileError(f"$BLADE_CPU_LEVELS has {min(unknown)!r}; there are all, {', '.join(levels())}")
+    return [level for level in levels() if level in wanted]
+
+
+def best_level(cxx: str) -> str:
+    """That this machine can run."""
+    if len(levels()) == 1:
+        return "portable"
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = str(Path(scratch, "level.so"))
+        run([cxx, *FLAGS, '-DBLADE_SOURCE_HASH=""', "-shared", str(SOURCES / "level.cpp"), "-o", probe])
+        index: int = ctypes.CDLL(probe).blade_machine_level()
+    return list(reversed(levels()))[index]
+
+
 def build(cxx: str) -> list[Path]:
-    """Compile all levels, as many files at a time as there are CPUs, and put the libraries in place atomically. Does
-    nothing when they are current. Raises CompileError."""
-    if not all(is_current(level) for level in levels()):
-        compile_all(cxx)
-    return [library_path(level) for level in levels()]
+    """Compile the wanted levels, as many files at a time as there are CPUs, and put the libraries in place atomically.
+    Does nothing when they are current. Raises CompileError."""
+    wanted = wanted_levels(cxx)
+    if not all(is_current(level) for level in wanted):
+        compile_levels(cxx, wanted)
+    return [library_path(level) for level in wanted]
 
 
-def compile_all(cxx: str) -> None:
+def compile_levels(cxx: str, wanted: list[str]) -> None:
     define = f'-DBLADE_SOURCE_HASH="{source_hash()}"'
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     LIBRARIES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=LIBRARIES) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = {level: [Path(scratch, f"{level}-{source.stem}.o") for source in sources] for level in levels()}
+        objects = {level: [Path(scratch, f"{level}-{source.stem}.o") for source in sources] for level in wanted}
         compiles = [
-            [cxx, *FLAGS, *flags, define, "-c", str(source), "-o", str(target)]
-            for level, flags in levels().items()
+            [cxx, *FLAGS, *levels()[level], define, "-c", str(source), "-o", str(target)]
+            for level in wanted
             for source, target in zip(sources, objects[level], strict=True)
         ]
         list(pool.map(run, compiles))

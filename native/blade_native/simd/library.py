@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from typing import Any
 from blade import ConfigError
 from blade_native.simd import build
 from blade_native.simd.memory import Regions
+
+log = logging.getLogger("blade.native")
 
 MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # as blade_machine_level counts them
 
@@ -221,7 +224,15 @@ def load(environ: Mapping[str, str] = os.environ) -> Library:
     Raises Unavailable when the kernels are missing or stale, ConfigError when the machine lacks what was named.
     """
     runnable = runnable_levels()
-    level = environ.get("BLADE_CPU_ISA") or runnable[0]
+    level = environ.get("BLADE_CPU_ISA")
+    if level is None:
+        level = next(level for level in runnable if build.is_current(level))
+        if level != runnable[0]:
+            log.warning(
+                "The CPU kernels were compiled on a machine without %s, which this one has. Build them here: "
+                "python -m blade_native.simd.build",
+                runnable[0],
+            )
     if level not in runnable:
         raise ConfigError(f"BLADE_CPU_ISA={level} cannot run here.", f"This machine runs: {', '.join(runnable)}.")
     return Library(level)
