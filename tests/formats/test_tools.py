@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from checkpoints import CASES, EXPECTED, FIXTURES, PREFIX, assembled, dense, logits, make, opened, settings_of
+from format_cases import CASES, EXPECTED, FIXTURES, PREFIX, assembled, dense, logits, make, opened, settings_of
 
 from blade import Float8Weight, GroupedWeight, QuantizedWeight
 from blade_native.reference import TorchOps

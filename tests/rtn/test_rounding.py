@@ -72,5 +72,5 @@ def test_what_chooses_experts_stays_plain() -> None:
         def shape(self, name: str) -> tuple[int, ...]:
             return (8, 64)
 
-    assert Int4().grouped_bytes("model.layers.0.mlp.gate.weight", OneShape()) is None
-    assert Int4().grouped_bytes("model.layers.0.mlp.experts.3.gate_proj.weight", OneShape()) is not None
+    assert Int4().matrix("model.layers.0.mlp.gate", OneShape()) is None
+    assert Int4().matrix("model.layers.0.mlp.experts.3.gate_proj", OneShape()) is not None
