@@ -20,6 +20,19 @@ INLINE void widen_bf16(const uint32_t* words, long units, float* out) {
         }
 }
 
+// One unit of 8-bit floats -> floats [columns][32].
+INLINE void widen_float8(const Layout& layout, const char* unit, float* out) {
+    for (int v = 0; v < PANEL; v += vec::LANES) {
+        const uint16_t* pairs = (const uint16_t*)(unit + layout.quants) + v;
+        vec::F scale = vec::load((const float*)unit + v), first, second;
+        for (long u = 0; u < layout.columns; u += 2, pairs += PANEL) {
+            vec::widen_float8(pairs, first, second);
+            vec::store(out + u * PANEL + v, vec::mul(first, scale));
+            vec::store(out + (u + 1) * PANEL + v, vec::mul(second, scale));
+        }
+    }
+}
+
 constexpr int high_bits(int bits) { return bits < 8 ? bits - 4 : 0; }  // beyond the nibble
 template <int BITS>
 constexpr int SPAN_STEPS = BITS == 8 ? 1 : high_bits(BITS) ? 8 / high_bits(BITS) : 2;  // that share words of bits

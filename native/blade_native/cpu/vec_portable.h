@@ -129,6 +129,15 @@ INLINE F half_to_float(const void* p) {
     for (int i = 0; i < LANES; i++) lanes[i] = half_to_float(halves[i]);
     return load(lanes);
 }
+// Sixteen pairs of bytes: what float8_to_float makes of the first ones, and of the second ones.
+INLINE void widen_float8(const uint16_t* p, F& first, F& second) {
+    float lanes[2][LANES];
+    for (int i = 0; i < LANES; i++) {
+        lanes[0][i] = float8_to_float(uint8_t(p[i]));
+        lanes[1][i] = float8_to_float(uint8_t(p[i] >> 8));
+    }
+    first = load(lanes[0]), second = load(lanes[1]);
+}
 
 INLINE F dot_bf16(F c, W w, W a) {
     const I4 high = I4{-65536, -65536, -65536, -65536};
