@@ -35,15 +35,17 @@ void put_unit(const Layout& layout, const Grouped& from, long channel, long u, c
     put_header(f, from.block_scales + block, from.block_offsets + block, lane, panel + layout.header_of(u));
 }
 
+INLINE int pair_of(int lane) { return lane / vec::LANES * vec::LANES + vec::float8_place(lane % vec::LANES); }
+
 // One unit of one channel, of which `columns` are there. Where one is NaN so is the scale, and with it every sum.
 void put_float8(const Layout& layout, const uint8_t* q, long columns, float scale, int lane, char* unit) {
     bool has_nan = false;
-    char* pairs = unit + layout.quants + 2 * lane;
+    char* pairs = unit + layout.quants + 2 * pair_of(lane);
     for (long i = 0; i < columns; i++) {
         has_nan |= (q[i] & 0x7f) == 0x7f;
         pairs[2 * PANEL * (i / 2) + i % 2] = char(q[i]);
     }
-    ((float*)unit)[lane] = has_nan ? NAN : scale * 256;  // what float8_to_float gives is 2^-8 of a number
+    ((float*)unit)[lane] = has_nan ? NAN : scale * vec::FLOAT8_UNIT;
 }
 
 template <class E>
@@ -80,8 +82,9 @@ template <class E>
 void dequantize_float8(const Layout& layout, const char* panel, int lane, long k, E* out) {
     for (long i = 0; i < k; i++) {
         const char* unit = panel + layout.offset_of(i / layout.columns);
-        const char* pair = unit + layout.quants + 2 * (i % layout.columns / 2 * PANEL + lane);
-        vec::from_float(vec::float8_to_float(uint8_t(pair[i % 2])) * ((const float*)unit)[lane], out[i]);
+        const char* pair = unit + layout.quants + 2 * (i % layout.columns / 2 * PANEL + pair_of(lane));
+        float scale = ((const float*)unit)[lane] / vec::FLOAT8_UNIT;
+        vec::from_float(vec::float8_to_float(uint8_t(pair[i % 2])) * scale, out[i]);
     }
 }
 

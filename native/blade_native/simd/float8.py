@@ -1,7 +1,8 @@
 """Weights of 8-bit floats for the packed linears: one byte each in memory, floats where they are multiplied.
 
-e4m3 is a binary16 but for the bias of its exponent: shifted into place, a byte is 2^-8 of its value, which the scale
-makes good. NaN, for which that does not hold, becomes that of its group's scale: the output is NaN in any case.
+e4m3 is a float16, and a float32, but for the bias of its exponent: shifted into place, a byte is its value times a
+power of two, which the scale makes good. NaN, for which that does not hold, becomes that of its group's scale: the
+output is NaN in any case.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from blade_native.simd.linear import Matrix
 
 MAX_GROUP = 128  # numbers of a row for which the scale is read once
 MIN_GROUP = 16
+MAX_SCALE = 2.0**7  # times 2^120 it is a float32
 CODING = 2  # `Coding` of api.h
 
 
 def has_kernel(weight: Float8Weight) -> bool:
-    """Whether kernels compute on such weights, if they are sound: not where scales change too often along a row."""
-    return _group(weight) >= MIN_GROUP
+    """Whether kernels compute on such weights, if they are sound: not where scales change too often along a row, or may
+    overflow in what they make good."""
+    return _group(weight) >= MIN_GROUP and bool((weight.scales < MAX_SCALE).all())
 
 
 def problem(weight: Float8Weight) -> str | None:

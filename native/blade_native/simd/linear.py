@@ -41,9 +41,9 @@ class PackedLinear:
     """y = x W^T + b over weights packed for one machine: contracts.Linear.
 
     A row of the result is bit-identical whatever rows are computed with it. `dtype` is that of x for dense weights,
-    None for quantised ones, which take f32 and bf16: 8-bit floats as they are, the others quantise each group of a row to
-    int8 (the scheme of LLM.int8()'s vector-wise quantisation, Dettmers et al. 2022, in groups). b is float32, padded to
-    whole panels; `order` that of the weights' columns, int32.
+    None for quantised ones, which take f32 and bf16: 8-bit floats as they are, the others quantise each group of a row
+    to int8 (the scheme of LLM.int8()'s vector-wise quantisation, Dettmers et al. 2022, in groups). b is float32, padded
+    to whole panels; `order` that of the weights' columns, int32.
     """
 
     def __init__(
