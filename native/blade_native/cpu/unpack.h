@@ -84,8 +84,8 @@ INLINE void unpack_bits(const Format& f, const uint32_t* low, int steps, uint32_
 // Sixteen scales or minima of `numbers`' kind; the block's halves are those that codes count.
 INLINE vec::F numbers_at(int numbers, const char* unit, const char* block, int channel) {
     if (numbers == HALF) return vec::half_to_float(unit + 2 * channel);
-    if (numbers == BRAIN) return vec::load((const bf16*)unit + channel);
-    if (numbers == SINGLE) return vec::load((const float*)unit + channel);
+    if (numbers >= BRAIN)
+        return numbers == BRAIN ? vec::load((const bf16*)unit + channel) : vec::load((const float*)unit + channel);
     vec::F codes = numbers == UNSIGNED_CODES ? vec::load((const uint8_t*)unit + channel)
                                              : vec::load((const int8_t*)unit + channel);
     return vec::mul(codes, vec::half_to_float(block + 2 * channel));
