@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # torch's idle threads would sp
 
 import torch
 
-from blade import Batch, GroupedWeight, KVSpec
+from blade import Batch, Float8Weight, GroupedWeight, KVSpec, QuantizedWeight
 from blade.contracts import Attention, Linear, Ops
 from blade.nn import DefaultOps
 from blade_native.attention import PagedAttention
@@ -44,7 +44,16 @@ FORMATS = {
     "q4_k": (4, 32),
     "q5_k": (5, 32),
     "q6_k": (6, 16),
+    "awq": (4, 128),
+    "gptq_order": (4, 128),
+    "nvfp4": (4, 16),
+    "mxfp4": (4, 32),
+    "nf4": (4, 64),
+    "channel8": (8, 128),
+    "fp8": (8, 128),
 }
+FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 Call = Callable[[int], object]  # takes the number of the turn
 
 
@@ -68,13 +77,25 @@ def rotate(calls: list[Callable[[], object]]) -> Call:
     return lambda turn: calls[turn % len(calls)]()
 
 
-def grouped(name: str, n: int, k: int) -> GroupedWeight:
+def quantized(name: str, n: int, k: int) -> QuantizedWeight:
     """Random weights in a format of FORMATS. int4 has codes of scales and minima, and what they count, per channel."""
+    if name == "fp8":
+        q = (torch.randn(n, k) * 64).to(torch.float8_e4m3fn)
+        return Float8Weight(q, torch.rand(-(-n // 128), -(-k // 128)) / 1000, (128, 128))
     bits, group = FORMATS[name]
     groups, blocks = k // group, 1 if name == "int4" else k // (256 if k % 256 == 0 else 128)
     q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     if name in ("int8", "q8_0", "q4_0"):
         return GroupedWeight(bits, group, q, torch.rand(n, groups).half() / 100)
+    scales = torch.rand(n, groups) / 100
+    if name == "awq":
+        return GroupedWeight(bits, group, q, scales.bfloat16(), zeros=torch.full(scales.shape, 8, dtype=torch.uint8))
+    if name == "gptq_order":
+        return GroupedWeight(bits, group, q, scales.half(), order=torch.randperm(k))
+    if name in ("nvfp4", "mxfp4", "nf4"):
+        return GroupedWeight(bits, group, q, scales.bfloat16(), values=NF4 if name == "nf4" else FP4)
+    if name == "channel8":
+        return GroupedWeight(bits, group, q, scales)
     codes, halves = torch.randint(0, 64, (2, n, groups), dtype=torch.uint8), torch.rand(2, n, blocks).half() / 1000
     if name == "q6_k":
         return GroupedWeight(bits, group, q, codes[0].to(torch.int8), block_scales=halves[0])
@@ -86,7 +107,7 @@ def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: l
     weights = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(max(1, COLD_BYTES // (n * k * 2)))]
     packed: dict[str, list[Linear]] = {"bf16": [ops.linear(w, None) for w in weights]}
     for kind in formats:
-        weight = grouped(kind, n, k)
+        weight = quantized(kind, n, k)
         packed[kind] = [ops.quantized_linear(weight, None) for _ in weights]
     sizes = {kind: copies[0].weights.numel() for kind, copies in packed.items()}
     packed["F.linear"] = [TorchLinear(w, None) for w in weights]

@@ -11,10 +11,10 @@ from blade.checkpoint.gguf import GGMLType
 from blade.checkpoint.gguf_grouped import grouped
 from blade_native.reference import TorchOps
 from blade_native.simd.blocks import KINDS, pack_blocks
-from blade_native.simd.grouped import pack_grouped
 from blade_native.simd.library import Library
 from blade_native.simd.linear import StackedLinear
 from blade_native.simd.ops import SimdOps
+from blade_native.simd.quantized import pack_quantized
 
 BLOCKED = [kind for kind in GGMLType if kind.bits]
 SHAPES = [(1, 1), (31, 3), (70, 2), (128, 5)]  # rows, blocks in a row
@@ -38,7 +38,7 @@ def test_panels_are_those_of_grouped_weights(library: Library, kind: GGMLType, t
     for n, num_blocks in SHAPES:
         blocks = blocks_of(kind, n, num_blocks)
         found = pack_blocks(library, [blocks], None, threads)
-        want = pack_grouped(library, [grouped(kind, blocks.raw)], None, threads)
+        want = pack_quantized(library, [grouped(kind, blocks.raw)], None, threads)
         assert found.weights.any()
         assert found.weights.equal(want.weights)
 

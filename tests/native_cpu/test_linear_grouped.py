@@ -194,11 +194,26 @@ def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
     assert (y[:, 72:] == 7).all()
 
 
-def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
+def test_what_no_kernel_computes_on_becomes_dense(ops: SimdOps, caplog: pytest.LogCaptureFixture) -> None:
+    """In bfloat16, whatever x is."""
+    three = replace(weight_of("q4_1", 70), bits=3)
+    small = replace(weight_of("q6_k", 33), bits=4, q=weight_of("q4_0", 33).q)
+    assert not covers(three)
+    assert not covers(small)
+    bias, x = torch.randn(103), torch.randn(3, K)
+    linear = ops.quantized_linear([three, small], bias)
+    assert "becomes dense" in caplog.text
+    want = TorchOps().quantized_linear([three, small], bias)(x)
+    assert (linear(x) - want).norm() / want.norm() < 0.01
+    assert linear(x).dtype is torch.float32
+    assert linear(x.bfloat16()).equal(linear(x).bfloat16())
+
+
+def test_what_is_not_sound_is_refused_by_name(ops: SimdOps) -> None:
     weight, codes, nf4 = (weight_of(name, 33) for name in ("q4_1", "q4_k", "nf4"))
     refused = {
-        "bits is 3": replace(weight, bits=3),
-        "group is 16": replace(weight, group=16),
+        "bits is 9": replace(weight, bits=9),
+        r"scales are torch.float16 \[33, 16\], not .* \[33, 32\]": replace(weight, group=16),
         "group of 32 does not divide K = 500": replace(weight, q=weight.q[:, :500]),
         "q is torch.int8": replace(weight, q=weight.q.to(torch.int8)),
         "scales are torch.float64": replace(weight, scales=weight.scales.double()),
@@ -214,7 +229,7 @@ def test_what_no_kernel_covers_is_refused_by_name(ops: SimdOps) -> None:
         r"values are \(0, 128,": replace(nf4, values=(0, 128, *nf4.values[2:])),
         "values are 15 for 4 bits": replace(nf4, values=nf4.values[1:]),
         "values stand beside": replace(nf4, zeros=nf4.q[:, ::64]),
-        "group is 256": replace(nf4, group=256),
+        "group of 0 does not divide": replace(nf4, group=0),
         "order is torch.int32": replace(nf4, order=torch.arange(K, dtype=torch.int32)),
         r"order is torch.int64 \[1\]": replace(nf4, order=torch.tensor([0])),
         r"order does not name each of 0..511 once": replace(nf4, order=torch.zeros(K, dtype=torch.int64)),

@@ -1,10 +1,13 @@
 // Rows of x as the tiles of a linear want them: words of R rows beside each other, or int8 with a scale per group.
 #pragma once
+#include <algorithm>
+
 #include "linear_tile.h"
 
-// float or bf16 rows [R][k] -> floats [k][R].
+// float or bf16 rows [R][k] -> floats [padded][R], zeros from k on.
 template <class X>
-void pack_floats(const X* x, long k, int rows, float* out) {
+void pack_floats(const X* x, long k, int rows, float* out, long padded) {
+    std::fill(out + k * rows, out + padded * rows, 0.0f);
     for (int r = 0; r < rows; r++)
         vec::for_lanes(k, [&](long i, int lanes) {
             float values[vec::LANES];

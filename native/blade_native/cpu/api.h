@@ -19,14 +19,15 @@ enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4, BRAIN = 5, SINGLE = 6 };
 
 // What the bits of a grouped weight are.
-enum Coding { INTEGERS = 0, VALUES = 1 };
+enum Coding { INTEGERS = 0, VALUES = 1, FLOATS = 2 };
 
 // What a weight is: 32 (float) or 16 (bf16) bits, or 8, 6, 5 or 4 of an unsigned integer q in groups of a row, which
 // share a scale and an offset: w = scale * q + offset. Without offsets q is centred: w = scale * (q - 2^(bits - 1)). With
-// VALUES, of 4 bits and without offsets, w = scale * (values[q] - zero).
+// VALUES, of 4 bits and without offsets, w = scale * (values[q] - zero). FLOATS are of 8 bits (e4m3, without infinities),
+// w = scale * q, with SINGLE scales.
 struct Format {
     int32_t bits;
-    int32_t group;    // 16, 32, 64 or 128; a multiple of 32 for integers of 4 and 5 bits
+    int32_t group;    // 16, 32, 64 or 128; a multiple of 32 for integers of 4 and 5 bits; any even one for floats
     int32_t scales;   // HALF, BRAIN, SINGLE, UNSIGNED_CODES or SIGNED_CODES
     int32_t offsets;  // NONE, HALF, UNSIGNED_CODES or SIGNED_CODES (minima), or ZEROS: offset = -scale * zero
     int64_t block;    // weights of a row that share what the codes count; 0 without codes
@@ -38,7 +39,7 @@ struct Format {
 // Weights [n, k] in panels of 32 output channels, the last one padded with zeros; linear_format.h has the layouts.
 struct Linear {
     Format format;
-    int64_t n, k;  // k is even for bf16, a multiple of group and block for grouped weights
+    int64_t n, k;  // k is even for bf16, a multiple of group and block for integers and values
     const char* weights;
     const float* bias;     // padded to whole panels, or null
     const int32_t* order;  // [k]: column i multiplies feature order[i] of x, of grouped weights. Null: feature i
@@ -62,6 +63,13 @@ struct Grouped {
     const uint8_t* q;
     const void *scales, *offsets;
     const uint16_t *block_scales, *block_offsets;
+};
+
+// Weights of 8-bit floats: q [n, k], and a scale for each block of block_n rows and block_k columns, the last ones short.
+struct Float8 {
+    const uint8_t* q;
+    const float* scales;
+    int64_t block_n, block_k;
 };
 
 // One layer's paged cache, [block][kv head][block_size / 16] chunks of sixteen tokens; kv_chunk.h has their layout.

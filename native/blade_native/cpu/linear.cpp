@@ -33,7 +33,7 @@ struct ByteTile {
 Tile find_tile(const Layout& layout, int rows) {
     int bits = layout.format.bits;
     Tile tile;
-    if (bits == 32 || (bits == 16 && WIDENS_BF16)) return tile_of<F32Tile, Tile>(rows);
+    if (layout.floats) return tile_of<F32Tile, Tile>(rows);
     if constexpr (!WIDENS_BF16)
         if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
     with_bits(layout.width, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
@@ -43,6 +43,10 @@ Tile find_tile(const Layout& layout, int rows) {
 template <int R>
 struct StreamBF16 {
     static constexpr StreamTile tile = stream_bf16<R>;
+};
+template <int R>
+struct StreamFloat8 {
+    static constexpr StreamTile tile = stream_float8<R>;
 };
 template <class P>
 struct StreamGroups {
@@ -57,6 +61,7 @@ StreamTile find_stream(const Layout& layout, int rows) {
     int bits = layout.format.bits;
     if (rows > STREAM_ROWS || bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
     if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
+    if (layout.floats) return tile_of<StreamFloat8, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
     with_packing(layout, [&](auto p) {
         tile = tile_of<StreamGroups<decltype(p)>::template Rows, StreamTile, STREAM_ROWS>(rows);
@@ -79,9 +84,10 @@ Job::Job(const LinearCall& c)
       tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
       few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)) {
     int bits = linear.format.bits;
-    bool widened = bits == 16 && WIDENS_BF16;
-    unpacked = 4L * PANEL * (widened ? 2 : layout.steps);
-    row_bytes = bits < 16 ? activation_bytes(layout.steps, words_per_step(layout.width)) : widened ? 8 : 4;
+    unpacked = 4L * PANEL * (layout.floats ? layout.columns : layout.steps);
+    row_bytes = layout.floats ? 4 * layout.columns
+                : bits == 16  ? 4
+                              : activation_bytes(layout.steps, words_per_step(layout.width));
     long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
     if (stream && tiling.num_tiles == 1) slice = layout.units;
@@ -98,12 +104,14 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     const char* packed = job.panel(panel);
     int bits = layout.format.bits;
     Slice slice{packed + layout.offset_of(from), layout.unit_bytes, nullptr, nullptr, to - from, layout.steps};
-    if (bits == 16 && WIDENS_BF16) {
-        widen_bf16((const uint32_t*)slice.words, to - from, (float*)scratch);
+    if (layout.floats && bits < 32) {
+        if (bits == 16) widen_bf16((const uint32_t*)slice.words, to - from, (float*)scratch);
+        for (long u = from; bits == 8 && u < to; u++)
+            widen_float8(layout, packed + layout.offset_of(u), (float*)(scratch + (u - from) * job.unpacked));
         slice.words = scratch;
-        slice.units *= 2;
+        slice.units *= layout.columns;
     }
-    if (bits >= 16) return slice;
+    if (layout.floats || bits == 16) return slice;
     float* scales = (float*)(scratch + job.slice * job.unpacked);
     float* offsets = layout.format.offsets == NONE ? nullptr : scales + job.slice * PANEL;
     for (long u = from; u < to; u++)
@@ -211,8 +219,8 @@ void pack_rows(const Job& job, long tile, const X* x) {
     int rows = job.tiling.height(tile), zero = job.layout.zero;
     long k = job.linear.k;
     char* out = job.tiles + tile * job.tile_bytes();
-    if (f.bits == 32 || (f.bits == 16 && WIDENS_BF16))
-        pack_floats(x, k, rows, (float*)out);
+    if (job.layout.floats)
+        pack_floats(x, k, rows, (float*)out, job.layout.units * job.layout.columns);
     else if (f.bits == 16)
         pack_words((const bf16*)x, k, rows, (uint32_t*)out);
     else if (job.layout.width == 8)

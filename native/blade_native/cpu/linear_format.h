@@ -5,11 +5,14 @@
 //                       else: [steps / 2][32] words of nibbles, the low ones of a word are one step, the high the next
 //            high bits  5-bit weights: [steps / 8][32] words, bit i of a byte belongs to step i of eight
 //                       6-bit weights: [steps / 4][32] words, two bits for each of four steps
+//            floats     [group / 2][2][16] pairs of bytes, a channel's at float8_place, scales times FLOAT8_UNIT (vec.h);
+//                       zeros beyond K
 //            Where scales or offsets are codes, each block of units is preceded by {[32] halves, [32] halves} of those.
 #pragma once
 #include <algorithm>
 
 #include "api.h"
+#include "tile_shape.h"
 #include "vec.h"
 
 constexpr int PANEL = 32;      // output channels
@@ -32,6 +35,8 @@ INLINE long block_bytes_of(int numbers) {
 struct Layout {
     Format format;
     long units;            // of a panel
+    long columns;          // of a unit: numbers of K
+    bool floats;           // weights and activations become floats to be multiplied
     int steps;             // of a group; 1 for dense weights
     int width;             // bits of the integers that are multiplied
     int zero;              // what these are centred on; 0 with offsets
@@ -41,11 +46,14 @@ struct Layout {
 
     Layout(const Format& f, long k) : format(f) {
         bool dense = f.bits >= 16;
-        units = dense ? k * f.bits / 32 : k / f.group;
+        columns = dense ? 32 / f.bits : f.group;
+        units = (k + columns - 1) / columns;
+        floats = f.bits == 32 || (f.bits == 16 && WIDENS_BF16) || f.coding == FLOATS;
         steps = dense ? 1 : f.group / 4;
         bool wide = f.coding == VALUES && *std::max_element(f.values, f.values + 16) >= 32;
-        width = f.coding == INTEGERS ? f.bits : wide ? 8 : 5;
-        zero = dense || f.offsets != NONE ? 0 : f.coding == VALUES ? f.zero : 1 << (f.bits - 1);
+        width = f.coding != VALUES ? f.bits : wide ? 8 : 5;
+        bool centred = !dense && f.coding == INTEGERS && f.offsets == NONE;
+        zero = centred ? 1 << (f.bits - 1) : f.coding == VALUES ? f.zero : 0;
         offsets = dense ? 0 : bytes_of(f.scales);
         quants = dense ? 0 : offsets + bytes_of(f.offsets);
         unit_bytes = dense ? 4 * PANEL : quants + long(f.group) * f.bits / 8 * PANEL;

@@ -1,6 +1,7 @@
 // Weights [n, k] as checkpoints have them become panels (linear_format.h), once, when a model is loaded; and rows of a
 // packed matrix are read back, which lets a tied embedding share its head's memory.
 #include <algorithm>
+#include <cmath>
 
 #include "panel.h"
 #include "parallel.h"
@@ -34,6 +35,19 @@ void put_unit(const Layout& layout, const Grouped& from, long channel, long u, c
     put_header(f, from.block_scales + block, from.block_offsets + block, lane, panel + layout.header_of(u));
 }
 
+INLINE int pair_of(int lane) { return lane / vec::LANES * vec::LANES + vec::float8_place(lane % vec::LANES); }
+
+// One unit of one channel, of which `columns` are there. Where one is NaN so is the scale, and with it every sum.
+void put_float8(const Layout& layout, const uint8_t* q, long columns, float scale, int lane, char* unit) {
+    bool has_nan = false;
+    char* pairs = unit + layout.quants + 2 * pair_of(lane);
+    for (long i = 0; i < columns; i++) {
+        has_nan |= (q[i] & 0x7f) == 0x7f;
+        pairs[2 * PANEL * (i / 2) + i % 2] = char(q[i]);
+    }
+    ((float*)unit)[lane] = has_nan ? NAN : scale * vec::FLOAT8_UNIT;
+}
+
 template <class E>
 void copy_dense(const Layout& layout, const char* panel, int lane, E* out) {
     for (long u = 0; u < layout.units; u++)
@@ -65,6 +79,16 @@ void dequantize(const Layout& layout, const char* panel, int lane, const int32_t
 }
 
 template <class E>
+void dequantize_float8(const Layout& layout, const char* panel, int lane, long k, E* out) {
+    for (long i = 0; i < k; i++) {
+        const char* unit = panel + layout.offset_of(i / layout.columns);
+        const char* pair = unit + layout.quants + 2 * (i % layout.columns / 2 * PANEL + pair_of(lane));
+        float scale = ((const float*)unit)[lane] / vec::FLOAT8_UNIT;
+        vec::from_float(vec::float8_to_float(uint8_t(pair[i % 2])) * scale, out[i]);
+    }
+}
+
+template <class E>
 void unpack_rows(const UnpackRowsCall& c) {
     const Linear& linear = *c.linear;
     Layout layout(linear.format, linear.k);
@@ -73,6 +97,8 @@ void unpack_rows(const UnpackRowsCall& c) {
         E* out = (E*)c.out + i * linear.k;
         if (linear.format.bits >= 16)
             copy_dense(layout, panel, int(c.rows[i] % PANEL), out);
+        else if (linear.format.coding == FLOATS)
+            dequantize_float8(layout, panel, int(c.rows[i] % PANEL), linear.k, out);
         else
             dequantize(layout, panel, int(c.rows[i] % PANEL), linear.order, out);
     });
@@ -99,6 +125,25 @@ EXPORT int blade_pack_grouped(const Linear* linear, const Grouped* from, int thr
         long last = std::min<long>(linear->n, (panel + 1) * PANEL);
         for (long u = 0; u < layout.units; u++)
             for (long channel = panel * PANEL; channel < last; channel++) put_unit(layout, *from, channel, u, to);
+    });
+    return OK;
+}
+
+// Fills linear->weights, which are zeros, from 8-bit floats. No group of the format straddles two blocks.
+EXPORT int blade_pack_float8(const Linear* linear, const Float8* from, int threads) {
+    Layout layout(linear->format, linear->k);
+    long per_row = (linear->k + from->block_k - 1) / from->block_k;
+    parallel_for(threads, (linear->n + PANEL - 1) / PANEL, 1, [&](long panel, int) {
+        char* to = (char*)linear->weights + panel * layout.panel_bytes();
+        long last = std::min<long>(linear->n, (panel + 1) * PANEL);
+        for (long u = 0; u < layout.units; u++)
+            for (long channel = panel * PANEL; channel < last; channel++) {
+                long column = u * layout.columns;
+                float scale = from->scales[channel / from->block_n * per_row + column / from->block_k];
+                put_float8(layout, from->q + channel * linear->k + column,
+                           std::min<long>(layout.columns, linear->k - column), scale, int(channel % PANEL),
+                           to + layout.offset_of(u));
+            }
     });
     return OK;
 }

@@ -47,6 +47,42 @@ void stream_bf16(const Layout&, const char* packed, long from, long to, const ch
     }
 }
 
+// Units of 8-bit floats, activations floats [units][columns][R]. What widen_float8 makes is what is multiplied here too.
+template <int R>
+void stream_float8(const Layout& layout, const char* packed, long from, long to, const char* activations, float* c,
+                   bool fetch) {
+    constexpr int NV = TILE_VECTORS<R>;
+    const long ahead = fetch ? STREAM_AHEAD : 0;
+    for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+        const float* a = (const float*)activations;
+        vec::F sums[R][NV], scales[NV];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
+        for (long u = from; u < to; u++) {
+            const char* unit = packed + layout.offset_of(u);
+            for (int v = 0; v < NV; v++) scales[v] = vec::load((const float*)unit + first + v * vec::LANES);
+            const uint16_t *pairs = (const uint16_t*)(unit + layout.quants) + first,
+                           *end = pairs + layout.columns / 2 * PANEL;
+            for (; pairs < end; pairs += PANEL, a += 2 * R) {
+                __builtin_prefetch((const char*)pairs + ahead, 0, 2);
+                for (int v = 0; v < NV; v++) {
+                    vec::F even, odd;
+                    vec::widen_float8(pairs + v * vec::LANES, even, odd);
+                    even = vec::mul(even, scales[v]), odd = vec::mul(odd, scales[v]);
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(a[r]), sums[r][v]);
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(a[R + r]), sums[r][v]);
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
+    }
+}
+
 // sums[r][v] += q of 16 NV channels of one group . q of the activations x; `low` and `high` are the channels' bits.
 template <class P, int R, int NV>
 INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint32_t* high, const uint32_t* x, int steps,

@@ -20,6 +20,19 @@ INLINE void widen_bf16(const uint32_t* words, long units, float* out) {
         }
 }
 
+// One unit of 8-bit floats -> floats [columns][32].
+INLINE void widen_float8(const Layout& layout, const char* unit, float* out) {
+    for (int v = 0; v < PANEL; v += vec::LANES) {
+        const uint16_t* pairs = (const uint16_t*)(unit + layout.quants) + v;
+        vec::F scale = vec::load((const float*)unit + v), first, second;
+        for (long u = 0; u < layout.columns; u += 2, pairs += PANEL) {
+            vec::widen_float8(pairs, first, second);
+            vec::store(out + u * PANEL + v, vec::mul(first, scale));
+            vec::store(out + (u + 1) * PANEL + v, vec::mul(second, scale));
+        }
+    }
+}
+
 constexpr int high_bits(int bits) { return bits < 8 ? bits - 4 : 0; }  // beyond the nibble
 template <int BITS>
 constexpr int SPAN_STEPS = BITS == 8 ? 1 : high_bits(BITS) ? 8 / high_bits(BITS) : 2;  // that share words of bits
@@ -71,8 +84,8 @@ INLINE void unpack_bits(const Format& f, const uint32_t* low, int steps, uint32_
 // Sixteen scales or minima of `numbers`' kind; the block's halves are those that codes count.
 INLINE vec::F numbers_at(int numbers, const char* unit, const char* block, int channel) {
     if (numbers == HALF) return vec::half_to_float(unit + 2 * channel);
-    if (numbers == BRAIN) return vec::load((const bf16*)unit + channel);
-    if (numbers == SINGLE) return vec::load((const float*)unit + channel);
+    if (numbers >= BRAIN)
+        return numbers == BRAIN ? vec::load((const bf16*)unit + channel) : vec::load((const float*)unit + channel);
     vec::F codes = numbers == UNSIGNED_CODES ? vec::load((const uint8_t*)unit + channel)
                                              : vec::load((const int8_t*)unit + channel);
     return vec::mul(codes, vec::half_to_float(block + 2 * channel));

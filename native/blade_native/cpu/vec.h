@@ -5,6 +5,7 @@
 //   zero set load store add sub mul div fma max sum max_lane scale2 round_to_int keep word splat as_float to_float
 //   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits either shift store_word
 //   even_bytes odd_bytes add_dot_shorts look_up
+//   FLOAT8_UNIT float8_place widen_float8
 // and dot_bytes, or BLADE_DOT_BY_PAIRS and the steps of a dot product of bytes (byte_dot.h).
 // What can be said in those terms for all levels is below.
 #pragma once
@@ -45,6 +46,9 @@ INLINE float half_to_float(uint16_t h) {  // IEEE binary16: rebias by a multipli
     memcpy(&f, &u, 4);
     return f;
 }
+
+// e4m3 without infinities, a binary16 but for the bias of its exponent. NaN becomes a number.
+INLINE float float8_to_float(uint8_t b) { return half_to_float(uint16_t((b & 0x80) << 8 | (b & 0x7f) << 7)) * 256; }
 }  // namespace vec
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)

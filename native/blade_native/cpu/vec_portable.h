@@ -129,6 +129,17 @@ INLINE F half_to_float(const void* p) {
     for (int i = 0; i < LANES; i++) lanes[i] = half_to_float(halves[i]);
     return load(lanes);
 }
+// Sixteen pairs of 8-bit floats (float8_to_float), divided by FLOAT8_UNIT: the first ones, and the second ones.
+constexpr float FLOAT8_UNIT = 0x1p8f;
+INLINE int float8_place(int channel) { return channel; }  // of its pair among the sixteen
+INLINE void widen_float8(const uint16_t* p, F& first, F& second) {
+    float lanes[2][LANES];
+    for (int i = 0; i < LANES; i++) {
+        lanes[0][i] = float8_to_float(uint8_t(p[i])) / FLOAT8_UNIT;
+        lanes[1][i] = float8_to_float(uint8_t(p[i] >> 8)) / FLOAT8_UNIT;
+    }
+    first = load(lanes[0]), second = load(lanes[1]);
+}
 
 INLINE F dot_bf16(F c, W w, W a) {
     const I4 high = I4{-65536, -65536, -65536, -65536};

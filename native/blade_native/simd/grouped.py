@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
-from blade import GroupedWeight
-from blade.contracts import Linear
+from blade import GroupedWeight, QuantizedWeight
 from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
-from blade_native.simd.linear import Matrix, pack_joined
+from blade_native.simd.linear import Matrix
 
 GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 VALUES_GROUPS = (16, 32, 64, 128)
@@ -23,31 +21,25 @@ CODES = {torch.uint8: 2, torch.int8: 3}
 
 def covers(weight: GroupedWeight) -> bool:
     """Whether the kernels multiply by this weight as it is."""
-    return problem(weight) is None
+    return problem(weight) is None and has_kernel(weight)
 
 
 def has_kernel(weight: GroupedWeight) -> bool:
     """Whether kernels compute on such weights, if they are sound."""
-    return weight.values is None or weight.bits == 4
+    groups = GROUPS.get(weight.bits, ()) if weight.values is None else VALUES_GROUPS
+    return weight.group in groups and (weight.values is None or weight.bits == 4)
 
 
 def problem(weight: GroupedWeight) -> str | None:
-    """What the kernels do not cover, beginning with the field's name."""
-    if weight.bits not in GROUPS:
-        return f"bits is {weight.bits}, not one of {list(GROUPS)}"
-    groups = GROUPS[weight.bits] if weight.values is None else VALUES_GROUPS
-    if weight.group not in groups:
-        return f"group is {weight.group}, not one of {list(groups)} for {weight.bits} bits"
+    """What is not as it should be, beginning with the field's name."""
+    if not 1 <= weight.bits <= 8:
+        return f"bits is {weight.bits}, not in 1..8"
     if weight.q.dtype is not torch.uint8 or weight.q.dim() != 2:
         return f"q is {weight.q.dtype} {list(weight.q.shape)}, not torch.uint8 [N, K]"
-    if weight.q.shape[1] % weight.group:
+    if weight.group < 1 or weight.q.shape[1] % weight.group:
         return f"group of {weight.group} does not divide K = {weight.q.shape[1]}"
-    return (
-        _problem_of_numbers(weight)
-        or _problem_of_blocks(weight)
-        or _problem_of_values(weight)
-        or _problem_of_order(weight)
-    )
+    problems = (_problem_of_numbers, _problem_of_blocks, _problem_of_values, _problem_of_order)
+    return next((found for each in problems if (found := each(weight))), None)
 
 
 _PLAIN = {"scales": list(FLOATS), "minima": [torch.float16], "zeros": [torch.uint8]}
@@ -86,8 +78,8 @@ def _problem_of_blocks(weight: GroupedWeight) -> str | None:
 def _problem_of_values(weight: GroupedWeight) -> str | None:
     if weight.values is None:
         return None
-    if weight.bits != 4 or len(weight.values) != 16:
-        return f"values are {len(weight.values)} for {weight.bits} bits, not 16 for 4"
+    if len(weight.values) != 2**weight.bits:
+        return f"values are {len(weight.values)} for {weight.bits} bits"
     if not all(-127 <= value <= 127 for value in weight.values):
         return f"values are {weight.values}, not all in -127..127"
     return "values stand beside zeros or minima" if weight.zeros is not None or weight.minima is not None else None
@@ -102,23 +94,16 @@ def _problem_of_order(weight: GroupedWeight) -> str | None:
     return None if order.sort().values.equal(torch.arange(k)) else f"order does not name each of 0..{k - 1} once"
 
 
-def pack_grouped(library: Library, weights: Seq[GroupedWeight], bias: Tensor | None, threads: int) -> Linear:
-    """Neighbours of one format become one matrix. Raises ValueError naming the field that no kernel covers."""
-    for weight in weights:
-        if reason := problem(weight):
-            raise ValueError(reason)
-
-    def pack(linear: CLinear, weight: GroupedWeight) -> None:
-        offsets = weight.zeros if weight.minima is None else weight.minima
-        sources = [weight.q, weight.scales, offsets, weight.block_scales, weight.block_minima]
-        kept = [None if source is None else source.contiguous() for source in sources]
-        pointers = CGrouped(*(None if source is None else source.data_ptr() for source in kept))
-        library.pack_grouped(ctypes.byref(linear), ctypes.byref(pointers), threads)
-
-    return pack_joined(library, [_matrix(weight) for weight in weights], bias, threads, pack)
+def fill(library: Library, linear: CLinear, weight: GroupedWeight, threads: int) -> None:
+    """Put the weights of a sound matrix where the linear has room for them."""
+    offsets = weight.zeros if weight.minima is None else weight.minima
+    sources = [weight.q, weight.scales, offsets, weight.block_scales, weight.block_minima]
+    kept = [None if source is None else source.contiguous() for source in sources]
+    pointers = CGrouped(*(None if source is None else source.data_ptr() for source in kept))
+    library.pack_grouped(ctypes.byref(linear), ctypes.byref(pointers), threads)
 
 
-def _matrix(weight: GroupedWeight) -> Matrix[GroupedWeight]:
+def matrix_of(weight: GroupedWeight) -> Matrix[QuantizedWeight]:
     (n, k), order = weight.q.shape, weight.order
     return Matrix(weight, _format(weight), (n, k), None if order is None else order.to(torch.int32))
 

@@ -57,6 +57,12 @@ class CGrouped(Structure):
     _fields_ = tuple((name, c_void_p) for name in ("q", "scales", "offsets", "block_scales", "block_offsets"))
 
 
+class CFloat8(Structure):
+    """`Float8` of api.h."""
+
+    _fields_ = (("q", c_void_p), ("scales", c_void_p), ("block_n", c_int64), ("block_k", c_int64))
+
+
 class CPagedKV(Structure):
     """`PagedKV` of api.h."""
 
@@ -185,6 +191,7 @@ class Library:
         self.pack_dense = self._function("pack_dense", LINEAR, PTR, INT)
         self.pack_blocks = self._function("pack_blocks", LINEAR, PTR, INT, INT)
         self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
+        self.pack_float8 = self._function("pack_float8", LINEAR, POINTER(CFloat8), INT)
         self.read = self._function("read", PTR, LONG, INT)
         self.touch = self._function("touch", PTR, LONG)
         self.replay = self._function("replay", PTR, LONG)

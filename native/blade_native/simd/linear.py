@@ -1,4 +1,4 @@
-"""Packed linears: dense (bf16, f32) and quantised in groups (grouped.py), one alone or several side by side."""
+"""Packed linears: dense (bf16, f32) and quantised (quantized.py), one alone or several side by side."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class Matrix(NamedTuple, Generic[T]):
 
     def continues(self, other: Matrix[T]) -> bool:
         """Whether the two can be one matrix, this below the other."""
-        same_order = (
-            self.order is other.order if self.order is None or other.order is None else self.order.equal(other.order)
-        )
+        if self.order is None or other.order is None:
+            same_order = self.order is other.order
+        else:
+            same_order = self.order.equal(other.order)
         return same_order and other.shape[0] % PANEL == 0 and bytes(other.form) == bytes(self.form)
 
 
@@ -40,9 +41,9 @@ class PackedLinear:
     """y = x W^T + b over weights packed for one machine: contracts.Linear.
 
     A row of the result is bit-identical whatever rows are computed with it. `dtype` is that of x for dense weights,
-    None for grouped ones, which take f32 and bf16 and quantise each group of a row to int8 (the scheme of LLM.int8()'s
-    vector-wise quantisation, Dettmers et al. 2022, in groups). b is float32, padded to
-    whole panels; `order` that of the weights' columns, int32.
+    None for quantised ones, which take f32 and bf16: 8-bit floats as they are, the others quantise each group of a row
+    to int8 (the scheme of LLM.int8()'s vector-wise quantisation, Dettmers et al. 2022, in groups). b is float32, padded
+    to whole panels; `order` that of the weights' columns, int32.
     """
 
     def __init__(

@@ -18,9 +18,9 @@ from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check
 from blade_native.simd.experts import packed_experts
-from blade_native.simd.grouped import has_kernel, pack_grouped
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
+from blade_native.simd.quantized import DequantizedLinear, has_kernel, pack_quantized, problem
 
 log = logging.getLogger("blade.native")
 
@@ -59,12 +59,14 @@ class SimdOps(DefaultOps):
         """Linears over quantised matrices stacked along N, each in its own format, or over one; bias [sum of N]. What
         no kernel computes on becomes dense. Raises ValueError naming the field that is not as it should be."""
         several = [weights] if isinstance(weights, GroupedWeight | Float8Weight) else weights
-        grouped = [weight for weight in several if isinstance(weight, GroupedWeight) and has_kernel(weight)]
-        if len(grouped) == len(several):
-            return pack_grouped(self.library, grouped, bias, self.threads)
+        for weight in several:
+            if reason := problem(weight):
+                raise ValueError(reason)
+        if all(has_kernel(weight) for weight in several):
+            return pack_quantized(self.library, several, bias, self.threads)
         log.warning("A linear becomes dense: the kernels do not compute on its format.")
         dtype = self.default_dtype()
-        return self.linear(torch.cat([dequantize(weight, dtype) for weight in several]), bias)
+        return DequantizedLinear(self.linear(torch.cat([dequantize(weight, dtype) for weight in several]), bias), dtype)
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
         if any(each.kind not in KINDS for each in blocks):
