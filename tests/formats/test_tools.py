@@ -79,8 +79,8 @@ def test_without_kernels_they_are_dequantised_with_a_word() -> None:
         ("gptq", "gptq, 4 bits in groups of 32"),
         ("gptq-v2-act-order-3", "gptq, 3 bits in groups of 32, kept as 4"),
         ("auto-round-asym-2", "auto-round, 2 bits, kept as 4"),
-        ("ct-groups", "compressed-tensors, int8 in channels and int3 in groups of 32, kept as 4"),
-        ("ct-fp8-block", "compressed-tensors, float8 in blocks"),
+        ("ct-groups", "compressed-tensors, int8 in whole rows and int3 in groups of 32, kept as 4"),
+        ("ct-fp8-block", "compressed-tensors, fp8 in blocks of 32 by 32"),
         ("bnb-nf4", "bitsandbytes, nf4"),
     ],
 )
