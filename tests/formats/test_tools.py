@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CASES, EXPECTED, FIXTURES, PREFIX, assembled, dense, logits, make, opened, settings_of
+from checkpoints import (
+    CASES,
+    EXPECTED,
+    FIXTURES,
+    PREFIX,
+    RENAMED,
+    assembled,
+    dense,
+    logits,
+    make,
+    opened,
+    settings_of,
+    stored,
+)
+from safetensors.torch import save_file
 
 from blade import Float8Weight, GroupedWeight, QuantizedWeight
 from blade_native.reference import TorchOps
@@ -65,6 +81,18 @@ def test_a_model_computes_what_transformers_does(case: str) -> None:
     tolerance = 0.05 if case in TOLERANCE else 0.003
     assert float((found - expected).norm() / expected.norm()) < tolerance
     torch.testing.assert_close(logits(unpacked), found, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_formats_that_differ_in_names_alone(case: str, tmp_path: Path) -> None:
+    config, tensors = stored(case)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    served = assembled(tmp_path)
+    assert served.num_params == NUM_PARAMS
+    assert served.form.label.startswith(config["quantization_config"]["quant_method"])
+    expected = EXPECTED[f"{RENAMED[case][0]}/logits"]
+    assert float((logits(served) - expected).norm() / expected.norm()) < 0.003
 
 
 def test_without_kernels_they_are_dequantised_with_a_word() -> None:
