@@ -21,6 +21,7 @@ import blade_llama
 import blade_local
 import blade_modelopt
 import blade_native
+import blade_rtn
 from blade import Config, ModelOptions, SamplingParams, Sequence, Step
 from blade.assembly import Assembly, choose, load_model
 from blade.checkpoint.safetensors import SafetensorsWeights
@@ -43,7 +44,7 @@ PLUGINS = Plugins(
     {
         "native": blade_native, "llama": blade_llama, "fcfs": blade_fcfs, "local": blade_local, "gptq": blade_gptq,
         "awq": blade_awq, "auto-round": blade_auto_round, "compressed-tensors": blade_compressed_tensors,
-        "fp8": blade_fp8, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt,
+        "fp8": blade_fp8, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt, "rtn": blade_rtn,
     }
 )  # fmt: skip
 
