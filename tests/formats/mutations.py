@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import CASES, PLUGINS, PROMPT, RENAMED, QuantizedTorch, stored
+from format_cases import CASES, PLUGINS, PROMPT, RENAMED, QuantizedTorch, stored
 from safetensors.torch import save_file
 
 from blade import CheckpointError, SamplingParams, Sequence, Step

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import dense, make
+from format_cases import dense, make
 from tensors import Tensors, fp8, gptq, pack, seeded
 
 from blade import Float8Weight, GroupedWeight

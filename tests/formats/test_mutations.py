@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from checkpoints import CASES, RENAMED
+from format_cases import CASES, RENAMED
 from mutations import fuzz
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FIXTURES as F
-from checkpoints import PLUGINS, assembled, make, settings_of
+from format_cases import FIXTURES as F
+from format_cases import PLUGINS, assembled, make, settings_of
 from tensors import Tensors, gptq, pack
 
 from blade import CheckpointError, ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from format_cases import (
     CASES,
     EXPECTED,
     FIXTURES,
