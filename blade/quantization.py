@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blade.engine.memory import size
 from blade.errors import CheckpointError, ConfigError
 from blade.registry import suggest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from blade.checkpoint.gguf_weights import GGUFWeights
@@ -45,7 +47,7 @@ def choose_form(
 ) -> WeightForm:
     """Raises CheckpointError where no plugin reads the checkpoint's format, ConfigError where `asked` makes no sense of
     it."""
-    settings = checkpoint.config.get("quantization_config")
+    settings = _settings(checkpoint.config)
     if settings:
         return _quantized(checkpoint, settings, asked, ops, dtype, plugins)
     if asked not in (None, NONE):
@@ -55,6 +57,14 @@ def choose_form(
     if checkpoint.blocks:
         return _blocks(checkpoint, checkpoint.blocks, asked, ops, dtype)
     return WeightForm(None, _name(dtype))
+
+
+def _settings(config: Mapping[str, Any]) -> object:
+    """Where config.json says how the weights are quantised: also under the name of old, and beside a text model's own
+    settings."""
+    nested = config.get("text_config")
+    found = config.get("quantization_config") or config.get("compression_config")
+    return found or (nested.get("quantization_config") if isinstance(nested, dict) else None)
 
 
 def _quantized(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from blade.chunks import in_chunks
 from blade.errors import CheckpointError
 from blade.nn.grouped import Matrix
 from blade.types import GroupedWeight
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from blade.contracts import Weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 GROUPS = (128, 64, 32, 16)  # numbers that may share a scale in a GroupedWeight, the best first
+CHUNK = 1 << 17  # numbers that go through all operations together: they stay in cache
 KEPT = {2: 4, 3: 4, 4: 4, 5: 5, 6: 6, 7: 8, 8: 8}  # bits of a checkpoint's integers, and those they are kept in
 
 
@@ -52,18 +54,41 @@ def checked_scales(name: str, weights: Weights, shape: tuple[int, ...] | None) -
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """Rows of integers of 1 to 8 bits that follow each other from the lowest bit on, across words: [R, W] of any
     integer dtype -> [R, columns] uint8."""
-    packed = words.contiguous().view(torch.uint8)  # [R, bytes], little-endian
-    if bits == 8:
-        return packed[:, :columns]
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(len(words), -1, bits)
-    out = packed.new_empty(*packed.shape[:2], 8)  # `bits` bytes hold eight
+    out = torch.empty(len(words), columns, dtype=torch.uint8)
+
+    def work(words: Tensor, out: Tensor) -> None:
+        packed = words.contiguous().view(torch.uint8)  # [r, bytes], little-endian
+        out.copy_(_SPREAD.get(bits, _spread)(packed, bits)[:, :columns])
+
+    in_chunks(work, max(1, CHUNK // columns), words, out)
+    return out
+
+
+def _spread(packed: Tensor, bits: int) -> Tensor:
+    """[r, bytes] -> [r, numbers]: `bits` bytes hold eight."""
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(len(packed), -1, bits)
+    out = packed.new_empty(*packed.shape[:2], 8)
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
         number = packed[..., byte] >> shift
         if shift + bits > 8:
             number |= packed[..., byte + 1] << (8 - shift)
         torch.bitwise_and(number, 2**bits - 1, out=out[..., i])
-    return out.flatten(1)[:, :columns]
+    return out.flatten(1)
+
+
+def _nibbles(packed: Tensor, bits: int = 4) -> Tensor:
+    """4 bits, a byte to two at once."""
+    wide = packed.to(torch.int16)
+    return wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+
+
+def _pairs(packed: Tensor, bits: int = 2) -> Tensor:
+    wide = _nibbles(packed).to(torch.int16)
+    return wide.bitwise_or_(wide << 6).bitwise_and_(0x0303).view(torch.uint8)
+
+
+_SPREAD: dict[int, Callable[[Tensor, int], Tensor]] = {2: _pairs, 4: _nibbles, 8: lambda packed, bits: packed}
 
 
 def order_of(name: str, weights: Weights, k: int, group: int) -> Tensor | None:

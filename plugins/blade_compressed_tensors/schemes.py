@@ -20,11 +20,7 @@ log = logging.getLogger("blade.formats")
 PATH = "quantization_config."
 LINEAR = "Linear"  # a target: every linear
 EXTENTS = ("tensor", "channel", "group", "tensor_group", "block")
-PACKED = {
-    "pack-quantized": "int",
-    "nvfp4-pack-quantized": "float",
-    "mxfp4-pack-quantized": "float",
-}
+PACKED = {"pack-quantized": "int", "nvfp4-pack-quantized": "float", "mxfp4-pack-quantized": "float"}  # and their type
 BYTES = {"int-quantized": "int", "float-quantized": "float", "naive-quantized": "", "mxfp8-quantized": "float"}
 WEIGHT_KEYS = {  # beside those read: what the scales' dtypes are is seen from the tensors
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "actorder", "observer",
@@ -46,11 +42,15 @@ class Scheme:
 
     @property
     def description(self) -> str:
-        of = {"group": f"groups of {self.group}", "tensor_group": f"groups of {self.group}"}.get(
-            self.extent, f"{self.extent}s"
-        )
+        """ "int3 in groups of 128, kept as 4"."""
+        extents = {
+            "tensor": "whole matrices",
+            "channel": "whole rows",
+            "block": f"blocks of {self.block[0]} by {self.block[1]}",
+        }
         kept = "" if self.type == "float" or KEPT[self.bits] == self.bits else f", kept as {KEPT[self.bits]}"
-        return f"{self.type}{self.bits} in {of}{kept}"
+        number = f"{'int' if self.type == 'int' else 'fp'}{self.bits}"
+        return f"{number} in {extents.get(self.extent, f'groups of {self.group}')}{kept}"
 
 
 class Schemes:
@@ -110,6 +110,8 @@ def _read(group: dict[str, Any], path: str, common: object) -> Scheme:
         keys.refuse("num_bits", f"what {kind} can be")
     if extent in ("group", "tensor_group"):
         size = keys.integer("group_size", 128)
+    elif kind in PACKED and numbers == "float":
+        keys.refuse("strategy", f"group or tensor_group for {kind}")
     if extent == "block":
         block = _block(keys)
     return Scheme(kind, numbers, bits, keys.flag("symmetric", True), extent, size, block)

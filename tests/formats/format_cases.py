@@ -21,6 +21,7 @@ import blade_llama
 import blade_local
 import blade_modelopt
 import blade_native
+import blade_rtn
 from blade import Config, ModelOptions, SamplingParams, Sequence, Step
 from blade.assembly import Assembly, choose, load_model
 from blade.checkpoint.safetensors import SafetensorsWeights
@@ -43,9 +44,42 @@ PLUGINS = Plugins(
     {
         "native": blade_native, "llama": blade_llama, "fcfs": blade_fcfs, "local": blade_local, "gptq": blade_gptq,
         "awq": blade_awq, "auto-round": blade_auto_round, "compressed-tensors": blade_compressed_tensors,
-        "fp8": blade_fp8, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt,
+        "fp8": blade_fp8, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt, "rtn": blade_rtn,
     }
 )  # fmt: skip
+
+
+RENAMED = {  # formats that differ from another one in names: what they are made from, the new names, the settings
+    "fp8": (
+        "ct-fp8-block",
+        {"weight_scale": "weight_scale_inv"},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+    ),
+    "modelopt": (
+        "ct-nvfp4",
+        {"weight_packed": "weight", "weight_global_scale": "weight_scale_2"},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"], "producer": {"name": "modelopt"}},
+    ),
+    "auto-round-awq": (
+        "awq",
+        {},
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_awq"},
+    ),
+}
+
+
+def stored(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a fixture, or of one under other names."""
+    source, names, settings = RENAMED.get(case, (case, {}, None))
+    config = json.loads((FIXTURES / source / "config.json").read_text())
+    if settings is not None:
+        config["quantization_config"] = settings
+    tensors = {}
+    for name, tensor in load_file(FIXTURES / source / "model.safetensors").items():
+        prefix, _, own = name.rpartition(".")
+        inverse = own == "weight_global_scale" and case == "modelopt"
+        tensors[f"{prefix}.{names.get(own, own)}"] = 1 / tensor if inverse else tensor
+    return config, tensors
 
 
 class QuantizedTorch(TorchOps):

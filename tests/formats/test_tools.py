@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
-from format_cases import CASES, EXPECTED, FIXTURES, PREFIX, assembled, dense, logits, make, opened, settings_of
+from format_cases import (
+    CASES,
+    EXPECTED,
+    FIXTURES,
+    PREFIX,
+    RENAMED,
+    assembled,
+    dense,
+    logits,
+    make,
+    opened,
+    settings_of,
+    stored,
+)
+from safetensors.torch import save_file
 
 from blade import Float8Weight, GroupedWeight, QuantizedWeight
 from blade_native.reference import TorchOps
@@ -67,6 +83,18 @@ def test_a_model_computes_what_transformers_does(case: str) -> None:
     torch.testing.assert_close(logits(unpacked), found, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("case", RENAMED)
+def test_formats_that_differ_in_names_alone(case: str, tmp_path: Path) -> None:
+    config, tensors = stored(case)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    served = assembled(tmp_path)
+    assert served.num_params == NUM_PARAMS
+    assert served.form.label.startswith(config["quantization_config"]["quant_method"])
+    expected = EXPECTED[f"{RENAMED[case][0]}/logits"]
+    assert float((logits(served) - expected).norm() / expected.norm()) < 0.003
+
+
 def test_without_kernels_they_are_dequantised_with_a_word() -> None:
     plain = assembled(FIXTURES / "gptq", ops=TorchOps())
     assert "the device (torch) has no kernels for quantised weights in float32" in plain.form.label
@@ -79,8 +107,8 @@ def test_without_kernels_they_are_dequantised_with_a_word() -> None:
         ("gptq", "gptq, 4 bits in groups of 32"),
         ("gptq-v2-act-order-3", "gptq, 3 bits in groups of 32, kept as 4"),
         ("auto-round-asym-2", "auto-round, 2 bits, kept as 4"),
-        ("ct-groups", "compressed-tensors, int8 in channels and int3 in groups of 32, kept as 4"),
-        ("ct-fp8-block", "compressed-tensors, float8 in blocks"),
+        ("ct-groups", "compressed-tensors, int8 in whole rows and int3 in groups of 32, kept as 4"),
+        ("ct-fp8-block", "compressed-tensors, fp8 in blocks of 32 by 32"),
         ("bnb-nf4", "bitsandbytes, nf4"),
     ],
 )
