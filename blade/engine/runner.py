@@ -23,11 +23,12 @@ class ModelRunner:
         self.ops = ops
         self.forward = ops.capture(model, kv, options)
         self.block_size = options.block_size
+        self.states = model.config.state is not None
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
-        batch = build_batch(step, self.block_size, self.ops.to_device)
+        batch = build_batch(step, self.block_size, self.ops.to_device, self.states)
         logits = self.forward(batch)
         rows = [
             Row(seq, seq.computed + num_tokens - back)
