@@ -39,6 +39,7 @@ class Assembly:
     config: Config
     plugins: Plugins
     checkpoint: Checkpoint
+    weights: Weights  # the checkpoint's, as the architecture sees them
     architecture: Architecture
     family: str  # the plugin that brought the architecture
     form: WeightForm
@@ -62,12 +63,6 @@ class Assembly:
             block_size=self.config.engine.block_size,
             storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
         )
-
-    @property
-    def weights(self) -> Weights:
-        """The checkpoint's, as the model's architecture sees them."""
-        seen = getattr(self.architecture, "weights", None)
-        return seen(self.checkpoint.config, self.checkpoint.weights) if seen else self.checkpoint.weights
 
     @property
     def weight_bytes(self) -> int:
@@ -153,6 +148,8 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
     checkpoint = open_checkpoint(path)  # the last thing that needs no torch
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
+    seen = getattr(architecture, "weights", None)
+    weights: Weights = seen(checkpoint.config, checkpoint.weights) if seen else checkpoint.weights
     device, threads = _device(config.engine.device), config.engine.threads
     ops: Ops = target.ops if target else backends.create(device, threads)
     dtype = _dtype(config, ops)
@@ -163,6 +160,7 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
         config=config,
         plugins=plugins,
         checkpoint=checkpoint,
+        weights=weights,
         architecture=architecture,
         family=family,
         form=choose_form(checkpoint, config.model.quantize, ops, dtype, plugins),

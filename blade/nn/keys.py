@@ -49,6 +49,10 @@ class Keys(CheckedValues):
             self.refuse(key, "an object")
         return Keys(value, f"{self._path}{key}.")
 
+    def with_default(self, key: str, value: Any) -> Keys:
+        """The same, with a value for the key where it has none."""
+        return self if self.has(key) else Keys({**self._values, key: value}, self._path)
+
     def has(self, key: str) -> bool:
         return self._values.get(key) is not None
 
