@@ -16,7 +16,7 @@ GIB = 1 << 30
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 CPU_DEFAULT_BYTES = 4 * GIB  # RAM is everybody's: the share below is not taken of all of it unasked
 STATES_SHARE = 0.5  # of the memory for the cache: what states may take of it at most
-KEPT_STATES = 1  # for each sequence that may run: states after prefixes, while there is room
+LEAST_KEPT_STATES = 64  # after prefixes, while there is room; as many as sequences may run, if these are more
 
 
 @dataclass(slots=True, frozen=True)
@@ -72,7 +72,7 @@ def plan_memory(
         num_bytes = share
     num_states = 0
     if state_bytes:
-        wanted = (PER_SEQUENCE + KEPT_STATES) * config.max_num_seqs
+        wanted = PER_SEQUENCE * config.max_num_seqs + max(config.max_num_seqs, LEAST_KEPT_STATES)
         spare = min(int(num_bytes * STATES_SHARE), num_bytes - needed + least_states)
         num_states = max(PER_SEQUENCE, min(wanted, spare // state_bytes))
     num_blocks = max(0, num_bytes - num_states * state_bytes) // block_bytes

@@ -39,6 +39,7 @@ DELTA = {
     "linear_value_head_dim": 24,
 }
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
 SHARED = {"shared_expert_intermediate_size": 80}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 next dense": ("Qwen3Next", MIXTURE | SHARED | DELTA | {"mlp_only_layers": [0, 1, 2, 3]}),
     "qwen3.5": ("Qwen3_5", DELTA | {"linear_conv_kernel_dim": 3}),
     "qwen3.5 tied": ("Qwen3_5", DELTA | {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3.5 vision": ("Qwen3_5", DELTA | {"tie_word_embeddings": True}),
+    "qwen3.5 moe vision": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
     "qwen3.5 moe": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA | {"layer_types": LINEAR_FIRST}),
     "qwen3.5 moe fused": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
 }
@@ -107,25 +110,36 @@ def make_reference(case: str) -> Reference:
     import transformers
 
     family, settings = CASES[case]
-    text = "Text" if family.startswith("Qwen3_5") else ""
-    config = getattr(transformers, f"{family}{text}Config")(
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        vocab_size=199,
-        **{"num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 128} | settings,
-        architectures=[f"{family}ForCausalLM"],
-    )
+    config, kind = _config(family, settings), "ForCausalLM"
+    if case.endswith("vision"):
+        kind = "ForConditionalGeneration"
+        tied = config.tie_word_embeddings
+        sections = {"text_config": config.to_dict(), "vision_config": VISION}
+        config = getattr(transformers, f"{family}Config")(**sections, tie_word_embeddings=tied)
+    config.architectures = [family + kind]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    hybrid = hasattr(config, "linear_num_key_heads")
+    model = getattr(transformers, family + kind)(config).eval()
+    hybrid = hasattr(config.get_text_config(), "linear_num_key_heads")
     for name, parameter in model.named_parameters():
         parameter.data.normal_(mean=_mean(name, hybrid) if parameter.dim() == 1 else 0.0, std=0.2)
     tensors = dict(model.state_dict()) if case.endswith("fused") else _published(model)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in LENGTHS]
+    prompts = [torch.randint(config.get_text_config().vocab_size, (length,)).tolist() for length in LENGTHS]
     return Reference(config.to_dict(), DictWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
+
+
+def _config(family: str, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    text = "Text" if family.startswith("Qwen3_5") else ""
+    return getattr(transformers, f"{family}{text}Config")(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        vocab_size=199,
+        **{"num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 128} | settings,
+    )
 
 
 def _mean(name: str, hybrid: bool) -> float:
@@ -150,7 +164,7 @@ def _logits(model: Any, prompt: list[int]) -> Tensor:
     """Beyond the trained context one token per pass, as when they are generated: see blade.nn.DynamicRope."""
     import transformers
 
-    ids, trained = torch.tensor([prompt]), model.config.max_position_embeddings
+    ids, trained = torch.tensor([prompt]), model.config.get_text_config().max_position_embeddings
     parts = [ids[:, :trained], *(ids[:, i : i + 1] for i in range(trained, len(prompt)))]
     renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
     cache = {"cache" if renamed else "past_key_values": transformers.DynamicCache(config=model.config)}
