@@ -31,6 +31,8 @@ from blade.types import (
     Sampled,
     SamplingParams,
     Sequence,
+    StateSpec,
+    StateTensor,
     Step,
     TokenLogprob,
 )
@@ -73,6 +75,8 @@ __all__ = [
     "SamplingParams",
     "Sequence",
     "ServerOptions",
+    "StateSpec",
+    "StateTensor",
     "Step",
     "TextResponse",
     "TokenLogprob",

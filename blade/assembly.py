@@ -40,6 +40,7 @@ class Assembly:
     config: Config
     plugins: Plugins
     checkpoint: Checkpoint
+    weights: Weights  # the checkpoint's, as the architecture sees them
     architecture: Architecture
     family: str  # the plugin that brought the architecture
     form: WeightForm
@@ -55,7 +56,7 @@ class Assembly:
     def kv_spec(self) -> KVSpec:
         model = self.model_config
         return KVSpec(
-            num_layers=model.num_layers,
+            num_layers=model.num_kv_layers,
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
@@ -63,12 +64,6 @@ class Assembly:
             block_size=self.config.engine.block_size,
             storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
         )
-
-    @property
-    def weights(self) -> Weights:
-        """The checkpoint's, as the model's architecture sees them."""
-        seen = getattr(self.architecture, "weights", None)
-        return seen(self.checkpoint.config, self.checkpoint.weights) if seen else self.checkpoint.weights
 
     @property
     def weight_bytes(self) -> int:
@@ -90,6 +85,13 @@ class Assembly:
     def block_bytes(self) -> int:
         """Of a block of the KV cache over all layers; the draft model has as many blocks of its own."""
         return self.attention.block_bytes(self.kv_spec) + (self.draft.block_bytes if self.draft else 0)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one state of all recurrent layers; 0 where there are none."""
+        from blade.engine.state_cache import state_bytes
+
+        return state_bytes(self.model_config, self.dtype)
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -114,7 +116,8 @@ class Assembly:
 
         available = max(0, self.ops.available_memory() - reserved)
         on_cpu = self.ops.device.type == "cpu"
-        return plan_memory(self.config.engine, available, self.block_bytes, self.max_context, on_cpu)
+        sizes = self.block_bytes, self.max_context, on_cpu, self.state_bytes
+        return plan_memory(self.config.engine, available, *sizes)
 
 
 def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
@@ -127,6 +130,11 @@ def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
         return assembly
     options = {field.name: getattr(config.draft, field.name) for field in fields(config.draft)}
     draft = _choose(replace(config, model=ModelOptions(**options)), plugins, target=assembly)
+    if draft.model_config.state is not None:
+        raise ConfigError(
+            f"--draft.model {draft.model_name} has recurrent layers, which cannot take back what they drafted.",
+            "Choose a draft model with attention alone, or --drafter suffix.",
+        )
     return replace(assembly, draft=replace(draft, max_context=min(draft.max_context, assembly.max_context)))
 
 
@@ -148,6 +156,8 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
     checkpoint = open_checkpoint(path)  # the last thing that needs no torch
     family, architecture = _architecture(checkpoint, plugins)
     model_config = architecture.configure(checkpoint.config)
+    seen = getattr(architecture, "weights", None)
+    weights: Weights = seen(checkpoint.config, checkpoint.weights) if seen else checkpoint.weights
     device, threads = _device(config.engine.device), config.engine.threads
     ops: Ops = target.ops if target else backends.create(device, threads)
     dtype = _dtype(config, ops)
@@ -158,6 +168,7 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
         config=config,
         plugins=plugins,
         checkpoint=checkpoint,
+        weights=weights,
         architecture=architecture,
         family=family,
         form=choose_form(checkpoint, config.model.quantize, ops, dtype, plugins),
@@ -201,14 +212,25 @@ def build_engine(
     from blade.engine.blocks import BlockPool
     from blade.engine.engine import Engine
     from blade.engine.runner import ModelRunner
+    from blade.engine.state_cache import with_states
+    from blade.engine.states import PER_SEQUENCE, StatePool
 
     plugins, config = assembly.plugins, assembly.config.engine
+    states = StatePool(memory.num_states) if memory.num_states else None
+    if states is not None:
+        config = replace(config, max_num_seqs=min(config.max_num_seqs, memory.num_states // PER_SEQUENCE))
     secret = secrets.randbits(64)
-    kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
+    kv = with_states(
+        assembly.attention.allocate(assembly.kv_spec, memory.num_blocks),
+        assembly.model_config,
+        memory.num_states,
+        assembly.dtype,
+        assembly.ops.device,
+    )
     executor = plugins.registry("register_executors").create(
         config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret, adapters), config
     )
-    blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache)
+    blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache, states)
     scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)
     limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
     draft_model = _draft_model(assembly.draft, draft, memory, secret) if assembly.draft and draft else None

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from blade.engine.memory import size
+from blade.engine.states import PER_SEQUENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +32,18 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
         *_speculation(assembly),
         f"memory  KV cache of {size(memory.num_bytes)}{quant}: {memory.num_tokens:,} tokens, "
         f"{memory.num_full_requests:.1f} requests of the full context of {memory.max_context:,}",
+        *_states(memory, engine.max_num_seqs),
+    ]
+
+
+def _states(memory: MemoryPlan, max_num_seqs: int) -> list[str]:
+    """Of recurrent layers: how many sequences can run at once for their sake."""
+    if not memory.num_states:
+        return []
+    num_seqs = min(max_num_seqs, memory.num_states // PER_SEQUENCE)
+    return [
+        f"states  of recurrent layers {size(memory.num_state_bytes)}: {memory.num_states:,} of "
+        f"{size(memory.state_bytes)}, up to {num_seqs:,} requests at once, prefixes in the rest"
     ]
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 KVCache: TypeAlias = "Seq[Any]"
-"""One opaque entry per layer; only the attention backend that allocated it knows the layout."""
+"""One entry per layer of the model. Of attention it is opaque: only the backend that allocated it knows the layout. Of
+a recurrent layer it is the tensors of its StateSpec, [num_slots, ...] each."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,8 @@ class Sequence:
     draft_ids: list[int] = field(default_factory=list)  # proposed by a drafter, not yet verified
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # block table: block of token i is blocks[i // block_size]
+    state: int = -1  # slot of the recurrent layers' state after tokens[:computed], where the model has such; -1: none
+    next_state: int = -1  # slot that the next step writes its state to
     block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full blocks known so far
     num_committed: int = 0  # full blocks already offered to the prefix cache
     num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at first admission
@@ -201,6 +204,22 @@ class KVSpec:
 
 
 @dataclass(slots=True, frozen=True)
+class StateTensor:
+    """One of the tensors that a recurrent layer keeps of each sequence."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None  # torch's name; None: that of the run
+
+
+@dataclass(slots=True, frozen=True)
+class StateSpec:
+    """What a model's recurrent layers keep in place of KV: as much of a long sequence as of a short one."""
+
+    layers: tuple[int, ...]  # which of the model's layers they are
+    tensors: tuple[StateTensor, ...]  # of each of them
+
+
+@dataclass(slots=True, frozen=True)
 class GroupedWeight:
     """A quantised matrix [N, K]: w = scale * (q - zero) + minimum, with a scale (zero, minimum) per group of a row.
 
@@ -271,6 +290,11 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    state: StateSpec | None = field(default=None, kw_only=True)  # of its recurrent layers; None: all have KV
+
+    @property
+    def num_kv_layers(self) -> int:
+        return self.num_layers - (len(self.state.layers) if self.state else 0)
 
 
 @dataclass(slots=True, frozen=True)

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from blade.types import Sequence, Step
 
 
-def build_batch(step: Step, block_size: int, to_device: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+def build_batch(
+    step: Step, block_size: int, to_device: Callable[[torch.Tensor], torch.Tensor], states: bool = False
+) -> Batch:
     """Lay the step's owed tokens end to end. A sequence whose last token is in the step gets logits rows: one for that
-    token, and one for each draft before it."""
+    token, and one for each draft before it. `states`: the model has recurrent layers."""
     ids, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
     for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True):
         span = range(seq.computed, seq.computed + num_tokens)
@@ -29,7 +31,9 @@ def build_batch(step: Step, block_size: int, to_device: Callable[[torch.Tensor],
     starts = array("i", accumulate(step.num_tokens, initial=0))
     kv_lens = [seq.computed + num_tokens for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)]
     longs = _joined([ids, positions, slots, rows], torch.int64, to_device)
-    ints = _joined([starts, array("i", kv_lens), _block_tables(step.seqs)], torch.int32, to_device)
+    slot_lists = ([seq.state for seq in step.seqs], [seq.next_state for seq in step.seqs]) if states else ()
+    state_slots = [array("i", slots) for slots in slot_lists]
+    ints = _joined([starts, array("i", kv_lens), _block_tables(step.seqs), *state_slots], torch.int32, to_device)
     return Batch(
         input_ids=longs[0],
         positions=longs[1],
@@ -40,6 +44,8 @@ def build_batch(step: Step, block_size: int, to_device: Callable[[torch.Tensor],
         block_tables=ints[2].view(len(step), -1),
         query_lens=list(step.num_tokens),
         kv_lens=kv_lens,
+        state_in=ints[3] if states else None,
+        state_out=ints[4] if states else None,
     )
 
 

@@ -19,10 +19,15 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from blade.engine.states import NO_SLOT
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from blade.engine.states import StatePool
     from blade.types import Sequence
+
+MIN_GAIN = 64  # tokens that a kept state must save, for a step to be cut where it is to be kept
 
 
 @dataclass(slots=True)
@@ -35,12 +40,20 @@ class Block:
 
 
 class BlockPool:
-    """Hands out blocks to sequences and remembers the prefixes they leave behind (contracts.Blocks)."""
+    """Hands out blocks to sequences and remembers the prefixes they leave behind (contracts.Blocks).
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+    Where the model has recurrent layers, `states` keeps their books, and a prefix is one only up to where a state was
+    kept: at the end of a prompt's full blocks, and where another prompt that began alike has parted from it.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_cache: bool = True, states: StatePool | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
+        self.states = states
+        self._cuts: dict[int, set[int]] = {}  # id of a sequence -> numbers of tokens after which to keep its state
         self._secret = secrets.token_bytes(32)  # hashes cannot be guessed from outside, nor made to collide
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free = deque(range(num_blocks))
@@ -71,7 +84,10 @@ class BlockPool:
         num_wanted = (seq.num_tokens - 1) // self.block_size
         self._hash_blocks(seq, num_wanted)
         found = self._longest_prefix(seq, num_wanted)
-        if len(found) < num_wanted and self._pending.get(seq.block_hashes[len(found)], seq.id) != seq.id:
+        if self.states is None:
+            if len(found) < num_wanted and self._pending.get(seq.block_hashes[len(found)], seq.id) != seq.id:
+                return False
+        elif not self._attach_state(seq, found, num_wanted, self.states):
             return False
         for block_id in found:
             self._hold(block_id)
@@ -82,16 +98,56 @@ class BlockPool:
             self._pending.setdefault(block_hash, seq.id)
         return True
 
+    def _attach_state(self, seq: Sequence, found: list[int], num_wanted: int, states: StatePool) -> bool:
+        """Shorten the prefix `found` to where there is a state, and attach that. False as in attach_prefix: a sequence
+        that computes more of the same prefix is asked to leave its state where the two part."""
+        hashes = seq.block_hashes
+        num_known, owner = len(found), seq.id
+        while num_known < num_wanted and hashes[num_known] in self._pending:
+            owner = self._pending[hashes[num_known]]
+            num_known += 1
+        num_usable = next((n for n in range(len(found), 0, -1) if states.find(hashes[n - 1]) != NO_SLOT), 0)
+        cut = num_known * self.block_size
+        if owner != seq.id and (cut - num_usable * self.block_size >= MIN_GAIN or cut in self._cuts.get(owner, ())):
+            self._cuts.setdefault(owner, set()).add(cut)
+            return False
+        cuts = {num * self.block_size for num in (num_known, num_wanted) if num > num_usable}
+        self._cuts[seq.id] = {cut for cut in cuts if cut - num_usable * self.block_size >= MIN_GAIN}
+        del found[num_usable:]
+        if num_usable:
+            states.attach(seq, states.find(hashes[num_usable - 1]))
+        return True
+
+    def chunk(self, seq: Sequence, num_tokens: int) -> int:
+        """How many of the num_tokens that were scheduled for a sequence to run in one step: no more than to where its
+        state is to be kept."""
+        stops = [cut - seq.computed for cut in self._cuts.get(seq.id, ()) if cut > seq.computed]
+        return min(num_tokens, *stops) if stops else num_tokens
+
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for tokens[:computed + num_tokens], all or nothing."""
         num_missing = self.blocks_for(seq.computed + num_tokens) - len(seq.blocks)
-        if num_missing > self.num_free:
+        if num_missing > self.num_free or (self.states is not None and not self.states.reserve(seq)):
             return False
         for _ in range(num_missing):
             block_id = self._free.popleft() if self._free else self._evict()
             self._blocks[block_id].ref_count = 1
             seq.blocks.append(block_id)
         return True
+
+    def advance(self, seq: Sequence, num_run: int, computed: int) -> None:
+        """A step of num_run tokens of the sequence is over, and tokens[:computed] are sure to stay. Where a state is
+        kept and some of those that ran do not, it goes back to before the step: those that stay are owed again."""
+        if self.states is not None:
+            if computed == seq.computed + num_run:
+                self.states.advance(seq)
+            else:
+                computed = seq.computed
+        seq.computed = computed
+        self.commit(seq)
+        if self.states is not None and self.prefix_cache and computed and computed % self.block_size == 0:
+            passing = computed not in self._cuts.get(seq.id, ())
+            self.states.keep(seq, seq.block_hashes[computed // self.block_size - 1], passing)
 
     def commit(self, seq: Sequence) -> None:
         """Make the sequence's newly computed full blocks findable. Only accepted tokens may count as computed."""
@@ -126,9 +182,15 @@ class BlockPool:
         seq.blocks = []
         seq.computed = 0
         seq.num_committed = 0
+        self._cuts.pop(seq.id, None)
+        if self.states is not None:
+            self.states.release(seq)
 
     def check(self, live: Iterable[Sequence] = ()) -> None:
         """Raise RuntimeError unless the pool's books agree with each other and with the sequences that hold blocks."""
+        live = list(live)
+        if self.states is not None:
+            self.states.check(live)
         held, owners = [0] * self.num_blocks, set()
         for seq in live:
             owners.add(seq.id)
@@ -142,6 +204,8 @@ class BlockPool:
             raise RuntimeError("block pool: free + cached + used is not the total")
         if any(self._blocks[block_id].hash != block_hash for block_hash, block_id in self._by_hash.items()):
             raise RuntimeError("block pool: a hash leads to a block that does not carry it")
+        if not owners.issuperset(self._cuts):
+            raise RuntimeError("block pool: the state of a sequence that has gone is waited for")
         if not owners.issuperset(self._pending.values()):
             raise RuntimeError("block pool: blocks are said to be under computation by a sequence that has gone")
 
@@ -173,5 +237,7 @@ class BlockPool:
         block_id, _ = self._cached.popitem(last=False)
         block = self._blocks[block_id]
         del self._by_hash[block.hash]
+        if self.states is not None:
+            self.states.forget(block.hash)
         block.hash, block.ids = b"", []
         return block_id

@@ -222,6 +222,7 @@ class Engine:
         step = self.scheduler.schedule()
         if not len(step):
             raise RuntimeError("sequences are waiting, yet the scheduler runs none")
+        step.num_tokens = [self.blocks.chunk(seq, num) for seq, num in zip(step.seqs, step.num_tokens, strict=True)]
         started = time.monotonic()
         for seq in step.seqs:
             if seq.first_scheduled is None:
@@ -269,8 +270,7 @@ class Engine:
         """Book what a step computed and sampled; None when it sampled nothing."""
         if not sampled:
             seq.draft_ids = []
-            seq.computed = min(seq.computed + num_tokens, seq.num_tokens - 1)
-            self.blocks.commit(seq)
+            self.blocks.advance(seq, num_tokens, min(seq.computed + num_tokens, seq.num_tokens - 1))
             return None
         num_drafted, num_before = len(seq.draft_ids), len(seq.output_ids)
         seq.draft_ids = []
@@ -282,8 +282,8 @@ class Engine:
                 break
         num_taken = len(seq.output_ids) - num_before
         num_accepted = min(num_taken, len(sampled) - 1)  # the last one sampled is the model's own
-        seq.computed = seq.num_tokens - 1  # the last token's KV is never there yet, and a rejected draft's never counts
-        self.blocks.commit(seq)
+        # The last token's KV is never there yet, and a rejected draft's never counts.
+        self.blocks.advance(seq, num_tokens, seq.num_tokens - 1)
         self._counters["generated_tokens"] += num_taken
         self._counters["draft_tokens"] += num_drafted
         self._counters["draft_tokens_accepted"] += num_accepted

@@ -37,11 +37,12 @@ class ModelRunner:
         self.forward = ops.capture(model, kv, options)
         self.adapted = AdaptedForward(model, kv, ops, options, adapters) if adapters else None
         self.block_size = options.block_size
+        self.states = model.config.state is not None
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
-        batch = build_batch(step, self.block_size, self.ops.to_device)
+        batch = build_batch(step, self.block_size, self.ops.to_device, self.states)
         logits = self._forward(step, batch)
         rows = [
             Row(seq, seq.computed + num_tokens - back)

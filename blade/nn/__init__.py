@@ -12,6 +12,7 @@ from blade.nn.loader import Loader
 from blade.nn.mixture import Mixture, MixtureConfig, SharedExpert, load_experts
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
 from blade.nn.rope_config import read_rope
+from blade.nn.selected_weights import SelectedWeights
 
 __all__ = [
     "ChannelMixer",
@@ -31,6 +32,7 @@ __all__ = [
     "MixtureConfig",
     "Norm",
     "Rope",
+    "SelectedWeights",
     "SelfAttention",
     "SharedExpert",
     "SplitExperts",

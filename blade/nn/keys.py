@@ -71,6 +71,10 @@ class Keys(CheckedValues):
             self.refuse(key, "an object of objects")
         return found
 
+    def with_default(self, key: str, value: Any) -> Keys:
+        """The same, with a value for the key where it has none."""
+        return self if self.has(key) else Keys({**self.values, key: value}, self._path)
+
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 

@@ -30,6 +30,17 @@ LLAMA3 = {
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+DELTA = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+SHARED = {"shared_expert_intermediate_size": 80}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama grouped untied": ("Llama", {}),
@@ -47,14 +58,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3 biases": ("Qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3 sliding": ("Qwen3", {"head_dim": 32} | SLIDING),
-    "qwen2 moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 80}),
-    "qwen2 moe fused": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 80, "norm_topk_prob": True}),
+    "qwen2 moe": ("Qwen2Moe", MIXTURE | SHARED),
+    "qwen2 moe fused": ("Qwen2Moe", MIXTURE | SHARED | {"norm_topk_prob": True}),
     "qwen3 moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True}),
     "qwen3 moe partly": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "mlp_only_layers": [0], "decoder_sparse_step": 1}),
     "qwen3 moe sliding": (
         "Qwen3Moe",
         MIXTURE | {"head_dim": 32, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 12},
     ),
+    "qwen3 next": ("Qwen3Next", MIXTURE | SHARED | DELTA),
+    "qwen3 next dense": ("Qwen3Next", MIXTURE | SHARED | DELTA | {"mlp_only_layers": [0, 1, 2, 3]}),
+    "qwen3.5": ("Qwen3_5", DELTA | {"linear_conv_kernel_dim": 3}),
+    "qwen3.5 tied": ("Qwen3_5", DELTA | {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3.5 vision": ("Qwen3_5", DELTA | {"tie_word_embeddings": True}),
+    "qwen3.5 moe vision": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
+    "qwen3.5 moe": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA | {"layer_types": LINEAR_FIRST}),
+    "qwen3.5 moe fused": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
 }
 
 
@@ -91,24 +110,44 @@ def make_reference(case: str) -> Reference:
     import transformers
 
     family, settings = CASES[case]
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=199,
-        **{"num_key_value_heads": 2, "max_position_embeddings": 128} | settings,
-        architectures=[f"{family}ForCausalLM"],
-    )
+    config, kind = _config(family, settings), "ForCausalLM"
+    if case.endswith("vision"):
+        kind = "ForConditionalGeneration"
+        tied = config.tie_word_embeddings
+        sections = {"text_config": config.to_dict(), "vision_config": VISION}
+        config = getattr(transformers, f"{family}Config")(**sections, tie_word_embeddings=tied)
+    config.architectures = [family + kind]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(mean=float(parameter.dim() == 1), std=0.2)
+    model = getattr(transformers, family + kind)(config).eval()
+    hybrid = hasattr(config.get_text_config(), "linear_num_key_heads")
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(mean=_mean(name, hybrid) if parameter.dim() == 1 else 0.0, std=0.2)
     tensors = dict(model.state_dict()) if case.endswith("fused") else _published(model)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in LENGTHS]
+    prompts = [torch.randint(config.get_text_config().vocab_size, (length,)).tolist() for length in LENGTHS]
     return Reference(config.to_dict(), DictWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
+
+
+def _config(family: str, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    text = "Text" if family.startswith("Qwen3_5") else ""
+    return getattr(transformers, f"{family}{text}Config")(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        vocab_size=199,
+        **{"num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 128} | settings,
+    )
+
+
+def _mean(name: str, hybrid: bool) -> float:
+    """Of a vector's numbers: what leaves logits that say something, and that float32 can hold. Recurrent layers forget
+    slowly, for the little that is left after a while would be normalised up, rounding errors and all."""
+    if name.endswith("A_log"):
+        return -2.0
+    return 0.0 if hybrid and "linear_attn" not in name else 1.0  # norms add 1, where there are recurrent layers
 
 
 def _published(model: Any) -> dict[str, Tensor]:
@@ -125,7 +164,7 @@ def _logits(model: Any, prompt: list[int]) -> Tensor:
     """Beyond the trained context one token per pass, as when they are generated: see blade.nn.DynamicRope."""
     import transformers
 
-    ids, trained = torch.tensor([prompt]), model.config.max_position_embeddings
+    ids, trained = torch.tensor([prompt]), model.config.get_text_config().max_position_embeddings
     parts = [ids[:, :trained], *(ids[:, i : i + 1] for i in range(trained, len(prompt)))]
     renamed = "cache" in inspect.signature(model.forward).parameters  # in transformers 5.24
     cache = {"cache" if renamed else "past_key_values": transformers.DynamicCache(config=model.config)}

@@ -11,6 +11,7 @@ import torch
 import blade_llama
 import blade_qwen
 from blade import CaptureOptions, KVSpec
+from blade.engine.state_cache import with_states
 from blade.nn import Loader
 from blade.plugins import Plugins
 from blade.testing.attention import make_batch
@@ -54,8 +55,10 @@ class Stepper:
         self.block_size = block_size
         name = str(dtype).removeprefix("torch.")
         heads = config.num_heads, config.num_kv_heads, config.head_dim
-        spec = KVSpec(config.num_layers, *heads, name, block_size, storage)
-        self.kv = attention.allocate(spec, sum(sizes))
+        spec = KVSpec(config.num_kv_layers, *heads, name, block_size, storage)
+        kv, num_slots = attention.allocate(spec, sum(sizes)), 2 * len(self.prompts)
+        self.kv = with_states(kv, config, num_slots, dtype, self.ops.device)
+        self.held = [-1] * num_slots  # tokens of prompt slot // 2 that the state in a slot comes after
         self.forward = self.ops.capture(self.model, self.kv, CaptureOptions(captured, block_size=block_size))
 
     @torch.inference_mode()
@@ -65,7 +68,20 @@ class Stepper:
         ids = [token for i, (start, stop) in spans.items() for token in self.prompts[i][start:stop]]
         rows = list(range(len(ids))) if rows is None else rows
         batch = replace(batch, input_ids=torch.tensor(ids), logits_rows=torch.tensor(rows, dtype=torch.int64))
+        if self.model.config.state:
+            slots = [self._slots(i, span) for i, span in spans.items()]
+            state_in, state_out = torch.tensor(slots, dtype=torch.int32).T.contiguous()
+            batch = replace(batch, state_in=state_in, state_out=state_out)
         return self.forward(batch)
+
+    def _slots(self, prompt: int, span: Span) -> tuple[int, int]:
+        """Where the state before the span is, -1 for none, and where the one after it goes."""
+        mine = (2 * prompt, 2 * prompt + 1)
+        found = next((slot for slot in mine if span[0] and self.held[slot] == span[0]), -1)
+        assert (found >= 0) == (span[0] > 0), "the state is gone"
+        after = mine[1] if found == mine[0] else mine[0]
+        self.held[after] = span[1]
+        return found, after
 
     def run(self, steps: list[dict[int, Span]]) -> list[Tensor]:
         """All logits of every prompt, once the steps have gone through it."""
