@@ -132,7 +132,7 @@ def experts(ops: SimdOps, rows: list[int], seconds: float, formats: list[str]) -
             [
                 ops.linear((torch.randn(n, c) / c**0.5).bfloat16(), None)
                 if kind == "bf16"
-                else ops.quantized_linear(grouped(kind, n, c), None)
+                else ops.quantized_linear(quantized(kind, n, c), None)
                 for _ in range(num_experts)
             ]
             for n, c in ((2 * inner, width), (width, inner))

@@ -87,6 +87,12 @@ struct Step {
     int64_t num_tokens, num_seqs, max_blocks;
 };
 
+// Which states a step's sequences read and write; below 0: none (blade.types.Batch).
+struct Slots {
+    const int32_t *cu_seqlens, *in, *out;  // [B + 1], [B], [B]
+    int64_t num_seqs;
+};
+
 // out [num_rows, k] = rows of a packed matrix, dequantised into `dtype`; dense ones come in their own.
 struct UnpackRowsCall {
     const Linear* linear;
@@ -224,6 +230,45 @@ struct ExpertsCall {
     int64_t m, k;
     const int64_t* ids;
     const float* weights;
+    void* y;
+    int32_t threads;
+};
+
+// y [T, channels] = silu of a causal convolution of x along each sequence; weight [channels, window], state
+// [num_slots, channels, window - 1]. x has x_stride elements between tokens; window is 2, 3 or 4.
+struct ShortConvCall {
+    int32_t dtype;
+    const Slots* slots;
+    const void* x;
+    int64_t x_stride, channels, window;
+    const void* weight;
+    void* state;
+    void* y;
+    int32_t threads;
+};
+
+// The gated delta rule along each sequence (contracts.Ops.gated_delta). q, k [T, hk, dk], v [T, hv, dv] and a, b [T, hv]
+// with strides between tokens in elements; decay and dt_bias [hv]; state [num_slots, hv, dk, dv]; out [T, hv, dv]
+// contiguous. dv is a multiple of 16.
+struct GatedDeltaCall {
+    int32_t dtype;
+    const Slots* slots;
+    const void *q, *k, *v, *a, *b;
+    int64_t q_stride, k_stride, v_stride, a_stride, b_stride;
+    int64_t hk, hv, dk, dv;
+    const float *decay, *dt_bias;
+    float* state;
+    void* out;
+    int32_t threads;
+};
+
+// y = rms_norm(x) * silu(gate): x and y [T, heads, d] contiguous, gate with gate_stride elements between tokens.
+struct GatedRmsNormCall {
+    int32_t dtype;
+    const void *x, *gate;
+    int64_t tokens, heads, d, gate_stride;
+    const void* weight;
+    float eps;
     void* y;
     int32_t threads;
 };

@@ -53,6 +53,20 @@ void add_rms_norm(const AddRmsNormCall& c) {
 }
 
 template <class E>
+void gated_rms_norm(const GatedRmsNormCall& c) {
+    parallel_for(c.threads, c.tokens * c.heads, grain(2 * c.d), [&](long row, int) {
+        const E *x = (const E*)c.x + row * c.d, *weight = (const E*)c.weight;
+        const E* gate = (const E*)c.gate + row / c.heads * c.gate_stride + row % c.heads * c.d;
+        E* y = (E*)c.y + row * c.d;
+        vec::F scale = vec::set(inverse_rms(x, c.d, c.eps));
+        vec::for_lanes(c.d, [&](long i, int lanes) {
+            vec::F normed = vec::mul(vec::mul(vec::load_some(x + i, lanes), scale), vec::load_some(weight + i, lanes));
+            vec::store_some(y + i, vec::mul(normed, vec::silu(vec::load_some(gate + i, lanes))), lanes);
+        });
+    });
+}
+
+template <class E>
 void silu_mul(const SiluMulCall& c) {
     parallel_for(c.threads, c.rows, grain(2 * c.d), [&](long row, int) {
         const E *gates = (const E*)c.gate_up + row * 2 * c.d, *ups = gates + c.d;
@@ -114,6 +128,15 @@ EXPORT int blade_add_rms_norm(const AddRmsNormCall* call) {
         add_rms_norm<float>(c);
     else
         add_rms_norm<bf16>(c);
+    return OK;
+}
+
+EXPORT int blade_gated_rms_norm(const GatedRmsNormCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        gated_rms_norm<float>(c);
+    else
+        gated_rms_norm<bf16>(c);
     return OK;
 }
 

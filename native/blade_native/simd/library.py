@@ -94,6 +94,12 @@ class CStep(Structure):
     )
 
 
+class CSlots(Structure):
+    """`Slots` of api.h."""
+
+    _fields_ = (("cu_seqlens", c_void_p), ("state_in", c_void_p), ("state_out", c_void_p), ("num_seqs", c_int64))
+
+
 OUT_OF_RANGE = 2  # of `Status` of api.h
 PTR, INT, LONG = c_void_p, c_int32, c_int64
 LINEAR = POINTER(CLinear)
@@ -122,6 +128,19 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     },
     "argmax": {"logits": PTR, "rows": LONG, "n": LONG, "values": PTR, "ids": PTR},
     "top_k": {"logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "values": PTR, "ids": PTR},
+    "short_conv": {
+        "dtype": INT, "slots": PTR, "x": PTR, "x_stride": LONG, "channels": LONG, "window": LONG, "weight": PTR,
+        "state": PTR, "y": PTR,
+    },
+    "gated_delta": {
+        "dtype": INT, "slots": PTR, "q": PTR, "k": PTR, "v": PTR, "a": PTR, "b": PTR, "q_stride": LONG,
+        "k_stride": LONG, "v_stride": LONG, "a_stride": LONG, "b_stride": LONG, "hk": LONG, "hv": LONG, "dk": LONG,
+        "dv": LONG, "decay": PTR, "dt_bias": PTR, "state": PTR, "out": PTR,
+    },
+    "gated_rms_norm": {
+        "dtype": INT, "x": PTR, "gate": PTR, "tokens": LONG, "heads": LONG, "d": LONG, "gate_stride": LONG,
+        "weight": PTR, "eps": c_float, "y": PTR,
+    },
     "experts": {
         "gate_up": PTR, "down": PTR, "num_experts": LONG, "d": LONG, "inner": LONG, "dtype": INT, "x": PTR, "m": LONG,
         "k": LONG, "ids": PTR, "weights": PTR, "y": PTR,
@@ -179,6 +198,9 @@ class Library:
     top_k: Kernel
     route: Kernel
     experts: Kernel
+    short_conv: Kernel
+    gated_delta: Kernel
+    gated_rms_norm: Kernel
 
     def __init__(self, level: str) -> None:
         self.level = level

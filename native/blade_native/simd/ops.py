@@ -21,6 +21,7 @@ from blade_native.simd.experts import packed_experts
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
 from blade_native.simd.quantized import DequantizedLinear, has_kernel, pack_quantized, problem
+from blade_native.simd.recurrence import LANES, WINDOWS, Recurrence
 
 log = logging.getLogger("blade.native")
 
@@ -34,6 +35,7 @@ class SimdOps(DefaultOps):
         self.base = base
         self.library = library
         self.threads = threads or torch.get_num_threads()
+        self._recurrence = Recurrence(library, self.threads)
         self.device = base.device
         self.name = f"cpu, {self.threads} threads, {library.level} kernels"
 
@@ -188,6 +190,24 @@ class SimdOps(DefaultOps):
         dtype = DTYPES[logits.dtype]
         self.library.route(dtype, logits.data_ptr(), rows, num_experts, k, normalize, *into, self.threads)
         return ids, weights
+
+    def short_conv(self, x: Tensor, weight: Tensor, batch: Batch, state: Tensor) -> Tensor:
+        if x.dtype not in DTYPES or weight.shape[1] not in WINDOWS:
+            return super().short_conv(x, weight, batch, state)
+        return self._recurrence.short_conv(x, weight, batch, state)
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, dt_bias: Tensor, batch: Batch,
+        state: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if v.dtype not in DTYPES or v.shape[2] % LANES:
+            return super().gated_delta(q, k, v, a, b, decay, dt_bias, batch, state)
+        return self._recurrence.gated_delta(q, k, v, a, b, decay, dt_bias, batch, state)
+
+    def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype not in DTYPES:
+            return super().gated_rms_norm(x, gate, weight, eps)
+        return self._recurrence.gated_rms_norm(x, gate, weight, eps)
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
