@@ -109,7 +109,7 @@ def _served(assembly: Assembly) -> Inspection:
         bandwidth=bandwidth,
         tokens_per_second=bandwidth and _speed(bytes_per_token, bandwidth, model.num_layers),
     )
-    files = _files(assembly.checkpoint) | {"name": assembly.model_name}
+    files = _files(assembly.checkpoint) | {"name": assembly.model_name, "num_params": assembly.num_params}
     return Inspection(**files, problem=_memory_problem(assembly), served=served)
 
 
