@@ -11,8 +11,12 @@ from blade_rtn.int4 import quantize_int4
 from blade_rtn.int8 import quantize_int8
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
     from blade import GroupedWeight
-    from blade.contracts import Weights
+    from blade.contracts import Linear, Ops, Weights
 
 log = logging.getLogger("blade.rtn")
 
@@ -37,7 +41,16 @@ class Int8(GroupedQuantization):
         return self._bytes(name, *shape)
 
     def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        return quantize_int8(weights.get(name), int8_group(weights.shape(name)[1]))
+        return self.rounded(name, weights, None)
+
+    def stack(self, names: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
+        return ops.quantized_linear([self.rounded(name, weights, ops) for name in names], bias)
+
+    def rounded(self, name: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
+        """By the op set's kernel, where it has one."""
+        weight = weights.get(name)
+        group = int8_group(weight.shape[1])
+        return (ops and ops.round_weight(weight, 8, group)) or quantize_int8(weight, group)
 
     def _bytes(self, name: str, n: int, k: int) -> int:
         return n * k + 2 * n * k // int8_group(k)
@@ -53,8 +66,11 @@ class Int8(GroupedQuantization):
 class Int4(Int8):
     """4 bits; 8 for the output head and the embedding."""
 
-    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        return super().grouped(name, weights) if is_table(name) else quantize_int4(weights.get(name), INT4_GROUP)
+    def rounded(self, name: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
+        if is_table(name):
+            return super().rounded(name, weights, ops)
+        weight = weights.get(name)
+        return (ops and ops.round_weight(weight, 4, INT4_GROUP)) or quantize_int4(weight, INT4_GROUP)
 
     def _bytes(self, name: str, n: int, k: int) -> int:
         return super()._bytes(name, n, k) if is_table(name) else n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n
