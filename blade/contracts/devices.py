@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts.models import Experts, Linear, Model
-    from blade.types import Batch, CaptureOptions, GGMLBlocks, KVCache, KVSpec, QuantizedWeight, Sampled, Sequence, Step
+    from blade.types import (
+        Batch,
+        CaptureOptions,
+        GGMLBlocks,
+        GroupedWeight,
+        KVCache,
+        KVSpec,
+        QuantizedWeight,
+        Sampled,
+        Sequence,
+        Step,
+    )
 
 
 class Ops(Protocol):
@@ -45,6 +56,13 @@ class Ops(Protocol):
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
         """The same over matrices in GGML's blocks; None where one is of a kind that no kernel takes as it is."""
+        ...
+
+    def round_weight(self, weight: Tensor, bits: int, group: int) -> GroupedWeight | None:
+        """A plain matrix [N, K] on the CPU, of any float dtype, rounded to 4 or 8 bits in groups of a row as
+        ``--quantize int4`` and ``int8`` do it, faster; None where there is no kernel for that. 8 bits: symmetric, the
+        largest number of a group decides its float16 scale. 4 bits: the scale and minimum of least squared error, in
+        8-bit codes that count a float16 of each row."""
         ...
 
     def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:

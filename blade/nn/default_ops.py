@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Experts, Linear, Model
-    from blade.types import Batch, CaptureOptions, GGMLBlocks, KVCache, QuantizedWeight
+    from blade.types import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
 
 
 class DefaultOps:
@@ -36,6 +36,10 @@ class DefaultOps:
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
         """None: blocks are unpacked into grouped weights."""
+        return None
+
+    def round_weight(self, weight: Tensor, bits: int, group: int) -> GroupedWeight | None:
+        """None: in torch."""
         return None
 
     def embedding_of(self, linear: Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:

@@ -11,8 +11,12 @@ from blade_rtn.int4 import quantize_int4
 from blade_rtn.int8 import quantize_int8
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
     from blade import GroupedWeight
-    from blade.contracts import Weights
+    from blade.contracts import Linear, Ops, Weights
 
 log = logging.getLogger("blade.rtn")
 
@@ -38,8 +42,16 @@ class Int8(GroupedQuantization):
         return Matrix(shape, self._bytes(prefix, *shape))
 
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+        return self.rounded(prefix, weights, None)
+
+    def stack(self, prefixes: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
+        return ops.quantized_linear([self.rounded(prefix, weights, ops) for prefix in prefixes], bias)
+
+    def rounded(self, prefix: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
+        """By the op set's kernel, where it has one."""
         weight = weights.get(f"{prefix}.weight")
-        return quantize_int8(weight, int8_group(weight.shape[1]))
+        group = int8_group(weight.shape[1])
+        return (ops and ops.round_weight(weight, 8, group)) or quantize_int8(weight, group)
 
     def _bytes(self, prefix: str, n: int, k: int) -> int:
         return n * k + 2 * n * k // int8_group(k)
@@ -55,10 +67,11 @@ class Int8(GroupedQuantization):
 class Int4(Int8):
     """4 bits; 8 for the output head and the embedding."""
 
-    def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+    def rounded(self, prefix: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
         if is_table(prefix):
-            return super().weight(prefix, weights)
-        return quantize_int4(weights.get(f"{prefix}.weight"), INT4_GROUP)
+            return super().rounded(prefix, weights, ops)
+        weight = weights.get(f"{prefix}.weight")
+        return (ops and ops.round_weight(weight, 4, INT4_GROUP)) or quantize_int4(weight, INT4_GROUP)
 
     def _bytes(self, prefix: str, n: int, k: int) -> int:
         return super()._bytes(prefix, n, k) if is_table(prefix) else n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n

@@ -12,7 +12,7 @@ enum Status {
     OUT_OF_MEMORY = 1,  // for scratch
     OUT_OF_RANGE = 2,   // an expert's id
 };
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FLOAT16 = 3 };
 
 // How a group's scale or offset is kept: as float16 (HALF), bfloat16 (BRAIN) or float32 (SINGLE). CODES count multiples of
 // a block's float16; ZEROS are integer zero points.
@@ -70,6 +70,18 @@ struct Float8 {
     const uint8_t* q;
     const float* scales;
     int64_t block_n, block_k;
+};
+
+// Plain weights [n, k], of FLOAT32, BFLOAT16 or FLOAT16, and the grouped ones they are rounded to: of 8 bits with halves as
+// scales [n, k / group], or of 4 bits with codes of scales and minima, which count a half of each row.
+struct Rounding {
+    const void* weight;
+    int32_t dtype, bits, group;  // group: a multiple of 16, at most 128
+    int64_t n, k;
+    uint8_t* q;
+    void* scales;
+    uint8_t* minima;
+    uint16_t *block_scales, *block_minima;
 };
 
 // One layer's paged cache, [block][kv head][block_size / 16] chunks of sixteen tokens; kv_chunk.h has their layout.

@@ -2,7 +2,7 @@
 // four bytes per lane). The level is chosen by the compiler's flags; every source is compiled once per level.
 //
 // Each level header defines, in namespace vec, the types F, I, W, and:
-//   zero set load store add sub mul div fma max sum max_lane scale2 round_to_int keep word splat as_float to_float
+//   zero set load store add sub mul div fma max min sum max_lane scale2 round_to_int keep word splat as_float to_float
 //   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits either shift store_word
 //   even_bytes odd_bytes add_dot_shorts look_up
 //   FLOAT8_UNIT float8_place widen_float8
@@ -15,6 +15,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 struct bf16 {
+    uint16_t bits;
+};
+struct half {
     uint16_t bits;
 };
 
@@ -45,6 +48,24 @@ INLINE float half_to_float(uint16_t h) {  // IEEE binary16: rebias by a multipli
     u |= sign | ((h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
     memcpy(&f, &u, 4);
     return f;
+}
+INLINE float to_float(half x) { return half_to_float(x.bits); }
+
+INLINE uint16_t to_half(float x) {  // round to nearest, ties to even
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    uint16_t sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return sign | 0x7e00;   // NaN
+    if (u >= 0x477ff000) return sign | 0x7c00;  // 65520 and above
+    if (u < 0x38800000) {  // subnormal: adding 0.5 leaves what a subnormal holds in the last bits of the sum
+        float shifted;
+        memcpy(&shifted, &u, 4);
+        shifted += 0.5f;
+        memcpy(&u, &shifted, 4);
+        return sign | uint16_t(u - 0x3f000000);
+    }
+    return sign | uint16_t((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
 }
 
 // e4m3 without infinities, a binary16 but for the bias of its exponent. NaN becomes a number.

@@ -58,6 +58,7 @@ INLINE F mul(F a, F b) { QUARTERS(F, a.v[q] * b.v[q]) }
 INLINE F div(F a, F b) { QUARTERS(F, a.v[q] / b.v[q]) }
 INLINE F fma(F a, F b, F c) { QUARTERS(F, a.v[q] * b.v[q] + c.v[q]) }
 INLINE F max(F a, F b) { QUARTERS(F, a.v[q] > b.v[q] ? a.v[q] : b.v[q]) }
+INLINE F min(F a, F b) { QUARTERS(F, a.v[q] < b.v[q] ? a.v[q] : b.v[q]) }
 INLINE float sum(F x) {
     F4 s = (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]);
     return (s[0] + s[1]) + (s[2] + s[3]);

@@ -63,6 +63,24 @@ class CFloat8(Structure):
     _fields_ = (("q", c_void_p), ("scales", c_void_p), ("block_n", c_int64), ("block_k", c_int64))
 
 
+class CRounding(Structure):
+    """`Rounding` of api.h."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("dtype", c_int32),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("q", c_void_p),
+        ("scales", c_void_p),
+        ("minima", c_void_p),
+        ("block_scales", c_void_p),
+        ("block_minima", c_void_p),
+    )
+
+
 class CPagedKV(Structure):
     """`PagedKV` of api.h."""
 
@@ -214,6 +232,7 @@ class Library:
         self.pack_blocks = self._function("pack_blocks", LINEAR, PTR, INT, INT)
         self.pack_grouped = self._function("pack_grouped", LINEAR, POINTER(CGrouped), INT)
         self.pack_float8 = self._function("pack_float8", LINEAR, POINTER(CFloat8), INT)
+        self.round = self._function("round", POINTER(CRounding), INT)
         self.read = self._function("read", PTR, LONG, INT)
         self.touch = self._function("touch", PTR, LONG)
         self.replay = self._function("replay", PTR, LONG)

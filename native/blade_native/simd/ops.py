@@ -22,6 +22,7 @@ from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
 from blade_native.simd.quantized import DequantizedLinear, has_kernel, pack_quantized, problem
 from blade_native.simd.recurrence import LANES, WINDOWS, Recurrence
+from blade_native.simd.rounding import round_weight
 
 log = logging.getLogger("blade.native")
 
@@ -69,6 +70,9 @@ class SimdOps(DefaultOps):
         log.warning("A linear becomes dense: the kernels do not compute on its format.")
         dtype = self.default_dtype()
         return DequantizedLinear(self.linear(torch.cat([dequantize(weight, dtype) for weight in several]), bias), dtype)
+
+    def round_weight(self, weight: Tensor, bits: int, group: int) -> GroupedWeight | None:
+        return round_weight(self.library, weight, bits, group, self.threads)
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
         if any(each.kind not in KINDS for each in blocks):
