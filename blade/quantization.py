@@ -47,7 +47,7 @@ def choose_form(
 ) -> WeightForm:
     """Raises CheckpointError where no plugin reads the checkpoint's format, ConfigError where `asked` makes no sense of
     it."""
-    settings = _settings(checkpoint.config)
+    settings = quantization_settings(checkpoint.config)
     if settings:
         return _quantized(checkpoint, settings, asked, ops, dtype, plugins)
     if asked not in (None, NONE):
@@ -59,10 +59,12 @@ def choose_form(
     return WeightForm(None, _name(dtype))
 
 
-def _settings(config: Mapping[str, Any]) -> object:
+def quantization_settings(config: Mapping[str, Any]) -> object:
     """Where config.json says how the weights are quantised: also under the name of old, and beside a text model's own
-    settings."""
-    nested = config.get("text_config")
+    settings. MLX names no method; which family it is tells whether its tensors are what they are elsewhere."""
+    nested, mlx = config.get("text_config"), config.get("quantization")
+    if isinstance(mlx, dict) and "group_size" in mlx:
+        return {**mlx, "quant_method": "mlx", "model_type": config.get("model_type")}
     found = config.get("quantization_config") or config.get("compression_config")
     return found or (nested.get("quantization_config") if isinstance(nested, dict) else None)
 

@@ -80,7 +80,7 @@ class GroupedQuantization:
 
     def plain(self, prefixes: Seq[str], weights: Weights, ops: Ops, dtype: torch.dtype) -> Linear:
         """The linear over these matrices in `dtype`, quantised or not."""
-        parts = [self._numbers(prefix, weights, dtype) for prefix in prefixes]
+        parts = [self.numbers(prefix, weights, dtype) for prefix in prefixes]
         bias = stacked_bias(prefixes, [len(part) for part in parts], weights, dtype)
         return ops.linear(parts[0] if len(parts) == 1 else torch.cat(parts), bias)
 
@@ -113,7 +113,8 @@ class GroupedQuantization:
             return None
         return count(matrix) if name == main else 0
 
-    def _numbers(self, prefix: str, weights: Weights, dtype: torch.dtype) -> Tensor:
+    def numbers(self, prefix: str, weights: Weights, dtype: torch.dtype) -> Tensor:
+        """A matrix [N, K] in `dtype`, quantised or not."""
         if self.find(prefix, weights)[1] is None:
             return weights.get(f"{prefix}.weight", dtype)
         return dequantize(self.weight(prefix, weights), dtype)
@@ -137,6 +138,14 @@ class Dequantized:
         if not any(self._format.sizes(prefixes, shapes, weights).values()):
             return None
         return self._format.plain(prefixes, weights, ops, dtype)
+
+    def holds(self, prefix: str, weights: Weights) -> bool:
+        """Whether the matrix is quantised in the checkpoint."""
+        return self._format.find(prefix, weights)[1] is not None
+
+    def numbers(self, prefix: str, weights: Weights, dtype: torch.dtype) -> Tensor:
+        """The matrix, [N, K]."""
+        return self._format.numbers(prefix, weights, dtype)
 
 
 class SideBySide:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn.grouped import Dequantized
 from blade.nn.row_order import RowOrder, as_ops
 from blade.nn.tensors import check_shape, loaded_bytes, split_name, stacked_bias
 
@@ -72,7 +73,13 @@ class Loader:
     ) -> Callable[[Tensor], Tensor]:
         table = tied or self._quantized((prefix,), [shape], self.ops)
         rows = self.ops.embedding_of(table, self.dtype) if table else None
-        return rows or self.ops.embedding(self.tensor(f"{prefix}.weight", shape))
+        return rows or self.ops.embedding(self._table(prefix, shape))
+
+    def _table(self, prefix: str, shape: tuple[int, int] | None) -> Tensor:
+        """An embedding's plain numbers; it is in already where it is quantised, and nothing is told of it."""
+        if isinstance(self._quantization, Dequantized) and self._quantization.holds(prefix, self._weights):
+            return self.ops.to_device(self._quantization.numbers(prefix, self._weights, self.dtype))
+        return self.tensor(f"{prefix}.weight", shape)
 
     def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear | None:
         if self._quantization is None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.chunks import in_chunks
 from blade.errors import CheckpointError
 from blade.nn.grouped import GroupedQuantization, Matrix
 from blade.nn.packing import (
+    CHUNK,
     checked,
     checked_scales,
     grouped,
@@ -117,10 +119,15 @@ class AWQWords:
 
 def _columns(words: Tensor) -> Tensor:
     """[R, N / 8] int32 -> [N, R] uint8."""
-    words = words.T.contiguous()
-    out = torch.empty(len(words), 8, words.shape[1], dtype=torch.uint8)
-    for i, column in enumerate(AWQ_COLUMNS):
-        out[:, column] = words >> 4 * i & 15
+    num_rows, num_words = words.shape
+    out = torch.empty(num_words, 8, num_rows, dtype=torch.uint8)
+
+    def work(words: Tensor, out: Tensor) -> None:
+        words = words.contiguous()
+        for i, column in enumerate(AWQ_COLUMNS):
+            out[:, column] = words >> 4 * i & 15
+
+    in_chunks(work, max(1, CHUNK // (8 * num_rows)), words.T, out)
     return out.flatten(0, 1)
 
 

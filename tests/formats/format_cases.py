@@ -19,6 +19,7 @@ import blade_fp8
 import blade_gptq
 import blade_llama
 import blade_local
+import blade_mlx
 import blade_modelopt
 import blade_native
 import blade_rtn
@@ -28,7 +29,7 @@ from blade.checkpoint.safetensors import SafetensorsWeights
 from blade.engine.batch import build_batch
 from blade.nn import GroupedQuantization, dequantize
 from blade.plugins import Plugins
-from blade.quantization import choose_form
+from blade.quantization import choose_form, quantization_settings
 from blade_native.attention import PagedAttention
 from blade_native.reference import TorchOps
 
@@ -39,12 +40,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 EXPECTED = load_file(FIXTURES / "expected.safetensors")
 PROMPT = [3, 1, 4, 15, 9, 26, 5, 3, 5, 8]
-PREFIX = "model.layers.0."
 PLUGINS = Plugins(
     {
-        "native": blade_native, "llama": blade_llama, "fcfs": blade_fcfs, "local": blade_local, "gptq": blade_gptq,
-        "awq": blade_awq, "auto-round": blade_auto_round, "compressed-tensors": blade_compressed_tensors,
-        "fp8": blade_fp8, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt, "rtn": blade_rtn,
+        "native": blade_native, "llama": blade_llama, "fcfs": blade_fcfs, "local": blade_local, "rtn": blade_rtn,
+        "gptq": blade_gptq, "awq": blade_awq, "auto-round": blade_auto_round, "fp8": blade_fp8, "mlx": blade_mlx,
+        "compressed-tensors": blade_compressed_tensors, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt,
     }
 )  # fmt: skip
 
@@ -89,8 +89,10 @@ class QuantizedTorch(TorchOps):
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return settings
+    """As the reader of the format gets them."""
+    found = quantization_settings(json.loads((folder / "config.json").read_text()))
+    assert isinstance(found, dict)
+    return found
 
 
 def make(settings: dict[str, Any]) -> GroupedQuantization:

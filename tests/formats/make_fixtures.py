@@ -1,6 +1,7 @@
 """Makes the checkpoints in fixtures/ with the tools that people make theirs with, and notes what they stand for.
 
-    pip install llmcompressor==0.14.0.1 bitsandbytes==0.50.2   # in an environment of their own: they pin torch
+    pip install llmcompressor==0.14.0.1 bitsandbytes==0.50.2 'mlx[cpu]==0.32.4'   # in an environment of their own
+    pip install --no-deps mlx-lm==0.32.2 sentencepiece
     python tests/formats/make_fixtures.py
 
 Of each quantised matrix the tool's own dequantisation is kept as its product with fixed numbers, and of each model the
@@ -263,7 +264,30 @@ def bitsandbytes(**settings: Any) -> Callable[[Path], Dense]:
     return make
 
 
+# MLX, by mlx-lm
+
+
+def mlx(bits: int) -> Callable[[Path], Dense]:
+    def make(folder: Path) -> Dense:
+        import mlx.core as mx
+        from mlx_lm import convert
+
+        make_tokenizer().save_pretrained(plain_folder())
+        convert(str(plain_folder()), str(folder), quantize=True, q_bits=bits, q_group_size=32)
+        tensors, dense = mx.load(str(folder / "model.safetensors")), {}
+        for module in (*MODULES, "model.embed_tokens"):
+            words, *beside = (tensors[f"{module}.{name}"] for name in ("weight", "scales", "biases"))
+            scales, biases = (x.astype(mx.float32) for x in beside)
+            numbers = mx.dequantize(words, scales, biases, group_size=32, bits=bits)
+            dense[module] = torch.tensor(numbers.tolist())
+        return dense
+
+    return make
+
+
 CASES: dict[str, Callable[[Path], Dense]] = {
+    "mlx": mlx(4),
+    "mlx-3": mlx(3),
     "gptq": auto_round("auto_gptq", 4, sym=True),
     "gptq-act-order": act_order("gptq", 4),
     "gptq-v2-act-order-3": act_order("gptq_v2", 3),

@@ -56,7 +56,7 @@ class Checkpoint:
         ]
         for kind in kinds:
             if kind == "config":
-                change_value(config["quantization_config"], rng)
+                change_value(config.get("quantization") or config["quantization_config"], rng)
             elif kind == "tensor":
                 change_tensor(tensors, rng)
         (folder / "config.json").write_text(json.dumps(config))

@@ -134,6 +134,17 @@ def test_modelopt_has_a_second_scale() -> None:
     assert make(settings).matrix("c", tensors) is None
 
 
+def test_mlx_modules_may_have_settings_of_their_own() -> None:
+    settings = {"quant_method": "mlx", "model_type": "llama", "bits": 4, "group_size": 64, "lm_head": {"bits": 6}}
+    settings |= {"model.layers.0.mlp.up_proj": False}  # plain, as its tensors say
+    for prefix, bits in (("a", 4), ("lm_head", 6)):
+        q = torch.randint(2**bits, (8, 128), generator=seeded())
+        scales, biases = torch.randn(2, 8, 2, generator=seeded(1)).bfloat16()
+        tensors = {f"{prefix}.weight": pack(q, bits).view(torch.uint32), f"{prefix}.scales": scales}
+        w = q * scales.float().repeat_interleave(64, 1) + biases.float().repeat_interleave(64, 1)
+        assert dense(settings, Tensors(tensors | {f"{prefix}.biases": biases}), prefix).allclose(w)
+
+
 def test_compressed_integers_with_an_order_and_old_zeros() -> None:
     """`weight_g_idx`, which llm-compressor wrote until 2026, and zeros that are not packed."""
     q = torch.randint(16, (8, 64), generator=seeded())

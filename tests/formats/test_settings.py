@@ -19,6 +19,7 @@ ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 OPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
+MLX = {"quant_method": "mlx", "model_type": "qwen3", "bits": 4, "group_size": 64, "mode": "affine"}
 CT = settings_of(F / "ct-w4a16")
 
 
@@ -58,6 +59,9 @@ def with_weights(**settings: Any) -> dict[str, Any]:
         (FP8 | {"fmt": "e5m2"}, "quantization_config.fmt is 'e5m2'"),
         (FP8 | {"weight_block_size": [128]}, "quantization_config.weight_block_size must be two integers"),
         (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, "quantization_config.bnb_4bit_quant_storage is 'bfloat16'"),
+        (MLX | {"mode": "mxfp4"}, "quantization_config.mode is 'mxfp4'"),
+        (MLX | {"model_type": "qwen3_next"}, "quantization_config.model_type is 'qwen3_next'"),
+        (MLX | {"lm_head": {"bits": 7}}, "quantization_config.lm_head.bits must be one of 2, 3, 4, 5, 6, 8, not 7"),
         (OPT | {"quant_algo": "W4A8_AWQ"}, "quantization_config.quant_algo is 'W4A8_AWQ'"),
     ],
 )
@@ -110,6 +114,7 @@ INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale":
         (CT, {"a.weight": FP8_WEIGHT, "a.weight_scale": torch.ones(8, 1)}, "is none of the format pack-quantized"),
         (CT, INT4, "no tensor a.weight_shape, without which"),
         (CT, INT4 | {"a.weight_shape": torch.tensor([8, 128])}, "Tensor a.weight_shape says (8, 128)"),
+        (MLX, {"a.scales": torch.ones(8, 1)}, "Tensor a.weight is of float32, not uint32 or int32."),
         (BNB, {"a.weight": FP8_WEIGHT}, "has neither a.weight.absmax nor a.SCB, without which a.weight means nothing."),
         (BNB, {"a.weight.absmax": torch.ones(1)}, "no tensor a.weight.quant_state.bitsandbytes__nf4"),
     ],

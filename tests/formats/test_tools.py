@@ -12,7 +12,6 @@ from format_cases import (
     CASES,
     EXPECTED,
     FIXTURES,
-    PREFIX,
     RENAMED,
     assembled,
     dense,
@@ -25,6 +24,7 @@ from format_cases import (
 from safetensors.torch import save_file
 
 from blade import Float8Weight, GroupedWeight, QuantizedWeight
+from blade_native.cpu import CpuOps
 from blade_native.reference import TorchOps
 
 # The tables of bitsandbytes become integers, which costs up to 0.4 % of a block's largest number.
@@ -33,7 +33,7 @@ NUM_PARAMS = 32 * 64 + 64 * 3 + (32 + 32 + 32 + 32) * 64 + 3 * 96 * 64
 
 
 def modules(case: str) -> list[str]:
-    return [key.partition("/")[2] for key in EXPECTED if key.startswith(f"{case}/{PREFIX}")]
+    return [key.partition("/")[2] for key in EXPECTED if key.startswith(f"{case}/model.")]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,7 +65,7 @@ def num_bytes(weight: QuantizedWeight) -> int:
         return weight.q.nbytes + weight.scales.nbytes
     assert isinstance(weight, GroupedWeight)
     assert int(weight.q.max()) < 2**weight.bits
-    beside = [x for x in (weight.scales, weight.zeros) if x is not None]
+    beside = [x for x in (weight.scales, weight.zeros, weight.minima) if x is not None]
     return prod(weight.q.shape) * weight.bits // 8 + sum(x.nbytes for x in beside)
 
 
@@ -101,6 +101,12 @@ def test_without_kernels_they_are_dequantised_with_a_word() -> None:
     assert logits(plain).equal(logits(assembled(FIXTURES / "gptq", "none")))
 
 
+def test_a_quantised_embedding_is_dequantised_too() -> None:
+    """On an op set whose linears cannot be read back as tables."""
+    plain = assembled(FIXTURES / "mlx", ops=CpuOps())
+    torch.testing.assert_close(logits(plain), logits(assembled(FIXTURES / "mlx", "none")), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("case", "label"),
     [
@@ -110,6 +116,7 @@ def test_without_kernels_they_are_dequantised_with_a_word() -> None:
         ("ct-groups", "compressed-tensors, int8 in whole rows and int3 in groups of 32, kept as 4"),
         ("ct-fp8-block", "compressed-tensors, fp8 in blocks of 32 by 32"),
         ("bnb-nf4", "bitsandbytes, nf4"),
+        ("mlx-3", "mlx, 3 bits in groups of 32, kept as 4"),
     ],
 )
 def test_the_start_says_what_is_kept(case: str, label: str) -> None:
