@@ -13,6 +13,8 @@ import torch
 from blade.nn.mixture import Mixture
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from blade.contracts import Loader
@@ -57,7 +59,8 @@ class SelfAttention:
             order=self.row_order(),
         )
         self.o = loader.linear(f"{name}.o_proj", shapes=[(config.hidden_size, num_heads * self.head_dim)])
-        self.q_norm = self.k_norm = None
+        self.q_norm: Callable[[Tensor], Tensor] | None = None
+        self.k_norm: Callable[[Tensor], Tensor] | None = None
         if config.qk_norm:
             self.q_norm = Norm(f"{name}.q_norm", self.head_dim, config.rms_norm_eps, loader, config.norm_offset)
             self.k_norm = Norm(f"{name}.k_norm", self.head_dim, config.rms_norm_eps, loader, config.norm_offset)
@@ -71,12 +74,17 @@ class SelfAttention:
         others = torch.arange(num_query_rows, sum(self.heads) * self.head_dim)
         return torch.cat((queries, others))
 
+    def queries(self, q: Tensor, batch: Batch) -> Tensor:
+        """q [T, H, D], before they are rotated, as they are to be."""
+        return q
+
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
         """x [T, hidden_size] -> [T, hidden_size]."""
         heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, H (+ H) + 2 KV, D]
         q, gate, k, v = torch.split_with_sizes(heads, self.heads, dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        q = self.queries(q, batch)
         q, k = self.attention.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
         y = self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window)
         return self.o(self.ops.sigmoid_mul(y, gate.flatten(1)) if self.num_gates else y)
