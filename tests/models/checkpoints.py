@@ -65,8 +65,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 sliding": ("Qwen3", {"head_dim": 32} | SLIDING),
     "qwen2 moe": ("Qwen2Moe", MIXTURE | SHARED),
     "qwen2 moe fused": ("Qwen2Moe", MIXTURE | SHARED | {"norm_topk_prob": True}),
-    "qwen3 moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True}),
-    "qwen3 moe partly": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "mlp_only_layers": [0], "decoder_sparse_step": 1}),
+    "qwen3 moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32}),
+    "qwen3 moe dense first": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "qwen3 moe sliding": (
         "Qwen3Moe",
         MIXTURE | {"head_dim": 32, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 12},
