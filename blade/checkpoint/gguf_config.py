@@ -11,7 +11,14 @@ from blade.errors import CheckpointError
 if TYPE_CHECKING:
     from blade.checkpoint.gguf_weights import GGUFWeights
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}
+_NORMALIZED = {"qwen2moe": False, "qwen3moe": True}  # the weights of a token's experts sum to 1, as llama.cpp has it
 _END_TOKENS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 _CONTROL = 3  # of tokenizer.ggml.token_type
 _YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
@@ -38,6 +45,8 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
     names = set(weights.names())
     if "model.embed_tokens.weight" not in names:
         raise CheckpointError(f"{metadata.path} has no tensor token_embd.weight.")
+    if metadata.arch not in _NORMALIZED and any(name.endswith(".mlp.gate.weight") for name in names):
+        raise CheckpointError(f"{metadata.path} holds experts, which blade does not know of {metadata.arch!r} models.")
     hidden_size, num_heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     head_dim = metadata.integer("attention.key_length", hidden_size // num_heads)
     return {
@@ -55,6 +64,27 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
         "rope_parameters": _rope(metadata, head_dim, weights.rope_factors()),
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "tie_word_embeddings": "lm_head.weight" not in names,
+        **(_experts(metadata, weights, names) if metadata.arch in _NORMALIZED else {}),
+    }
+
+
+def _experts(metadata: Metadata, weights: GGUFWeights, names: set[str]) -> dict[str, Any]:
+    """Sizes are those of the first layer that has experts; a layer without a router is dense."""
+    layers = range(metadata.integer("block_count"))
+    sparse = [layer for layer in layers if f"model.layers.{layer}.mlp.gate.weight" in names]
+    if not sparse:
+        raise CheckpointError(f"{metadata.path} has no tensor blk.N.ffn_gate_inp.weight, though it is to have experts.")
+    prefix = f"model.layers.{sparse[0]}.mlp"
+    sizes = {
+        "moe_intermediate_size": f"{prefix}.experts.0.gate_proj.weight",
+        "shared_expert_intermediate_size": f"{prefix}.shared_expert.gate_proj.weight",
+    }
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "norm_topk_prob": _NORMALIZED[metadata.arch],
+        "mlp_only_layers": [layer for layer in layers if layer not in sparse],
+        **{key: weights.shape(name)[0] for key, name in sizes.items() if name in names},
     }
 
 

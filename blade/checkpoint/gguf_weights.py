@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blade.checkpoint.gguf_names import hf_name
+from blade.checkpoint.gguf_names import expert_names, hf_name
 from blade.checkpoint.mapping import let_go
 from blade.errors import CheckpointError
 from blade.types import GGMLBlocks
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from blade.types import GroupedWeight
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_GATE = ".shared_expert_gate.weight"  # a matrix of one row, which llama.cpp stores as a vector
 
 
 class GGUFWeights:
@@ -39,12 +41,12 @@ class GGUFWeights:
         self._names = dict.fromkeys(name for name in self._tensors if name != _ROPE_FACTORS)
 
     def _add(self, file: GGUFFile, name: str, info: TensorInfo) -> None:
-        known = name if name == _ROPE_FACTORS else hf_name(name)
-        if known is None:
-            raise CheckpointError(f"{file.path}: the tensor {name!r} belongs to no model that blade knows.")
-        if known in self._tensors:
-            raise CheckpointError(f"{file.path}: the tensor {name!r} is in another part too.")
-        self._tensors[known] = (file, info)
+        for known, part in _parts(name, info).items():
+            if known is None:
+                raise CheckpointError(f"{file.path}: the tensor {name!r} belongs to no model that blade knows.")
+            if known in self._tensors:
+                raise CheckpointError(f"{file.path}: the tensor {name!r} is in another part too.")
+            self._tensors[known] = (file, part)
 
     @property
     def num_bytes(self) -> int:
@@ -133,3 +135,16 @@ class GGUFWeights:
         if name not in self._tensors:
             raise CheckpointError(f"The checkpoint has no tensor {name!r}.")
         return self._tensors[name]
+
+
+def _parts(name: str, info: TensorInfo) -> dict[str | None, TensorInfo]:
+    """What a tensor is to Hugging Face: itself, or the matrices of a layer's experts; None where blade knows none."""
+    experts = expert_names(name, info.shape[0]) if len(info.shape) == 3 else None
+    if experts is not None:
+        size = info.num_bytes // len(experts)
+        infos = (replace(info, shape=info.shape[1:], offset=info.offset + i * size) for i in range(len(experts)))
+        return dict(zip(experts, infos, strict=True))
+    known = name if name == _ROPE_FACTORS else hf_name(name)
+    if len(info.shape) == 1 and known is not None and known.endswith(_GATE):
+        info = replace(info, shape=(1, *info.shape))
+    return {known: info}

@@ -13,9 +13,12 @@ import torch
 from blade.nn.mixture import Mixture
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
+
     from torch import Tensor
 
-    from blade.contracts import Loader
+    from blade.contracts import Linear, Loader
     from blade.nn.config import DecoderConfig
     from blade.types import Batch, KVCache
 
@@ -49,18 +52,20 @@ class SelfAttention:
         self.scale = config.head_dim**-0.5
         self.window = window
         widths = [num * self.head_dim for num in (num_heads + self.num_gates, num_kv_heads, num_kv_heads)]
-        self.qkv = loader.linear(
-            f"{name}.q_proj",
-            f"{name}.k_proj",
-            f"{name}.v_proj",
-            shapes=[(width, config.hidden_size) for width in widths],
-            order=self.row_order(),
-        )
-        self.o = loader.linear(f"{name}.o_proj", shapes=[(config.hidden_size, num_heads * self.head_dim)])
-        self.q_norm = self.k_norm = None
+        shapes = [(width, config.hidden_size) for width in widths]
+        self.qkv, self.o = self.projections(name, shapes, (config.hidden_size, num_heads * self.head_dim), loader)
+        self.q_norm: Callable[[Tensor], Tensor] | None = None
+        self.k_norm: Callable[[Tensor], Tensor] | None = None
         if config.qk_norm:
             self.q_norm = Norm(f"{name}.q_norm", self.head_dim, config.rms_norm_eps, loader, config.norm_offset)
             self.k_norm = Norm(f"{name}.k_norm", self.head_dim, config.rms_norm_eps, loader, config.norm_offset)
+
+    def projections(
+        self, name: str, qkv: Seq[tuple[int, int]], o: tuple[int, int], loader: Loader
+    ) -> tuple[Linear, Linear]:
+        """The linears to queries (and gates), keys and values, of the shapes `qkv`, and to the output, of shape `o`."""
+        names = (f"{name}.{part}_proj" for part in "qkv")
+        return loader.linear(*names, shapes=qkv, order=self.row_order()), loader.linear(f"{name}.o_proj", shapes=[o])
 
     def row_order(self) -> Tensor | None:
         """All queries before all gates; in the checkpoint each head's gate follows its query."""
@@ -71,12 +76,17 @@ class SelfAttention:
         others = torch.arange(num_query_rows, sum(self.heads) * self.head_dim)
         return torch.cat((queries, others))
 
+    def queries(self, q: Tensor, batch: Batch) -> Tensor:
+        """q [T, H, D], before they are rotated, as they are to be."""
+        return q
+
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
         """x [T, hidden_size] -> [T, hidden_size]."""
         heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, H (+ H) + 2 KV, D]
         q, gate, k, v = torch.split_with_sizes(heads, self.heads, dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        q = self.queries(q, batch)
         q, k = self.attention.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
         y = self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window)
         return self.o(self.ops.sigmoid_mul(y, gate.flatten(1)) if self.num_gates else y)
@@ -114,36 +124,42 @@ class ChannelMixer(Protocol):
 class Layer:
     """One of the decoder's layers; what it adds to the residual stream is added by the norm that comes next."""
 
+    norm_names = ("input_layernorm", "post_attention_layernorm")
+
     def __init__(
         self, name: str, config: DecoderConfig, attention: TokenMixer, feed_forward: ChannelMixer, loader: Loader
     ) -> None:
         width, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_offset
-        self.input_norm = Norm(f"{name}.input_layernorm", width, eps, loader, offset)
+        first, second = self.norm_names
+        self.input_norm = Norm(f"{name}.{first}", width, eps, loader, offset)
         self.attention = attention
-        self.post_norm = Norm(f"{name}.post_attention_layernorm", width, eps, loader, offset)
+        self.post_norm = Norm(f"{name}.{second}", width, eps, loader, offset)
         self.feed_forward = feed_forward
 
 
 class Decoder:
     """contracts.Model of a Llama-like checkpoint."""
 
+    names = ("embed_tokens", "layers", "norm")
+    layer_type = Layer
+
     def __init__(self, config: DecoderConfig, loader: Loader) -> None:
         self.config = config
         self.ops = loader.ops
         shape = (config.vocab_size, config.hidden_size)
-        table = f"{config.prefix}.embed_tokens"
+        table, layers, norm = (f"{config.prefix}.{name}" for name in self.names)
         tied = config.tied and not loader.has(f"{config.head}.weight")
         self.lm_head = loader.linear(table if tied else config.head, shapes=[shape])
         self.embed = loader.embedding(table, shape, self.lm_head if tied else None)
-        self.layers = [self.layer(f"{config.prefix}.layers.{i}", i, loader) for i in range(config.num_layers)]
-        self.norm = Norm(f"{config.prefix}.norm", config.hidden_size, config.rms_norm_eps, loader, config.norm_offset)
+        self.layers = [self.layer(f"{layers}.{index}", index, loader) for index in range(config.num_layers)]
+        self.norm = Norm(norm, config.hidden_size, config.rms_norm_eps, loader, config.norm_offset)
         self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
 
     def layer(self, name: str, index: int, loader: Loader) -> Layer:
         """The layer whose tensors are under `name`."""
         attention = self.token_mixer(name, index, loader)
-        return Layer(name, self.config, attention, self.channel_mixer(name, index, loader), loader)
+        return self.layer_type(name, self.config, attention, self.channel_mixer(name, index, loader), loader)
 
     def token_mixer(self, name: str, index: int, loader: Loader) -> TokenMixer:
         return SelfAttention(f"{name}.self_attn", self.config, self.config.windows[index], loader)

@@ -78,13 +78,14 @@ class Llama3Rope(Rope):
 
     factor: float
     low_freq_factor: float
-    high_freq_factor: float
+    high_freq_factor: float  # at least the low one
     original_context: int  # tokens, before the scaling
 
     def frequencies(self, num_positions: int) -> Tensor:
         fast = Rope.frequencies(self, num_positions)
         turns = self.original_context * fast / (2 * math.pi)  # in the original context
-        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        between = max(self.high_freq_factor - self.low_freq_factor, 1e-30)  # of Llama 4's there are none
+        share = (turns - self.low_freq_factor) / between
         return torch.lerp(fast / self.factor, fast, share.clamp(0, 1))
 
 

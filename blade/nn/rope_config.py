@@ -65,8 +65,8 @@ def _original_context(config: Keys, keys: Keys, trained_context: int) -> int:
 
 def _llama3(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
     low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
-    if high <= low:
-        keys.refuse("high_freq_factor", f"above low_freq_factor, {low:g}")
+    if high < low:
+        keys.refuse("high_freq_factor", f"at least low_freq_factor, {low:g}")
     return Llama3Rope(*plain, _factor(keys), low, high, _original_context(config, keys, plain[2]))
 
 

@@ -12,6 +12,7 @@ from blade.errors import CheckpointError
 from blade.text.post_processor import surround
 
 _REMEDY = "Pass --tokenizer-dir with a folder that holds the model's tokenizer.json."
+_TIKTOKEN = "Its qwen.tiktoken is not read: pass --tokenizer-dir with a folder of Qwen1.5's, which has the same ids."
 
 
 def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None]:
@@ -56,7 +57,8 @@ def _convert(folder: Path) -> Tokenizer:
         remedy = f"Install the packages sentencepiece and protobuf if they are missing. Else: {_REMEDY}"
     else:
         raise CheckpointError(
-            f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or tokenizer.model.", _REMEDY
+            f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or tokenizer.model.",
+            _TIKTOKEN if (folder / "qwen.tiktoken").is_file() else _REMEDY,
         )
     import transformers
 

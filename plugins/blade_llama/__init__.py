@@ -1,4 +1,4 @@
-"""Llama: checkpoints of `LlamaForCausalLM`."""
+"""Llama: checkpoints of `LlamaForCausalLM`, and the text models of Llama 4's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from blade import DefaultCheckpoint, DemoWeights, hookimpl
 
 if TYPE_CHECKING:
     from blade_llama.llama import Llama
+    from blade_llama.llama4 import Llama4
 
 SMOLLM2 = DemoWeights(
     name="SmolLM2-135M-Instruct",
@@ -24,7 +25,15 @@ def make_llama() -> Llama:
     return Llama()
 
 
+def make_llama4() -> Llama4:
+    from blade_llama.llama4 import Llama4
+
+    return Llama4()
+
+
 @hookimpl
 def register_models(register: Any) -> None:
     default = DefaultCheckpoint("HuggingFaceTB/SmolLM2-135M-Instruct", demo=SMOLLM2)
     register("LlamaForCausalLM", make_llama, default)
+    register("Llama4ForCausalLM", make_llama4)
+    register("Llama4ForConditionalGeneration", make_llama4)

@@ -1,5 +1,6 @@
 """Qwen: checkpoints of `Qwen2ForCausalLM` (Qwen1.5 to Qwen2.5, QwQ), `Qwen3ForCausalLM`, and their mixtures of experts,
-`Qwen2MoeForCausalLM` and `Qwen3MoeForCausalLM`; `Qwen3NextForCausalLM`, and Qwen3.5 in all shapes, as a text model."""
+`Qwen2MoeForCausalLM` and `Qwen3MoeForCausalLM`; `Qwen3NextForCausalLM`, and Qwen3.5 in all shapes, as a text model;
+and the first of all, `QWenLMHeadModel`."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ def register_models(register: Any) -> None:
     register("Qwen3ForCausalLM", maker("qwen", "Qwen3"), DefaultCheckpoint("Qwen/Qwen3-0.6B", demo=QWEN_CODER))
     register("Qwen2MoeForCausalLM", maker("qwen", "Qwen2Moe"))
     register("Qwen3MoeForCausalLM", maker("qwen", "Qwen3Moe"))
+    register("QWenLMHeadModel", maker("qwen1", "Qwen1"))
     register("Qwen3NextForCausalLM", maker("hybrid", "Qwen3Next"))
     for kind in ("ForCausalLM", "ForConditionalGeneration"):
         register(f"Qwen3_5{kind}", maker("hybrid", "Qwen35"))

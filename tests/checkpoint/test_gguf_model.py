@@ -216,7 +216,8 @@ def test_metadata_is_checked(tmp_path: Path, changes: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("blk.0.ffn_gate_inp.weight", "'blk.0.ffn_gate_inp.weight' belongs to no model that blade knows"),
+        ("blk.0.ssm_in.weight", "'blk.0.ssm_in.weight' belongs to no model that blade knows"),
+        ("blk.0.ffn_gate_inp.weight", "holds experts, which blade does not know of 'llama' models"),
         ("blk.00.attn_q.weight", "'blk.00.attn_q.weight' belongs to no model"),
         ("token_embd.weight", "has no tensor token_embd.weight"),
     ],

@@ -38,8 +38,13 @@ DELTA = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
 }
+LLAMA4 = {"num_hidden_layers": 4, "head_dim": 32, "num_local_experts": 4, "intermediate_size_mlp": 112}
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
-VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+VISION = {
+    "Qwen3_5": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+    "Llama4": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
+    | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
+}
 SHARED = {"shared_expert_intermediate_size": 80}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,8 +65,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 sliding": ("Qwen3", {"head_dim": 32} | SLIDING),
     "qwen2 moe": ("Qwen2Moe", MIXTURE | SHARED),
     "qwen2 moe fused": ("Qwen2Moe", MIXTURE | SHARED | {"norm_topk_prob": True}),
-    "qwen3 moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "norm_topk_prob": True}),
-    "qwen3 moe partly": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "mlp_only_layers": [0], "decoder_sparse_step": 1}),
+    "qwen3 moe": ("Qwen3Moe", MIXTURE | {"head_dim": 32}),
+    "qwen3 moe dense first": ("Qwen3Moe", MIXTURE | {"head_dim": 32, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "qwen3 moe sliding": (
         "Qwen3Moe",
         MIXTURE | {"head_dim": 32, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 12},
@@ -72,6 +77,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5 tied": ("Qwen3_5", DELTA | {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen3.5 vision": ("Qwen3_5", DELTA | {"tie_word_embeddings": True}),
     "qwen3.5 moe vision": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
+    "llama4": ("Llama4", LLAMA4),
+    "llama4 top 2": ("Llama4", LLAMA4 | {"num_experts_per_tok": 2, "rope_parameters": LLAMA3, "use_qk_norm": False}),
+    "llama4 sharpened": ("Llama4", LLAMA4 | {"floor_scale": 10, "attn_scale": 0.5, "attention_bias": True}),
+    "llama4 vision": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2}),
     "qwen3.5 moe": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA | {"layer_types": LINEAR_FIRST}),
     "qwen3.5 moe fused": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
 }
@@ -114,7 +123,7 @@ def make_reference(case: str) -> Reference:
     if case.endswith("vision"):
         kind = "ForConditionalGeneration"
         tied = config.tie_word_embeddings
-        sections = {"text_config": config.to_dict(), "vision_config": VISION}
+        sections = {"text_config": config.to_dict(), "vision_config": VISION[family.removesuffix("Moe")]}
         config = getattr(transformers, f"{family}Config")(**sections, tie_word_embeddings=tied)
     config.architectures = [family + kind]
     torch.manual_seed(0)
@@ -125,6 +134,7 @@ def make_reference(case: str) -> Reference:
     tensors = dict(model.state_dict()) if case.endswith("fused") else _published(model)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    model = model.language_model if case == "llama4 vision" else model  # the whole fails without images
     prompts = [torch.randint(config.get_text_config().vocab_size, (length,)).tolist() for length in LENGTHS]
     return Reference(config.to_dict(), DictWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
 
@@ -132,7 +142,7 @@ def make_reference(case: str) -> Reference:
 def _config(family: str, settings: dict[str, Any]) -> Any:
     import transformers
 
-    text = "Text" if family.startswith("Qwen3_5") else ""
+    text = "Text" if family.startswith(("Qwen3_5", "Llama4")) else ""
     return getattr(transformers, f"{family}{text}Config")(
         hidden_size=64,
         intermediate_size=96,

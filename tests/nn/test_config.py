@@ -101,7 +101,7 @@ def test_windows() -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor must be a positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, not 0.5"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "config.json has no rope_scaling.low_freq_factor"),
-        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "rope_scaling.high_freq_factor must be above"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "rope_scaling.high_freq_factor must be at least"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be"),
         ({"head_dim": 15}, "partial_rotary_factor must be"),
         ({"use_sliding_window": True}, "config.json has no sliding_window"),

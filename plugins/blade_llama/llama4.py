@@ -1,0 +1,199 @@
+"""Llama 4, its text model: experts whose input is weighed, and layers of attention without positions between those with
+rotary ones (iRoPE)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blade.nn import (
+    ChannelMixer,
+    Decoder,
+    DecoderConfig,
+    FeedForward,
+    Keys,
+    MixtureConfig,
+    SelectedWeights,
+    SelfAttention,
+    SplitExperts,
+    TokenMixer,
+    YarnRope,
+    load_experts,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade import Batch
+    from blade.contracts import Loader, Weights
+
+UNREAD = {"vision_model.": "vision", "multi_modal_projector.": "vision"}
+THETA = 500000.0  # of the rope, where config.json has none
+CHUNK = 8192  # tokens that attention is confined to, where config.json says nothing
+log = logging.getLogger("blade.llama")
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Llama4Config(DecoderConfig):
+    rotary_layers: frozenset[int]  # the others' queries and keys know no positions
+    normalized: bool  # queries and keys of rotary layers are
+    temperature: tuple[float, int] | None  # of the others' queries: how much it rises, and per how many tokens
+
+
+class Llama4:
+    """contracts.Architecture of `Llama4ForCausalLM`, and of the text model of `Llama4ForConditionalGeneration`, whose
+    config.json has it in a section and whose tensors have a longer name.
+
+    Its rotary layers attend within chunks of `attention_chunk_size` tokens; blade serves the first of them.
+    """
+
+    def configure(self, config: Mapping[str, Any]) -> Llama4Config:
+        whole = Keys(config)
+        keys = whole.section("text_config") if whole.has("text_config") else whole
+        keys = keys.with_default("rope_theta", THETA).with_default("rms_norm_eps", 1e-5)
+        num_layers = keys.integer("num_hidden_layers")
+        rotary = _rotary_layers(keys, num_layers)
+        temperature = (keys.number("attn_scale", 0.1), keys.integer("floor_scale", CHUNK))
+        found = Llama4Config.read(
+            keys,
+            architecture=whole.texts("architectures")[0],
+            tied=whole.flag("tie_word_embeddings", False),
+            intermediate_size=keys.integer("intermediate_size_mlp"),
+            windows=(None,) * num_layers,
+            mixture=_mixture(keys, num_layers),
+            rotary_layers=rotary,
+            normalized=keys.flag("use_qk_norm", True),
+            temperature=temperature if keys.flag("attn_temperature_tuning", True) else None,
+        )
+        if isinstance(found.rope, YarnRope) and found.normalized:
+            keys.refuse("rope_scaling" if keys.has("rope_scaling") else "rope_parameters", "of another kind than yarn")
+        return replace(found, max_context=_max_context(keys, found, rotary))
+
+    def build(self, config: Llama4Config, loader: Loader) -> Llama4Decoder:
+        if loader.has("language_model.model.norm.weight"):
+            config = replace(config, prefix="language_model.model", head="language_model.lm_head")
+        return Llama4Decoder(config, loader)
+
+    def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
+        return SplitExperts(SelectedWeights(weights, UNREAD), transposed=True)
+
+
+def _rotary_layers(keys: Keys, num_layers: int) -> frozenset[int]:
+    interval = keys.integer("no_rope_layer_interval", 4)
+    flags = keys.integers("no_rope_layers", []) or [int((i + 1) % interval != 0) for i in range(num_layers)]
+    if len(flags) < num_layers or not {0, 1}.issuperset(flags):
+        keys.refuse("no_rope_layers", f"0 or 1 for each of {num_layers} layers")
+    return frozenset(i for i in range(num_layers) if flags[i])
+
+
+def _mixture(keys: Keys, num_layers: int) -> MixtureConfig:
+    step = keys.integer("interleave_moe_layer_step", 1)
+    num_experts, num_active = keys.integer("num_local_experts"), keys.integer("num_experts_per_tok", 1)
+    if num_active > num_experts:
+        keys.refuse("num_experts_per_tok", f"at most the {num_experts} experts there are")
+    inner = keys.integer("intermediate_size")
+    layers = frozenset(keys.integers("moe_layers", list(range(step - 1, num_layers, step))))
+    return MixtureConfig(layers, num_experts, num_active, inner, inner, normalize=False)
+
+
+def _max_context(keys: Keys, config: Llama4Config, rotary: frozenset[int]) -> int:
+    kinds = ["chunked_attention" if i in rotary else "full_attention" for i in range(config.num_layers)]
+    chunk = keys.integer("attention_chunk_size", CHUNK)
+    if "chunked_attention" not in keys.texts("layer_types", kinds) or chunk >= config.max_context:
+        return config.max_context
+    log.warning(
+        "%s attends within chunks of %d tokens in most layers: contexts are limited to one chunk.",
+        config.architecture,
+        chunk,
+    )
+    return chunk
+
+
+class Llama4Decoder(Decoder):
+    """contracts.Model."""
+
+    config: Llama4Config
+
+    def token_mixer(self, name: str, index: int, loader: Loader) -> TokenMixer:
+        attention = RotaryAttention if index in self.config.rotary_layers else PlainAttention
+        return attention(f"{name}.self_attn", self.config, loader)
+
+    def channel_mixer(self, name: str, index: int, loader: Loader) -> ChannelMixer:
+        config, mixture = self.config, self.config.mixture
+        if mixture and index in mixture.layers:
+            return InputWeighedMixture(f"{name}.feed_forward", mixture, config.hidden_size, loader)
+        return FeedForward(f"{name}.feed_forward", config.intermediate_size, config.hidden_size, loader)
+
+
+class RotaryAttention(SelfAttention):
+    """Neighbouring channels of a head turn together, which then has length 1 (times sqrt(head_dim))."""
+
+    def __init__(self, name: str, config: Llama4Config, loader: Loader) -> None:
+        super().__init__(name, config, None, loader)
+        if config.normalized:  # before they are rotated, which changes no length
+            self.q_norm = self.k_norm = UnitNorm(self.head_dim, config.rms_norm_eps, loader)
+
+    def row_order(self) -> Tensor:
+        """Each head's even rows of queries and keys before its odd ones: halves of a head turn together."""
+        num_queries, _, num_keys, num_values = self.heads
+        rows = torch.arange(sum(self.heads) * self.head_dim)
+        turning, others = rows.split_with_sizes([(num_queries + num_keys) * self.head_dim, num_values * self.head_dim])
+        return torch.cat((turning.view(-1, self.head_dim // 2, 2).transpose(1, 2).flatten(), others))
+
+
+class UnitNorm:
+    """Root mean square norm without weights."""
+
+    def __init__(self, width: int, eps: float, loader: Loader) -> None:
+        self.ops, self.eps = loader.ops, eps
+        self.ones = loader.ops.to_device(torch.ones(width, dtype=loader.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.ones, self.eps)
+
+
+class PlainAttention(SelfAttention):
+    """Without positions; queries far behind the beginning are sharpened (Nakanishi 2025)."""
+
+    def __init__(self, name: str, config: Llama4Config, loader: Loader) -> None:
+        super().__init__(name, config, None, loader)
+        still = torch.cat((torch.ones(config.max_context, 2), torch.zeros(config.max_context, 2)), dim=1)
+        self.still = loader.ops.to_device(still)  # a rope that turns nothing
+        self.sharpness: Tensor | None = None
+        if config.temperature and config.max_context > config.temperature[1]:
+            rise, per = config.temperature
+            steps = torch.floor((torch.arange(config.max_context) + 1) / per)
+            self.sharpness = loader.ops.to_device(torch.log1p(steps) * rise + 1)
+
+    def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
+        return super().__call__(x, self.still, batch, layer_kv)
+
+    def queries(self, q: Tensor, batch: Batch) -> Tensor:
+        if self.sharpness is None:
+            return q
+        return (q * self.sharpness[batch.positions][:, None, None]).to(q.dtype)
+
+
+class InputWeighedMixture:
+    """blade.nn.ChannelMixer: experts get what a token is weighed by the router's sigmoid; one expert gets all as it
+    is."""
+
+    def __init__(self, name: str, config: MixtureConfig, hidden_size: int, loader: Loader) -> None:
+        self.ops, self.num_active = loader.ops, config.num_active
+        self.router = loader.linear(f"{name}.router", shapes=[(config.num_experts, hidden_size)])
+        inner = config.intermediate_size
+        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader)
+        self.shared = FeedForward(f"{name}.shared_expert", inner, hidden_size, loader)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, hidden_size] -> what is to be added up, [T, hidden_size] each."""
+        logits = self.router(x, torch.float32)
+        ids, _ = self.ops.route(logits, self.num_active, False)
+        weights = logits.gather(1, ids).sigmoid().to(x.dtype)  # [T, k]
+        weighed = (x.unsqueeze(1) * weights.unsqueeze(2)).flatten(0, 1)  # [T * k, hidden_size]
+        mixed = self.experts(weighed, ids.reshape(-1, 1), torch.ones(len(weighed), 1, device=x.device))
+        return (*self.shared(x), mixed.view(len(x), self.num_active, -1).sum(1))
