@@ -2,7 +2,7 @@
 // four bytes per lane). The level is chosen by the compiler's flags; every source is compiled once per level.
 //
 // Each level header defines, in namespace vec, the types F, I, W, and:
-//   zero set load store add sub mul div fma max sum max_lane scale2 round_to_int keep word splat as_float to_float
+//   zero set load store stream add sub mul div fma max sum max_lane scale2 round_to_int keep word splat as_float to_float
 //   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits either shift store_word
 //   even_bytes odd_bytes add_dot_shorts
 // and dot_bytes, or BLADE_DOT_BY_PAIRS and the steps of a dot product of bytes (byte_dot.h).
