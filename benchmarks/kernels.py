@@ -153,6 +153,42 @@ def experts(ops: SimdOps, rows: list[int], seconds: float, formats: list[str]) -
     return results
 
 
+def recurrence(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
+    """A gated delta net layer of Qwen3-Next in steps of one token per sequence and of a prompt."""
+    return [row for shape in ((1, 1), (16, 1), (1, 512)) for row in recurrent_step(ops, *shape, seconds)]
+
+
+def recurrent_step(ops: SimdOps, num_seqs: int, num_tokens: int, seconds: float) -> list[dict[str, object]]:
+    """Of the gated delta rule also GB/s of states read and written, in the median."""
+    key_heads, heads, dim = 16, 32, 128
+    width, state_bytes = (2 * key_heads + heads) * dim, 2 * num_seqs * heads * dim * dim * 4
+    batch = decode_batch(num_seqs, 1, 16) if num_tokens == 1 else prefill_batch(num_tokens, 16)
+    batch.state_in = torch.arange(num_seqs, dtype=torch.int32)
+    batch.state_out = batch.state_in + num_seqs
+    layers = range(max(1, COLD_BYTES // state_bytes))
+    states = [torch.randn(2 * num_seqs, heads, dim, dim) for _ in layers]
+    held = [torch.zeros(2 * num_seqs, width, 3).bfloat16() for _ in layers]
+    mixed = torch.randn(num_seqs * num_tokens, width).bfloat16()
+    q, k, v = mixed.view(len(mixed), -1, dim).split_with_sizes((key_heads, key_heads, heads), dim=1)
+    a, b = torch.randn(2, len(mixed), heads).bfloat16()
+    weight, decay, dt_bias = torch.randn(width, 4).bfloat16(), -torch.rand(heads), torch.randn(heads)
+    x, ones = v.contiguous(), torch.ones(dim).bfloat16()
+    cases: dict[str, Callable[[Ops, int], object]] = {
+        "gated_delta": lambda o, i: o.gated_delta(q, k, v, a, b, decay, dt_bias, batch, states[i]),
+        "short_conv": lambda o, i: o.short_conv(mixed, weight, batch, held[i]),
+        "gated_rms_norm": lambda o, _: o.gated_rms_norm(x, v, ones, 1e-6),
+    }
+    results: list[dict[str, object]] = []
+    for name, case in cases.items():
+        both = {"native": ops, "torch": ops.base}
+        us = measure({n: rotate([partial(case, o, i) for i in layers]) for n, o in both.items()}, seconds)
+        row: dict[str, object] = {"op": name, "case": f"{num_seqs} x {num_tokens}", "us": us}
+        if name == "gated_delta":
+            row["gb_s"] = round(state_bytes / us["native"][0] / 1e3, 1)
+        results.append(row)
+    return results
+
+
 def decode_batch(num_seqs: int, context: int, block_size: int) -> Batch:
     blocks = -(-context // block_size)
     tables = torch.arange(num_seqs * blocks, dtype=torch.int32).view(num_seqs, blocks)
@@ -276,6 +312,8 @@ def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[
         return kv_cache(ops, seconds)
     if name == "experts":
         return experts(ops, rows, seconds, formats)
+    if name == "recurrence":
+        return recurrence(ops, seconds)
     if name == "rows":
         return [row for m in (1, 16, 1024) for row in row_ops(ops, m, seconds / 4)] + selection(ops, seconds / 4)
     return linears(ops, name, [m for m in rows if name != "lm_head" or m <= 16], seconds, formats)
@@ -285,7 +323,10 @@ def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--ops", nargs="*", default=[*LINEARS, "attention", "kv", "rows", "experts"], help="what to measure"
+        "--ops",
+        nargs="*",
+        default=[*LINEARS, "attention", "kv", "rows", "experts", "recurrence"],
+        help="what to measure",
     )
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 16, 64, 512], help="rows of the linears' input")
     parser.add_argument("--formats", nargs="*", default=["int8", "int4"], choices=[*FORMATS], help="of linears")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from blade import Batch
 from blade.contracts import Linear
 from blade.nn import DefaultOps
+from blade_native.reference import dequantize
 from blade_native.simd import capture
 from blade_native.simd.experts import PackedExperts
 from blade_native.simd.ops import SimdOps
@@ -82,6 +85,22 @@ def test_quantised_experts_equal_the_twin(ops: SimdOps, formats: list[str]) -> N
         atol = 1e-5 * float(want.abs().max())
         torch.testing.assert_close(mixture(x.float(), ids, weights), want, rtol=0, atol=atol)
         torch.testing.assert_close(mixture(x, ids, weights), want.bfloat16(), rtol=2**-7, atol=atol)
+
+
+def test_experts_whose_columns_lie_in_orders_of_their_own(ops: SimdOps) -> None:
+    """A token alone with several experts is packed once for those of one layout, and for no others."""
+    weights = [weight_of("gptq128", 64, 256), weight_of("gptq128", 64, 256), weight_of("q8_0", 64, 256)]
+    ordered = [replace(weight, order=torch.randperm(256)) for weight in weights]
+    down = [(torch.randn(256, 32) / 8).bfloat16() for _ in weights]
+    dense = [dequantize(weight, torch.float32) / 200 for weight in ordered]
+    gate_up = [ops.quantized_linear(replace(weight, scales=weight.scales / 200), None) for weight in ordered]
+    mixture = ops.experts(gate_up, [ops.linear(weight, None) for weight in down])
+    for num_tokens in (1, 3):
+        x, shares = torch.randn(num_tokens, 256).bfloat16(), torch.rand(num_tokens, 3)
+        ids = torch.stack([torch.randperm(3) for _ in x])
+        want = exact(x, ids, shares, torch.stack(dense), torch.stack(down))
+        y = mixture(x, ids, shares).double()
+        torch.testing.assert_close(y, want, rtol=0, atol=0.04 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "q4_0", "q8_0"])

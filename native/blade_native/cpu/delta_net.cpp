@@ -10,7 +10,7 @@
 #include "vec.h"
 
 namespace {
-constexpr int CHANNELS = 64;  // of a convolution, taken together
+constexpr int CHANNELS = 512;  // of a convolution, taken together: long runs of memory, and weights that fit L1
 constexpr int COLUMNS = 32;   // of a head's state: [128][32] floats are half of a small L1
 
 // Channels [c, c + n) of one sequence. Inputs before the sequence's first token are those kept in its state.
@@ -96,7 +96,8 @@ struct Token {
 // Some columns of a head's state.
 struct State {
     float* at = nullptr;
-    long stride = 0;  // from row to row
+    long stride = 0;        // from row to row
+    bool streamed = false;  // written past the caches: nothing reads it before the next step of the model
 };
 
 // 16 NV columns: to = alpha * from + k (beta * (v - alpha * k^T from)), out = q^T to; `next` is fetched meanwhile.
@@ -119,13 +120,19 @@ void step(const Token& token, long dk, const E* v, State from, State to, E* out,
         delta[n] = vec::mul(vec::set(token.beta), missing);
         vec::store(out + n * vec::LANES, vec::fma(vec::set(token.qk), delta[n], vec::mul(alpha, asked[n])));
     }
-    for (long i = 0; i < dk; i++) {
-        vec::F k = vec::set(token.k[i]);
-        for (int n = 0; n < NV; n++) {
-            vec::F s = vec::load(from.at + i * from.stride + n * vec::LANES);
-            vec::store(to.at + i * to.stride + n * vec::LANES, vec::fma(k, delta[n], vec::mul(alpha, s)));
+    auto update = [&](auto store) {
+        for (long i = 0; i < dk; i++) {
+            vec::F k = vec::set(token.k[i]);
+            for (int n = 0; n < NV; n++) {
+                vec::F s = vec::load(from.at + i * from.stride + n * vec::LANES);
+                store(to.at + i * to.stride + n * vec::LANES, vec::fma(k, delta[n], vec::mul(alpha, s)));
+            }
         }
-    }
+    };
+    if (to.streamed)
+        update([](float* at, vec::F x) { vec::stream(at, x); });
+    else
+        update([](float* at, vec::F x) { vec::store(at, x); });
 }
 
 // One item of the gated delta rule: columns of one head over a sequence.
@@ -138,11 +145,9 @@ public:
     }
     static long count(const GatedDeltaCall& c) { return c.slots->num_seqs * c.hv * ((c.dv + COLUMNS - 1) / COLUMNS); }
 
-    // These columns in a slot.
-    State in_slot(long slot) const { return {c.state + ((slot * c.hv + head) * c.dk) * c.dv + column, c.dv}; }
-
-    // What the columns are before the sequence's first token, where that lies in memory.
-    State source() const { return s.in[seq] >= 0 ? in_slot(s.in[seq]) : State{}; }
+    // What the columns are before the sequence's first token, and where they go after its last; none where `at` is null.
+    State source() const { return in_slot(s.in[seq], false); }
+    State target() const { return in_slot(s.out[seq], uintptr_t(c.state) % 64 == 0); }
 
     // Scratch holds floats: {[dk] q, [dk] k, [dk][COLUMNS] state}.
     template <class E>
@@ -155,7 +160,8 @@ public:
             from = local;
         }
         for (long t = first; t <= last; t++) {
-            State to = t == last && s.out[seq] >= 0 ? in_slot(s.out[seq]) : local;
+            State to = t == last ? target() : local;
+            if (!to.at) to = local;
             const E* v = (const E*)c.v + t * c.v_stride + head * c.dv + column;
             E* out = (E*)c.out + (t * c.hv + head) * c.dv + column;
             Token token = read<E>(t, scratch);
@@ -168,6 +174,11 @@ public:
     }
 
 private:
+    State in_slot(long slot, bool streamed) const {
+        if (slot < 0) return {};
+        return {c.state + (slot * c.hv + head) * c.dk * c.dv + column, c.dv, streamed};
+    }
+
     template <class E>
     Token read(long t, float* scratch) const {
         long key_head = head / (c.hv / c.hk);

@@ -33,9 +33,10 @@ void fetch(const char* at) {
     for (long i = 0; i < FETCHED_BYTES; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-bool pack_alike(const Job& a, const Job& b) {
-    const Format &f = a.linear.format, &g = b.linear.format;
-    return f.bits == g.bits && f.group == g.group && (f.offsets == NONE) == (g.offsets == NONE);
+// Whether both pack a row alike: for certain where they differ in nothing but their numbers.
+bool pack_alike(Linear a, Linear b) {
+    a.weights = b.weights = nullptr, a.bias = b.bias = nullptr;
+    return memcmp(&a, &b, sizeof(Linear)) == 0;
 }
 
 // One expert and the tokens that chose it.
@@ -115,7 +116,7 @@ private:
             expert.down.tiles = take(expert.down.packed_bytes());
             expert.down.targets = expert.targets, expert.down.call.y = sums_;
             const Expert*& other = alone[expert.targets[0].row];
-            if (rows == 1 && other && pack_alike(other->gate_up, expert.gate_up)) {
+            if (rows == 1 && other && pack_alike(other->gate_up.linear, expert.gate_up.linear)) {
                 expert.gate_up.tiles = other->gate_up.tiles;
                 continue;
             }

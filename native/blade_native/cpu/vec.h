@@ -2,7 +2,8 @@
 // four bytes per lane). The level is chosen by the compiler's flags; every source is compiled once per level.
 //
 // Each level header defines, in namespace vec, the types F, I, W, and:
-//   zero set load store add sub mul div fma max min sum max_lane scale2 round_to_int keep word splat as_float to_float
+//   zero set load store stream add sub mul div fma max min sum max_lane scale2 round_to_int keep word splat as_float
+//   to_float
 //   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits either shift store_word
 //   even_bytes odd_bytes add_dot_shorts look_up
 //   FLOAT8_UNIT float8_place widen_float8

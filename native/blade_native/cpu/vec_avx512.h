@@ -21,6 +21,7 @@ INLINE F load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+INLINE void stream(float* p, F x) { _mm512_stream_ps(p, x); }  // past the caches; p is aligned to 64 bytes
 INLINE void store(bf16* p, F x) {
 #ifdef __AVX512BF16__
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));

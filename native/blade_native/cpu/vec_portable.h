@@ -37,6 +37,7 @@ INLINE F load(const E* p) {  // of bf16, uint8_t or int8_t
     return load(lanes);
 }
 INLINE void store(float* p, F x) { memcpy(p, &x, sizeof x); }
+INLINE void stream(float* p, F x) { store(p, x); }
 INLINE void store(bf16* p, F x) {
     float lanes[LANES];
     store(lanes, x);
