@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Sequence as Seq
+    from pathlib import Path
 
     import torch
     from torch import Tensor
 
     from blade.contracts.devices import Attention, Ops
+    from blade.contracts.text import Tokenizer
     from blade.types import Batch, KVCache, ModelConfig
 
 
@@ -114,3 +117,18 @@ class Quantization(Protocol):
     def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
         """Bytes of memory that the tensor takes once `linear` has loaded it; None where it is plain."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """What a command gets of ``open_model(model)``: everything chosen, nothing loaded yet."""
+
+    name: str
+    path: Path  # the folder, or the .gguf file
+    config: Mapping[str, Any]  # config.json
+    architecture: Architecture
+    model_config: ModelConfig
+    weights: Weights  # as the architecture sees them
+    ops: Ops
+    dtype: torch.dtype
+    tokenizer: Tokenizer
