@@ -31,8 +31,9 @@ class WholeAttention:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
     ) -> Tensor:
-        parts = (each.split_with_sizes(batch.query_lens) for each in (q, k, v))
-        return torch.cat([attend_one(*qkv, scale=scale, window=window) for qkv in zip(*parts, strict=True)])
+        queries, keys, values = (each.split_with_sizes(batch.query_lens) for each in (q, k, v))
+        sequences = zip(queries, keys, values, strict=True)
+        return torch.cat([attend_one(*sequence, scale, window) for sequence in sequences])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
