@@ -45,6 +45,10 @@ gpu *args:
     pytest tests/native tests/native_cuda -k "cuda or device"
     python benchmarks/gpu_kernels.py {{ args }}
 
+# Broken checkpoints of every weight format, thousands of each: none may do worse than be refused in a sentence
+fuzz num="2000" *cases:
+    python tests/formats/mutations.py {{ num }} {{ cases }}
+
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:
     python benchmarks/load.py {{ args }}

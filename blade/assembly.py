@@ -74,6 +74,13 @@ class Assembly:
         return own + (self.draft.weight_bytes if self.draft else 0)
 
     @property
+    def num_params(self) -> int:
+        """Numbers in the checkpoint's tensors, however they are packed; without the draft model's."""
+        from blade.nn.tensors import num_params
+
+        return num_params(self.checkpoint.weights, self.form.quantization)
+
+    @property
     def block_bytes(self) -> int:
         """Of a block of the KV cache over all layers; the draft model has as many blocks of its own."""
         return self.attention.block_bytes(self.kv_spec) + (self.draft.block_bytes if self.draft else 0)

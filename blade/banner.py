@@ -24,7 +24,7 @@ def describe(assembly: Assembly, memory: MemoryPlan) -> list[str]:
     quant = "" if engine.kv_cache_quant == "none" else f" in {engine.kv_cache_quant}"
     return [
         f"model   {assembly.model_name}: {assembly.model_config.architecture} by plugin {assembly.family!r}, "
-        f"{checkpoint.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
+        f"{assembly.num_params / 1e6:,.0f} M parameters, {checkpoint.format}",
         f"weights {size(assembly.weight_bytes)}, {assembly.form.label}",
         f"device  {assembly.ops.name}, {str(assembly.dtype).removeprefix('torch.')}, "
         f"attention {engine.attention!r}, scheduler {engine.scheduler!r}, {cache}",
@@ -41,8 +41,7 @@ def _speculation(assembly: Assembly) -> list[str]:
     how = "as many as pay" if engine.adaptive_drafts else "always"
     line = f"drafts  by {', '.join(map(repr, assembly.drafters))}, up to {engine.num_draft_tokens} tokens, {how}"
     if draft is not None:
-        num_params = draft.checkpoint.num_params / 1e6
-        line += f"; draft model {draft.model_name}: {num_params:,.0f} M parameters, {draft.form.label}"
+        line += f"; draft model {draft.model_name}: {draft.num_params / 1e6:,.0f} M parameters, {draft.form.label}"
     return [line]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blade.engine.memory import size
 from blade.errors import CheckpointError, ConfigError
 from blade.registry import suggest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from blade.checkpoint.gguf_weights import GGUFWeights
@@ -45,9 +47,9 @@ def choose_form(
 ) -> WeightForm:
     """Raises CheckpointError where no plugin reads the checkpoint's format, ConfigError where `asked` makes no sense of
     it."""
-    settings = checkpoint.config.get("quantization_config")
+    settings = _settings(checkpoint.config)
     if settings:
-        return _quantized(checkpoint, settings, asked, plugins)
+        return _quantized(checkpoint, settings, asked, ops, dtype, plugins)
     if asked not in (None, NONE):
         quantization = plugins.registry("register_quantizations").create(asked, {})
         source = ", made of the file's dequantised blocks" if checkpoint.blocks else ""
@@ -57,7 +59,20 @@ def choose_form(
     return WeightForm(None, _name(dtype))
 
 
-def _quantized(checkpoint: Checkpoint, settings: object, asked: str | None, plugins: Plugins) -> WeightForm:
+def _settings(config: Mapping[str, Any]) -> object:
+    """Where config.json says how the weights are quantised: also under the name of old, and beside a text model's own
+    settings."""
+    nested = config.get("text_config")
+    found = config.get("quantization_config") or config.get("compression_config")
+    return found or (nested.get("quantization_config") if isinstance(nested, dict) else None)
+
+
+def _quantized(
+    checkpoint: Checkpoint, settings: object, asked: str | None, ops: Ops, dtype: torch.dtype, plugins: Plugins
+) -> WeightForm:
+    """As it is, where that can be."""
+    from blade.nn.grouped import Dequantized, GroupedQuantization
+
     registry = plugins.registry("register_quantizations")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     readers = sorted(name for name in registry if not registry.entry(name).plain)
@@ -66,12 +81,17 @@ def _quantized(checkpoint: Checkpoint, settings: object, asked: str | None, plug
             f"{checkpoint.name} is quantised by {method!r}, which no loaded plugin reads.",
             f"Read: {', '.join(readers) or 'none yet'}, and GGUF files. Use the model's unquantised form.",
         )
-    if asked is not None:
+    quantization = registry.create(method, settings)
+    known = isinstance(quantization, GroupedQuantization)
+    if asked is not None and not (known and asked == NONE):
         raise ConfigError(
             f"{checkpoint.name} is quantised by {method!r} already, so --quantize {asked} cannot be had of it.",
-            "Leave --quantize out, or use the model's unquantised form.",
+            f"Leave --quantize out{f', ask for {NONE}' if known else ''}, or use the model's unquantised form.",
         )
-    return WeightForm(registry.create(method, settings), method)
+    if known and (asked == NONE or dtype not in ops.quantized_dtypes):
+        label = _dequantized(checkpoint, asked, ops, dtype, "quantised weights")
+        return WeightForm(Dequantized(quantization), label)
+    return WeightForm(quantization, getattr(quantization, "label", method))
 
 
 def _blocks(
@@ -82,10 +102,14 @@ def _blocks(
 
     if asked is None and dtype in ops.quantized_dtypes:
         return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
-    reason = (
-        "as --quantize none asks" if asked else f"the device ({ops.name}) has no kernels for blocks in {_name(dtype)}"
-    )
-    return WeightForm(None, f"{_name(dtype)}: dequantised from the file's {size(checkpoint.num_bytes)}, {reason}")
+    return WeightForm(None, _dequantized(checkpoint, asked, ops, dtype, "blocks"))
+
+
+def _dequantized(checkpoint: Checkpoint, asked: str | None, ops: Ops, dtype: torch.dtype, what: str) -> str:
+    """The label, with the reason."""
+    lack = f"the device ({ops.name}) has no kernels for {what} in {_name(dtype)}"
+    reason = "as --quantize none asks" if asked else lack
+    return f"{_name(dtype)}: dequantised from the file's {size(checkpoint.num_bytes)}, {reason}"
 
 
 def _name(dtype: torch.dtype) -> str:

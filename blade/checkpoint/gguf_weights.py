@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ class GGUFWeights:
         for file in files:
             for name, info in file.tensors.items():
                 self._add(file, name, info)
+        self._names = dict.fromkeys(name for name in self._tensors if name != _ROPE_FACTORS)
 
     def _add(self, file: GGUFFile, name: str, info: TensorInfo) -> None:
         known = name if name == _ROPE_FACTORS else hf_name(name)
@@ -62,8 +63,8 @@ class GGUFWeights:
                 sizes[info.kind.name] += info.num_params
         return [kind for kind, _ in sizes.most_common()]
 
-    def names(self) -> Iterable[str]:
-        return [name for name in self._tensors if name != _ROPE_FACTORS]
+    def names(self) -> Collection[str]:
+        return self._names.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape

@@ -41,7 +41,7 @@ class Checkpoint:
 
     @property
     def num_params(self) -> int:
-        """Numbers in all tensors; of formats that pack several into one, packs."""
+        """Numbers in all tensors; of formats that pack several into one, packs (see Assembly.num_params)."""
         return self.weights.num_params
 
 

@@ -6,7 +6,7 @@ Layout after https://huggingface.co/docs/safetensors: 8 bytes of header length, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,7 @@ _DTYPES = {  # bytes of a number, and torch's name for the type
     "I64": (8, "int64"), "I32": (4, "int32"), "I16": (2, "int16"), "I8": (1, "int8"),
     "U64": (8, "uint64"), "U32": (4, "uint32"), "U16": (2, "uint16"), "U8": (1, "uint8"), "BOOL": (1, "bool"),
 }  # fmt: skip
+_NUMBERS = {"F64", "F32", "F16", "BF16"}  # that mean something by themselves
 _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -140,7 +141,7 @@ class SafetensorsWeights:
     def num_params(self) -> int:
         return sum(prod(h.shape) for _, h in self._tensors.values())
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -148,6 +149,11 @@ class SafetensorsWeights:
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, header = self._find(name)
+        if dtype is not None and header.dtype not in _NUMBERS:
+            raise CheckpointError(
+                f"{file.path}: the tensor {name!r} is of {header.dtype}, which is no plain number.",
+                "By config.json it is not quantised: fetch config.json again, or use another form of the model.",
+            )
         tensor = file.tensor(header)
         return tensor if dtype is None else tensor.to(dtype)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from collections.abc import Sequence as Seq
-    from pathlib import Path
 
     import torch
     from torch import Tensor
 
     from blade.contracts.devices import Attention, Ops
-    from blade.contracts.text import Tokenizer
     from blade.types import Batch, KVCache, ModelConfig
 
 
@@ -45,7 +42,7 @@ class Architecture(Protocol):
 class Weights(Protocol):
     """The named tensors of a checkpoint, under their Hugging Face names whatever the file format."""
 
-    def names(self) -> Iterable[str]: ...
+    def names(self) -> Collection[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -83,7 +80,9 @@ class Loader(Protocol):
     attention: Attention
     dtype: torch.dtype
 
-    def has(self, name: str) -> bool: ...
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor; of "lm_head.weight", in whatever form the checkpoint has that matrix."""
+        ...
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Raises CheckpointError when it is missing or has another shape than the model expects."""
@@ -118,17 +117,4 @@ class Quantization(Protocol):
         """Bytes of memory that the tensor takes once `linear` has loaded it; None where it is plain."""
         ...
 
-
-@dataclass(frozen=True, slots=True)
-class OpenedModel:
-    """What a command gets of ``open_model(model)``: everything chosen, nothing loaded yet."""
-
-    name: str
-    path: Path  # the folder, or the .gguf file
-    config: Mapping[str, Any]  # config.json
-    architecture: Architecture
-    model_config: ModelConfig
-    weights: Weights  # as the architecture sees them
-    ops: Ops
-    dtype: torch.dtype
-    tokenizer: Tokenizer
+    # A format that packs numbers may say how many: num_params(name, weights) -> int | None, as num_bytes does of bytes.

@@ -4,7 +4,8 @@ from blade.chunks import in_chunks
 from blade.nn.config import DecoderConfig
 from blade.nn.decoder import Decoder, FeedForward, Layer, Norm, SelfAttention
 from blade.nn.default_ops import DefaultOps
-from blade.nn.grouped import GroupedQuantization
+from blade.nn.dequantize import dequantize, expand_scales
+from blade.nn.grouped import GroupedQuantization, Matrix
 from blade.nn.keys import Keys
 from blade.nn.loader import Loader
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
@@ -22,10 +23,13 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "Loader",
+    "Matrix",
     "Norm",
     "Rope",
     "SelfAttention",
     "YarnRope",
+    "dequantize",
+    "expand_scales",
     "in_chunks",
     "read_rope",
 ]

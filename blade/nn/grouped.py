@@ -1,58 +1,156 @@
-"""Weight formats whose matrices are `blade.GroupedWeight`s, which op sets compute on as they are."""
+"""Weight formats whose matrices are `blade.QuantizedWeight`s, which op sets compute on as they are."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from blade.contracts import Weights
 from blade.errors import ConfigError
-from blade.nn.tensors import check_shape, stacked_bias
+from blade.nn.dequantize import dequantize
+from blade.nn.tensors import check_expected, check_shape, split_name, stacked_bias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
-    import torch
     from torch import Tensor
 
     from blade.contracts import Linear, Ops
-    from blade.types import GGMLBlocks, GroupedWeight
+    from blade.types import GGMLBlocks, GroupedWeight, QuantizedWeight
+
+
+@dataclass(slots=True, frozen=True)
+class Matrix:
+    """What the headers of a checkpoint say of a quantised matrix."""
+
+    shape: tuple[int, ...]  # N and K
+    num_bytes: int  # that its QuantizedWeight takes, the integers packed
 
 
 class GroupedQuantization:
-    """contracts.Quantization: a subclass says which tensors it has, and makes their matrices, one at a time."""
+    """contracts.Quantization: a subclass says what is quantised, and makes the matrices one at a time."""
 
-    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
-        """Bytes of what `grouped` would give, its integers packed; None where the tensor stays plain."""
+    tensors: Seq[str] = ("weight",)
+    """What a matrix is known by: the first of these there is under its prefix. It is counted for that one; what else
+    belongs to it counts nothing, but the bias."""
+
+    def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
+        """What is under `prefix` ("model.layers.0.mlp.up_proj"), if it is quantised; read from the headers alone. There
+        is one of `tensors`."""
         raise NotImplementedError
 
-    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        """The matrix of a tensor [N, K] on the CPU."""
+    def weight(self, prefix: str, weights: Weights) -> QuantizedWeight:
+        """The matrix that `matrix` told of, on the CPU."""
         raise NotImplementedError
 
     def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
         check_kernels(ops, dtype)
-        return self.grouped_bytes(name, weights)
+        return self.counted(name, weights, lambda matrix: matrix.num_bytes)
+
+    def num_params(self, name: str, weights: Weights) -> int | None:
+        """Numbers that a tensor stands for; None where it is plain."""
+        return self.counted(name, weights, lambda matrix: prod(matrix.shape))
 
     def linear(
         self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
     ) -> Linear | None:
-        """Plain where one of the matrices is: a stack is either or."""
+        """Where some of the matrices are plain, those and the others are linears of their own, side by side."""
         check_kernels(ops, dtype)
-        names = [f"{prefix}.weight" for prefix in prefixes]
-        for name, shape in zip(names, shapes, strict=True):
-            check_shape(name, weights, shape)
-        if any(self.grouped_bytes(name, weights) is None for name in names):
+        sizes = self.sizes(prefixes, shapes, weights)
+        if not any(sizes.values()):
             return None
-        sizes = [weights.shape(name)[0] for name in names]
-        return self.stack(names, weights, ops, stacked_bias(prefixes, sizes, weights, dtype))
+        parts: list[Linear] = []
+        for quantized, run in groupby(prefixes, lambda prefix: bool(sizes[prefix])):
+            names = list(run)
+            if quantized:
+                bias = stacked_bias(names, [sizes[name] for name in names], weights, dtype)
+                parts.append(self.stack(names, weights, ops, bias))
+            else:
+                parts.append(self.plain(names, weights, ops, dtype))
+        return parts[0] if len(parts) == 1 else SideBySide(parts)
 
-    def stack(self, names: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
-        """The linear over the matrices of these tensors. A subclass may know a shorter way to it than `grouped`."""
-        return ops.quantized_linear([self.grouped(name, weights) for name in names], bias)
+    def stack(self, prefixes: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
+        """The linear over these matrices. A subclass may know a shorter way to it than `weight`."""
+        return ops.quantized_linear([self.weight(prefix, weights) for prefix in prefixes], bias)
+
+    def plain(self, prefixes: Seq[str], weights: Weights, ops: Ops, dtype: torch.dtype) -> Linear:
+        """The linear over these matrices in `dtype`, quantised or not."""
+        parts = [self._numbers(prefix, weights, dtype) for prefix in prefixes]
+        bias = stacked_bias(prefixes, [len(part) for part in parts], weights, dtype)
+        return ops.linear(parts[0] if len(parts) == 1 else torch.cat(parts), bias)
+
+    def find(self, prefix: str, weights: Weights) -> tuple[str, Matrix | None]:
+        """The name of the tensor that is there, or "", and its matrix unless it is plain."""
+        names = weights.names()
+        name = next((name for tensor in self.tensors if (name := f"{prefix}.{tensor}") in names), "")
+        return name, self.matrix(prefix, weights) if name else None
+
+    def sizes(self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights) -> dict[str, int]:
+        """N of each, 0 where it is plain. Raises CheckpointError for a shape that is not the expected one."""
+        sizes = {}
+        for prefix, shape in zip(prefixes, shapes, strict=True):
+            name, matrix = self.find(prefix, weights)
+            if matrix is None:
+                check_shape(f"{prefix}.weight", weights, shape)
+            else:
+                check_expected(name, matrix.shape, shape)
+            sizes[prefix] = matrix.shape[0] if matrix else 0
+        return sizes
+
+    def counted(self, name: str, weights: Weights, count: Callable[[Matrix], int]) -> int | None:
+        """The count of the matrix that a tensor belongs to, for one of its tensors; 0 for the others. None for what is
+        plain, as a bias is."""
+        prefix, tensor = split_name(name)
+        if tensor == "bias":
+            return None
+        main, matrix = self.find(prefix, weights)
+        if matrix is None:
+            return None
+        return count(matrix) if name == main else 0
+
+    def _numbers(self, prefix: str, weights: Weights, dtype: torch.dtype) -> Tensor:
+        if self.find(prefix, weights)[1] is None:
+            return weights.get(f"{prefix}.weight", dtype)
+        return dequantize(self.weight(prefix, weights), dtype)
+
+
+class Dequantized:
+    """contracts.Quantization: a format whose matrices become plain numbers of the run's dtype."""
+
+    def __init__(self, quantization: GroupedQuantization) -> None:
+        self._format = quantization
+
+    def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
+        return self._format.counted(name, weights, lambda matrix: prod(matrix.shape) * dtype.itemsize)
+
+    def num_params(self, name: str, weights: Weights) -> int | None:
+        return self._format.num_params(name, weights)
+
+    def linear(
+        self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
+    ) -> Linear | None:
+        if not any(self._format.sizes(prefixes, shapes, weights).values()):
+            return None
+        return self._format.plain(prefixes, weights, ops, dtype)
+
+
+class SideBySide:
+    """contracts.Linear: linears over one input, their outputs end to end."""
+
+    def __init__(self, linears: Seq[Linear]) -> None:
+        self.linears = linears
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return torch.cat([linear(x, out_dtype) for linear in self.linears], dim=-1)
 
 
 def check_kernels(ops: Ops, dtype: torch.dtype) -> None:
-    """Raise ConfigError where the op set cannot compute on grouped weights."""
+    """Raise ConfigError where the op set cannot compute on quantised weights."""
     if dtype in ops.quantized_dtypes:
         return
     known = ", ".join(sorted(_name(known) for known in ops.quantized_dtypes))
@@ -88,13 +186,15 @@ class Stored(GroupedQuantization):
     def __init__(self, weights: StoredWeights) -> None:
         self._stored = weights
 
-    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
-        return self._stored.grouped_bytes(name)
+    def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
+        name = f"{prefix}.weight"
+        num_bytes = self._stored.grouped_bytes(name)
+        return None if num_bytes is None else Matrix(weights.shape(name), num_bytes)
 
-    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        return self._stored.grouped(name)
+    def weight(self, prefix: str, weights: Weights) -> QuantizedWeight:
+        return self._stored.grouped(f"{prefix}.weight")
 
-    def stack(self, names: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
+    def stack(self, prefixes: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
         """Straight from the file's bytes, where the op set can."""
-        linear = ops.blocks_linear([self._stored.blocks(name) for name in names], bias)
-        return linear or super().stack(names, weights, ops, bias)
+        linear = ops.blocks_linear([self._stored.blocks(f"{prefix}.weight") for prefix in prefixes], bias)
+        return linear or super().stack(prefixes, weights, ops, bias)

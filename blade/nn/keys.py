@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +20,7 @@ class Keys(CheckedValues):
     """
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
-        self._values = values
+        self.values = values
         self._path = path
 
     def flag(self, key: str, default: bool) -> bool:
@@ -35,6 +36,20 @@ class Keys(CheckedValues):
             self.refuse(key, "a list of strings")
         return value
 
+    def signed(self, key: str) -> float:
+        """Finite, of either sign."""
+        value = self._get(key, None)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            self.refuse(key, "a number")
+        return float(value)
+
+    def integers(self, key: str) -> list[int]:
+        """At least one, each at least 1."""
+        value = self._get(key, None)
+        if type(value) is not list or not value or any(type(item) is not int or item < 1 for item in value):
+            self.refuse(key, "a list of positive integers")
+        return value
+
     def section(self, key: str) -> Keys:
         """The object under `key`, empty when absent."""
         value = self._get(key, {})
@@ -42,16 +57,23 @@ class Keys(CheckedValues):
             self.refuse(key, "an object")
         return Keys(value, f"{self._path}{key}.")
 
+    def objects(self, key: str) -> list[tuple[str, dict[str, Any]]]:
+        """The objects in the one under `key`, by their names; none when absent."""
+        found = list(self.section(key).values.items())
+        if any(type(value) is not dict for _, value in found):
+            self.refuse(key, "an object of objects")
+        return found
+
     def has(self, key: str) -> bool:
-        return self._values.get(key) is not None
+        return self.values.get(key) is not None
 
     def refuse(self, key: str, wanted: str) -> NoReturn:
         raise CheckpointError(
-            f"config.json: {self._path}{key} must be {wanted}, not {reprlib.repr(self._values.get(key))}."
+            f"config.json: {self._path}{key} must be {wanted}, not {reprlib.repr(self.values.get(key))}."
         )
 
     def _get(self, key: str, default: Any) -> Any:
-        value = self._values.get(key)
+        value = self.values.get(key)
         if value is None:
             value = default
         if value is None:

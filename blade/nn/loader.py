@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blade.nn.tensors import check_shape, loaded_bytes, stacked_bias
+from blade.nn.tensors import check_shape, loaded_bytes, split_name, stacked_bias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,13 +41,19 @@ class Loader:
         self.dtype = dtype
         self._weights = weights
         self._names = frozenset(weights.names())
+        self._modules: dict[str, list[str]] = {}  # the tensors of each
+        for name in weights.names():
+            self._modules.setdefault(split_name(name)[0], []).append(name)
         self._quantization = quantization
         self._progress = progress
         self._adapters = adapters
         self._loaded: set[str] = set()
 
     def has(self, name: str) -> bool:
-        return name in self._names
+        prefix, tensor = split_name(name)
+        if name in self._names or tensor != "weight":
+            return name in self._names
+        return any(there != f"{prefix}.bias" for there in self._modules.get(prefix, ()))
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         return self.ops.to_device(self._get(name, shape))
@@ -71,7 +77,7 @@ class Loader:
             return None
         linear = self._quantization.linear(prefixes, shapes, self._weights, self.ops, self.dtype)
         if linear is not None:
-            names = [name for name in self._names if name.rpartition(".")[0] in prefixes]
+            names = [name for prefix in prefixes for name in self._modules[prefix]]
             self._weights.release(names)
             for name in names:
                 self._report(name, self._quantization)

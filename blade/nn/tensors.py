@@ -17,11 +17,25 @@ if TYPE_CHECKING:
     from blade.contracts import Ops, Quantization, Weights
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The module and what it calls the tensor: "a.b.bias" is ("a.b", "bias"), "a.weight.absmax" ("a",
+    "weight.absmax")."""
+    prefix, dot, rest = name.partition(".weight.")
+    if dot:
+        return prefix, f"weight.{rest}"
+    prefix, _, tensor = name.rpartition(".")
+    return prefix, tensor
+
+
 def check_shape(name: str, weights: Weights, shape: tuple[int, ...] | None) -> None:
     """Raise CheckpointError for a tensor that is missing, or of another shape; None is any."""
     if name not in weights.names():
         raise CheckpointError(f"The checkpoint has no tensor {name}.")
-    found = tuple(weights.shape(name))
+    check_expected(name, tuple(weights.shape(name)), shape)
+
+
+def check_expected(name: str, found: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
+    """Raise CheckpointError where what the tensor holds is of another shape than the model's."""
     if shape is not None and found != shape:
         raise CheckpointError(f"Tensor {name} has shape {found}; by config.json it would be {shape}.")
 
@@ -29,8 +43,9 @@ def check_shape(name: str, weights: Weights, shape: tuple[int, ...] | None) -> N
 def stacked_bias(prefixes: Seq[str], sizes: Seq[int], weights: Weights, dtype: torch.dtype) -> Tensor | None:
     """The biases under `prefixes`, of `sizes` numbers each, end to end; zeros for one that is missing, None where all
     are."""
-    names, there = [f"{prefix}.bias" for prefix in prefixes], set(weights.names())
-    if there.isdisjoint(names):
+    names = [f"{prefix}.bias" for prefix in prefixes]
+    there = {name for name in names if name in weights.names()}
+    if not there:
         return None
     for name, size in zip(names, sizes, strict=True):
         if name in there:
@@ -47,3 +62,10 @@ def loaded_bytes(
     """Bytes of memory that a tensor takes once it is loaded: in `dtype`, unless its format is another."""
     quantized = quantization.num_bytes(name, weights, ops, dtype) if quantization else None
     return prod(weights.shape(name)) * dtype.itemsize if quantized is None else quantized
+
+
+def num_params(weights: Weights, quantization: Quantization | None) -> int:
+    """Numbers in all tensors; of formats that pack them, where these can say how many there are."""
+    count = getattr(quantization, "num_params", lambda name, weights: None)
+    packed = {name: count(name, weights) for name in weights.names()}
+    return sum(prod(weights.shape(name)) if found is None else found for name, found in packed.items())

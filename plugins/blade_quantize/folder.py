@@ -13,7 +13,7 @@ from blade import ConfigError
 from blade_quantize.layout import Dequantized, quantization_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     import torch
     from torch import Tensor
@@ -66,7 +66,7 @@ class FileWeights:
         files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
         self._places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._places.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from blade_quantize.shards import Planned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor
 
@@ -72,9 +72,8 @@ class Dequantized:
         self._weights, self._scheme = weights, scheme
         self._quantized = {f"{prefix}.weight": prefix for prefix in quantized}
 
-    def names(self) -> Iterable[str]:
-        kept = [name for name in self._weights.names() if name.rpartition(".")[2] in ("weight", "bias")]
-        return dict.fromkeys([*kept, *self._quantized, *self._weights.names()])
+    def names(self) -> Collection[str]:
+        return dict.fromkeys([*self._quantized, *self._weights.names()])
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.get(name).shape) if name in self._quantized else self._weights.shape(name)

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from blade.nn import GroupedQuantization
+from blade.nn import GroupedQuantization, Matrix
 from blade_rtn.int4 import quantize_int4
 from blade_rtn.int8 import quantize_int8
 
@@ -27,24 +27,25 @@ class Int8(GroupedQuantization):
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
-        shape = weights.shape(name)
-        if len(shape) != 2 or not name.endswith(".weight"):
+    def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
+        shape = weights.shape(f"{prefix}.weight")
+        if len(shape) != 2:
             return None
         if shape[1] % INT8_GROUPS[-1]:
-            self._tell(name, shape[1])
+            self._tell(prefix, shape[1])
             return None
-        return self._bytes(name, *shape)
+        return Matrix(shape, self._bytes(prefix, *shape))
 
-    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        return quantize_int8(weights.get(name), int8_group(weights.shape(name)[1]))
+    def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+        weight = weights.get(f"{prefix}.weight")
+        return quantize_int8(weight, int8_group(weight.shape[1]))
 
-    def _bytes(self, name: str, n: int, k: int) -> int:
+    def _bytes(self, prefix: str, n: int, k: int) -> int:
         return n * k + 2 * n * k // int8_group(k)
 
-    def _tell(self, name: str, k: int) -> None:
+    def _tell(self, prefix: str, k: int) -> None:
         """Once for the same matrix of all layers."""
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        pattern = re.sub(r"\.\d+\.", ".*.", prefix)
         if pattern not in self._told:
             self._told.add(pattern)
             log.warning("%s stays plain: its rows of %d numbers do not divide into groups of 32", pattern, k)
@@ -53,17 +54,19 @@ class Int8(GroupedQuantization):
 class Int4(Int8):
     """4 bits; 8 for the output head and the embedding."""
 
-    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        return super().grouped(name, weights) if is_table(name) else quantize_int4(weights.get(name), INT4_GROUP)
+    def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+        if is_table(prefix):
+            return super().weight(prefix, weights)
+        return quantize_int4(weights.get(f"{prefix}.weight"), INT4_GROUP)
 
-    def _bytes(self, name: str, n: int, k: int) -> int:
-        return super()._bytes(name, n, k) if is_table(name) else n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n
+    def _bytes(self, prefix: str, n: int, k: int) -> int:
+        return super()._bytes(prefix, n, k) if is_table(prefix) else n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n
 
 
 def int8_group(k: int) -> int:
     return next(group for group in INT8_GROUPS if k % group == 0)
 
 
-def is_table(name: str) -> bool:
-    """ "model.embed_tokens.weight"."""
-    return name.split(".")[-2] in TABLES
+def is_table(prefix: str) -> bool:
+    """ "model.embed_tokens"."""
+    return prefix.rpartition(".")[2] in TABLES

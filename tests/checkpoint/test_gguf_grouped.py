@@ -12,7 +12,7 @@ from blade.checkpoint import gguf_grouped
 from blade.checkpoint.gguf import GGMLType
 from blade.checkpoint.gguf_grouped import grouped
 from blade.checkpoint.open import open_checkpoint
-from blade_native.reference import dequantize
+from blade.nn import dequantize
 
 from .test_dequant import BLOCKED, raw_blocks, reference
 from .writers import tensors, write_gguf

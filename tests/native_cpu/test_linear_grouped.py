@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from blade import GroupedWeight
-from blade_native.reference import TorchOps, dequantize
+from blade.nn import dequantize
+from blade_native.reference import TorchOps
 from blade_native.simd.grouped import covers
 from blade_native.simd.linear import PackedLinear, StackedLinear
 from blade_native.simd.ops import SimdOps

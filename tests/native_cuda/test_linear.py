@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from blade import Float8Weight, GroupedWeight
+from blade.nn import dequantize
 from blade_native.cuda import linear as cuda_linear
 from blade_native.cuda import packing
 from blade_native.cuda.linear import MAX_ROWS, LinearKernels, PackedLinear
 from blade_native.cuda.packing import Format, format_of, pack
-from blade_native.reference import TorchQuantizedLinear, dequantize
+from blade_native.reference import TorchQuantizedLinear
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,13 +10,14 @@ import torch
 
 import blade_native.cuda
 from blade import ConfigError, Float8Weight
+from blade.nn import dequantize
 from blade_native import cuda_ops, paged_attention
 from blade_native.attention import PagedAttention
 from blade_native.cuda import CudaOps, launch
 from blade_native.cuda.attention import CudaAttention
 from blade_native.cuda.linear import PackedLinear
 from blade_native.cuda.torch_ops import TorchCudaOps
-from blade_native.reference import TorchLinear, TorchOps, dequantize
+from blade_native.reference import TorchLinear, TorchOps
 
 from .test_linear import make_weight
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_loader import DictWeights
 
 from blade import CheckpointError, ConfigError, GroupedWeight
 from blade.contracts import Weights
-from blade.nn import GroupedQuantization, Loader
+from blade.nn import GroupedQuantization, Loader, Matrix, dequantize
+from blade.nn.grouped import Dequantized
+from blade.nn.tensors import num_params
 from blade_native.reference import TorchOps
 
 
@@ -19,11 +23,12 @@ class Ops(TorchOps):
 class Halves(GroupedQuantization):
     """Whole numbers, kept exactly; vectors and what is called plain stay plain."""
 
-    def grouped_bytes(self, name: str, weights: Weights) -> int | None:
-        return 7 if len(weights.shape(name)) == 2 and "plain" not in name else None
+    def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
+        shape = weights.shape(f"{prefix}.weight")
+        return Matrix(shape, 7) if len(shape) == 2 and "plain" not in prefix else None
 
-    def grouped(self, name: str, weights: Weights) -> GroupedWeight:
-        weight = weights.get(name)
+    def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+        weight = weights.get(f"{prefix}.weight")
         return GroupedWeight(8, 16, (weight + 128).byte(), torch.ones(len(weight), weight.shape[1] // 16).half())
 
 
@@ -42,10 +47,62 @@ def test_a_stack_has_the_biases_of_its_parts() -> None:
     assert loader().linear("a")(X).equal(X @ A.T)
 
 
-def test_a_stack_with_a_plain_part_is_plain() -> None:
-    linear = loader().linear("b", "plain")
+def test_each_part_of_a_stack_keeps_its_form() -> None:
+    told: list[int] = []
+    it = Loader(WEIGHTS, Ops(), None, torch.float32, Halves(), told.append)  # type: ignore[arg-type]
+    linear: Any = it.linear("b", "a", "plain")
+    assert [type(part).__name__ for part in linear.linears] == ["TorchQuantizedLinear", "TorchLinear"]
+    assert linear(X).equal(torch.cat([X @ B.T + BIAS, X @ A.T, X @ A.T], dim=1))
+    assert sorted(told) == [7, 7, 20, 4 * A.numel()]
+
+
+class Packed(Halves):
+    """The same, two numbers to a byte of a tensor with a name of its own."""
+
+    tensors = ("packed",)
+
+    def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
+        n, k = weights.shape(f"{prefix}.packed")
+        return Matrix((n, 2 * k), 11)
+
+    def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+        packed = weights.get(f"{prefix}.packed")
+        q = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)
+        return GroupedWeight(4, 16, q, weights.get(f"{prefix}.scale"))
+
+
+PACKED = DictWeights(
+    {
+        "a.packed": torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
+        "a.scale": torch.tensor([[0.5, 2], [1, 1], [3, 0.25]]).half(),
+        "a.bias": torch.tensor([1.0, 2, 3]),
+        "b.weight": B,
+    }
+)
+
+
+def test_matrices_need_not_be_called_weight() -> None:
+    told: list[int] = []
+    it = Loader(PACKED, Ops(), None, torch.float32, Packed(), told.append)  # type: ignore[arg-type]
+    dense = dequantize(Packed().weight("a", PACKED), torch.float32)
+    assert it.linear("a", shapes=[(3, 32)])(X).equal(X @ dense.T + PACKED.get("a.bias"))
+    assert sorted(told) == [0, 11, 12]
+    assert it.has("a.weight")
+    assert not it.has("a.scales")
+    assert not it.has("c.weight")
+    assert num_params(PACKED, Packed()) == 3 * 32 + 3 + B.numel()
+    with pytest.raises(CheckpointError, match=r"Tensor a\.packed has shape \(3, 32\)"):
+        it.linear("a", shapes=[(3, 16)])
+
+
+def test_a_quantised_checkpoint_is_served_dense_when_asked() -> None:
+    told: list[int] = []
+    plain = Loader(PACKED, TorchOps(), None, torch.float32, Dequantized(Packed()), told.append)  # type: ignore[arg-type]
+    quantized = Loader(PACKED, Ops(), None, torch.float32, Packed())  # type: ignore[arg-type]
+    linear = plain.linear("a", "b")
     assert type(linear).__name__ == "TorchLinear"
-    assert linear(X).equal(torch.cat([X @ B.T + BIAS, X @ A.T], dim=1))
+    torch.testing.assert_close(linear(X), quantized.linear("a", "b")(X))
+    assert sorted(told) == [0, 12, 4 * 3 * 32, 4 * B.numel()]
 
 
 def test_an_embedding_is_read_from_the_same_format() -> None:

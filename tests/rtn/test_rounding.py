@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blade_native.reference import dequantize
+from blade.nn import dequantize
 from blade_native.simd.grouped import covers
 from blade_rtn import int4, int8
 from blade_rtn.int4 import quantize_int4

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn import dequantize
 from blade_native.cuda import packing
 from blade_native.cuda.linear import DTYPES, DenseLinear, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
-from blade_native.reference import TorchOps, dequantize
+from blade_native.reference import TorchOps
 
 if TYPE_CHECKING:
     from torch import Tensor

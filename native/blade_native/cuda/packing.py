@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from blade import Float8Weight
-from blade_native.reference import expand_scales
+from blade.nn import expand_scales
 
 if TYPE_CHECKING:
     from torch import Tensor

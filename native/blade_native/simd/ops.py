@@ -12,8 +12,7 @@ from torch import Tensor
 
 from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
 from blade.contracts import Linear, Model, Ops
-from blade.nn import DefaultOps
-from blade_native.reference import dequantize
+from blade.nn import DefaultOps, dequantize
 from blade_native.simd.bandwidth import read_bandwidth
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward

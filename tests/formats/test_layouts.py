@@ -1,0 +1,175 @@
+"""Variants that the fixtures do not have: widths, groups, zeros, orders, scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from format_cases import dense, make
+from tensors import Tensors, fp8, gptq, pack, seeded
+
+from blade import Float8Weight, GroupedWeight
+from blade.nn.packing import unpack
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_are_unpacked_across_words(bits: int) -> None:
+    numbers = torch.randint(2**bits, (5, 96), generator=seeded(), dtype=torch.int64)
+    assert unpack(pack(numbers, bits), bits, 96).long().equal(numbers)
+    assert unpack(pack(numbers, bits), bits, 90).long().equal(numbers[:, :90])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group", "kept"), [(32, 32), (64, 64), (-1, 128), (256, 128), (16, 16)])
+def test_gptq_of_all_widths_and_groups(bits: int, group: int, kept: int) -> None:
+    tensors, w = gptq(bits, group if 0 < group <= 128 else 128)
+    settings = GPTQ | {"bits": bits, "group_size": group}
+    weight = make(settings).weight("a", Tensors(tensors))
+    assert isinstance(weight, GroupedWeight)
+    assert (weight.bits, weight.group) == (max(4, bits), kept)
+    assert dense(settings, Tensors(tensors), "a").equal(w)
+
+
+def test_groups_that_end_within_a_row_become_smaller() -> None:
+    tensors, w = gptq(4, 128, k=192)
+    settings = GPTQ | {"group_size": 128}
+    assert make(settings).weight("a", Tensors(tensors)).group == 64  # type: ignore[union-attr]
+    assert dense(settings, Tensors(tensors), "a").equal(w)
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_both_versions_of_zeros(version: str) -> None:
+    tensors, w = gptq(4, 32, less_one=int(version == "gptq"))
+    assert dense(GPTQ | {"checkpoint_format": version}, Tensors(tensors), "a").equal(w)
+
+
+@pytest.mark.parametrize(("version", "less_one"), [("gptq", 1), ("gptq", 0), ("gptq_v2", 0)])
+def test_symmetric_weights_are_taken_by_the_zeros_that_are_there(version: str, less_one: int) -> None:
+    tensors, w = gptq(4, 32, less_one=less_one, zero=8)
+    settings = GPTQ | {"sym": True, "checkpoint_format": version}
+    weight = make(settings).weight("a", Tensors(tensors))
+    assert isinstance(weight, GroupedWeight)
+    assert weight.zeros is None
+    assert dense(settings, Tensors(tensors), "a").equal(w)
+
+
+def test_an_act_order_is_kept_as_an_order() -> None:
+    tensors, _ = gptq(4, 32)
+    groups = torch.randperm(128, generator=seeded(3)) // 32  # of each feature
+    tensors["a.g_idx"] = groups.int()
+    q, zeros = unpack(tensors["a.qweight"].T, 4, 128).float(), unpack(tensors["a.qzeros"], 4, 64).T + 1
+    weight = make(GPTQ).weight("a", Tensors(tensors))
+    assert isinstance(weight, GroupedWeight)
+    assert weight.order is not None
+    assert groups[weight.order].equal(torch.arange(128) // 32)
+    assert dense(GPTQ, Tensors(tensors), "a").equal((q - zeros[:, groups]) * tensors["a.scales"].T.float()[:, groups])
+    tensors["a.g_idx"] = torch.arange(128).int() // 32
+    assert make(GPTQ).weight("a", Tensors(tensors)).order is None  # type: ignore[union-attr]
+
+
+def test_modules_may_have_settings_of_their_own() -> None:
+    four, w4 = gptq(4, 32)
+    eight, w8 = gptq(8, 64)
+    tensors = Tensors(four | {name.replace("a.", "x.mlp.b."): tensor for name, tensor in eight.items()})
+    own = {"+:.*mlp.*": {"bits": 8, "group_size": 64}, "-:.*attn.*": {}}
+    assert dense(GPTQ | {"dynamic": own}, tensors, "a").equal(w4)
+    assert dense(GPTQ | {"dynamic": own}, tensors, "x.mlp.b").equal(w8)
+    rounded = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}
+    rounded |= {"packing_format": "auto_round:auto_gptq", "extra_config": {r".*mlp\..": {"bits": 8, "group_size": 64}}}
+    assert dense(rounded, tensors, "a").equal(w4)
+    assert dense(rounded, tensors, "x.mlp.b").equal(w8)
+
+
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+@pytest.mark.parametrize(
+    ("block", "settings"), [((128, 128), {"weight_block_size": [128, 128]}), ((1, 200), {}), ((160, 200), {})]
+)
+def test_fp8_by_blocks_rows_and_matrices(name: str, block: tuple[int, int], settings: dict[str, Any]) -> None:
+    q, scales, w = fp8(160, 200, block)
+    tensors = Tensors({"a.weight": q, f"a.{name}": scales, "b.weight": w})
+    weight = make(FP8 | settings).weight("a", tensors)
+    assert isinstance(weight, Float8Weight)
+    assert weight.block == block
+    assert dense(FP8 | settings, tensors, "a").equal(w)
+    assert make(FP8 | settings).matrix("b", tensors) is None
+    if block == (160, 200):
+        tensors.tensors[f"a.{name}"] = scales.view(())
+        assert dense(FP8, tensors, "a").equal(w)
+
+
+def test_scales_may_be_powers_of_two_by_their_exponents() -> None:
+    q, scales, _ = fp8(128, 256, (128, 128))
+    exponents = torch.tensor([[120, 127]], dtype=torch.uint8)
+    tensors = Tensors({"a.weight": q, "a.weight_scale_inv": exponents.view(torch.float8_e8m0fnu)})
+    settings = FP8 | {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    powers = torch.tensor([[2.0**-7, 1.0]]).repeat_interleave(128, 1)
+    assert scales.shape == (1, 2)
+    assert dense(settings, tensors, "a").equal(q.float() * powers)
+
+
+def test_modelopt_has_a_second_scale() -> None:
+    codes = torch.randint(256, (8, 32), generator=seeded(), dtype=torch.uint8)
+    scales = torch.rand(8, 4, generator=seeded(1)).to(torch.float8_e4m3fn)
+    q, whole, w = fp8(8, 64, (8, 64))
+    tensors = Tensors(
+        {
+            "a.weight": codes,
+            "a.weight_scale": scales,
+            "a.weight_scale_2": torch.tensor(0.125),
+            "b.weight": q,
+            "b.weight_scale": whole.view(()),
+            "c.weight": w,
+        }
+    )
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    fp4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    signed = torch.cat([fp4, -fp4])[torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).long()]
+    assert dense(settings, tensors, "a").equal(signed * scales.float().repeat_interleave(16, 1) * 0.125)
+    assert dense(settings, tensors, "b").equal(w)
+    assert make(settings).matrix("c", tensors) is None
+
+
+def test_compressed_integers_with_an_order_and_old_zeros() -> None:
+    """`weight_g_idx`, which llm-compressor wrote until 2026, and zeros that are not packed."""
+    q = torch.randint(16, (8, 64), generator=seeded())
+    groups = torch.randperm(64, generator=seeded(1)) // 32
+    scales = torch.rand(8, 2, generator=seeded(2)).bfloat16()
+    zeros = torch.randint(-8, 8, (8, 2), generator=seeded(3), dtype=torch.int8)
+    tensors = Tensors(
+        {
+            "a.weight_packed": pack(q, 4),
+            "a.weight_shape": torch.tensor([8, 64]),
+            "a.weight_scale": scales,
+            "a.weight_zero_point": zeros,
+            "a.weight_g_idx": groups.int(),
+        }
+    )
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": 32,
+        "actorder": "group",
+    }
+    settings = CT | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    assert dense(settings, tensors, "a").equal((q - 8 - zeros[:, groups]) * scales.float()[:, groups])
+
+
+def test_a_group_is_found_by_name_pattern_or_class() -> None:
+    from blade.nn import Keys
+    from blade_compressed_tensors.schemes import Schemes
+
+    def group(bits: int, *targets: str) -> dict[str, Any]:
+        return {"targets": list(targets), "weights": {"num_bits": bits, "strategy": "group", "group_size": 32}}
+
+    groups = {"a": group(4, "Linear"), "b": group(8, "re:.*down_proj"), "c": group(5, "model.x.down_proj", "other")}
+    settings = CT | {"config_groups": groups}
+    schemes = Schemes(Keys(settings), settings)
+    names = ("model.x.up_proj", "model.y.down_proj", "model.x.down_proj")
+    assert [schemes.of(name).bits for name in names] == [4, 8, 5]

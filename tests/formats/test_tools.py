@@ -1,0 +1,116 @@
+"""Checkpoints as the tools write them mean what the tools say that they mean."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from format_cases import (
+    CASES,
+    EXPECTED,
+    FIXTURES,
+    PREFIX,
+    RENAMED,
+    assembled,
+    dense,
+    logits,
+    make,
+    opened,
+    settings_of,
+    stored,
+)
+from safetensors.torch import save_file
+
+from blade import Float8Weight, GroupedWeight, QuantizedWeight
+from blade_native.reference import TorchOps
+
+# The tables of bitsandbytes become integers, which costs up to 0.4 % of a block's largest number.
+TOLERANCE = {"bnb-nf4": 0.02, "bnb-fp4": 0.02}  # of a product's norm; elsewhere that of scales in float16
+NUM_PARAMS = 32 * 64 + 64 * 3 + (32 + 32 + 32 + 32) * 64 + 3 * 96 * 64
+
+
+def modules(case: str) -> list[str]:
+    return [key.partition("/")[2] for key in EXPECTED if key.startswith(f"{case}/{PREFIX}")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_what_the_tool_makes_of_them(case: str) -> None:
+    settings, weights = opened(case)
+    assert modules(case)
+    for module in modules(case):
+        w = dense(settings, weights, module).double()
+        found = w @ torch.sin(torch.arange(1, w.shape[1] + 1, dtype=torch.float64) ** 2)
+        expected = EXPECTED[f"{case}/{module}"].double()
+        error = float((found - expected).norm() / expected.norm())
+        assert error < TOLERANCE.get(case, 2**-11), module
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_headers_tell_what_the_matrices_take(case: str) -> None:
+    settings, weights = opened(case)
+    quantization = make(settings)
+    for module in modules(case):
+        _, matrix = quantization.find(module, weights)
+        weight = quantization.weight(module, weights)
+        assert matrix
+        assert matrix.shape == tuple(weight.q.shape)
+        assert matrix.num_bytes == num_bytes(weight), module
+
+
+def num_bytes(weight: QuantizedWeight) -> int:
+    if isinstance(weight, Float8Weight):
+        return weight.q.nbytes + weight.scales.nbytes
+    assert isinstance(weight, GroupedWeight)
+    assert int(weight.q.max()) < 2**weight.bits
+    beside = [x for x in (weight.scales, weight.zeros) if x is not None]
+    return prod(weight.q.shape) * weight.bits // 8 + sum(x.nbytes for x in beside)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_computes_what_transformers_does(case: str) -> None:
+    served, unpacked = assembled(FIXTURES / case), assembled(FIXTURES / case, "none")
+    assert served.num_params == unpacked.num_params == NUM_PARAMS
+    assert served.weight_bytes < unpacked.weight_bytes / 2
+    assert unpacked.weight_bytes == 4 * NUM_PARAMS
+    assert served.form.label.startswith(settings_of(FIXTURES / case)["quant_method"])
+    expected = EXPECTED[f"{case}/logits"]
+    found = logits(served)
+    tolerance = 0.05 if case in TOLERANCE else 0.003
+    assert float((found - expected).norm() / expected.norm()) < tolerance
+    torch.testing.assert_close(logits(unpacked), found, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", RENAMED)
+def test_formats_that_differ_in_names_alone(case: str, tmp_path: Path) -> None:
+    config, tensors = stored(case)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    served = assembled(tmp_path)
+    assert served.num_params == NUM_PARAMS
+    assert served.form.label.startswith(config["quantization_config"]["quant_method"])
+    expected = EXPECTED[f"{RENAMED[case][0]}/logits"]
+    assert float((logits(served) - expected).norm() / expected.norm()) < 0.003
+
+
+def test_without_kernels_they_are_dequantised_with_a_word() -> None:
+    plain = assembled(FIXTURES / "gptq", ops=TorchOps())
+    assert "the device (torch) has no kernels for quantised weights in float32" in plain.form.label
+    assert logits(plain).equal(logits(assembled(FIXTURES / "gptq", "none")))
+
+
+@pytest.mark.parametrize(
+    ("case", "label"),
+    [
+        ("gptq", "gptq, 4 bits in groups of 32"),
+        ("gptq-v2-act-order-3", "gptq, 3 bits in groups of 32, kept as 4"),
+        ("auto-round-asym-2", "auto-round, 2 bits, kept as 4"),
+        ("ct-groups", "compressed-tensors, int8 in whole rows and int3 in groups of 32, kept as 4"),
+        ("ct-fp8-block", "compressed-tensors, fp8 in blocks of 32 by 32"),
+        ("bnb-nf4", "bitsandbytes, nf4"),
+    ],
+)
+def test_the_start_says_what_is_kept(case: str, label: str) -> None:
+    assert assembled(FIXTURES / case).form.label == label
