@@ -6,6 +6,7 @@ is in memory at a time, of the activations one layer's.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ class Converter:
         self._linears: list[RoundingLinear] = []
         self._told: Callable[[], None] = lambda: None
         self._model = build(opened, PassLoader(opened, opened.weights, self._linear), longest)
+        self._check_ignore()
         if not self.result.quantized:
             raise ConfigError(f"Nothing in {opened.name} can be rounded so: {describe_plain(self.result)}.")
         self._plan = self._planned()
@@ -78,7 +80,7 @@ class Converter:
         self._told = told
         writer = ShardWriter(folder, self._plan)
         self._rounder.put = writer.put
-        with torch.inference_mode():
+        with torch.no_grad():
             if samples:
                 run(self._model, samples, self.opened.ops)
             for linear in self._linears:
@@ -98,6 +100,15 @@ class Converter:
         self.result.quantized += stack.prefixes
         self._linears.append(RoundingLinear(stack, self._rounder, lambda: self._told()))
         return self._linears[-1]
+
+    def _check_ignore(self) -> None:
+        """A pattern that matches nothing would be ignored in silence."""
+        linears = [*self.result.quantized, *self.result.plain]
+        for pattern in self.scheme.ignore:
+            if not fnmatch.filter(linears, pattern):
+                raise ConfigError(
+                    f"--ignore {pattern} matches no linear of {self.opened.name}.", f"There is {linears[0]}."
+                )
 
     def _planned(self) -> dict[str, Planned]:
         """All tensors, in the checkpoint's order."""

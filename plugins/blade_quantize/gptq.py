@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn import in_chunks
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from torch import Tensor
 
     from blade_quantize.grids import Grid
 
+ROWS = 512  # that one thread of a CPU works on: of more, blocks would leave its cache
 BLOCK = 128  # columns whose errors are handed on to the rest together
 DAMPING = 0.01  # of the mean of the diagonal, added to it
 
@@ -25,9 +30,20 @@ def gptq(w: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) 
     group = w.shape[1] // scales.shape[1]
     order = hessian.diagonal().argsort(descending=True)
     factor = inverse_factor(hessian[order][:, order])
-    columns = w.T[order].contiguous()  # [K, N]: a column's numbers lie together
     groups = torch.div(order, group, rounding_mode="floor").tolist()
-    scales, zeros = scales.T.contiguous(), zeros.T.contiguous()  # [G, N]
+    back = order.argsort()
+    codes = torch.empty_like(w)
+
+    def work(w: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        columns = w.T[order].contiguous()  # [K, rows]: a column's numbers lie together
+        codes.copy_(solve(columns, factor, scales.T.contiguous(), zeros.T.contiguous(), groups, grid)[back].T)
+
+    in_chunks(work, ROWS if w.device.type == "cpu" else len(w), w, codes, scales, zeros)
+    return codes
+
+
+def solve(columns: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, groups: Seq[int], grid: Grid) -> Tensor:
+    """The codes of columns [K, N], which are changed; scales and zeros [G, N], of which column i has groups[i]."""
     codes = torch.empty_like(columns)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
@@ -35,13 +51,11 @@ def gptq(w: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) 
         for i in range(start, stop):
             scale, zero = scales[groups[i]], zeros[groups[i]]
             codes[i] = grid.round(columns[i], scale, zero)
-            rounded = (codes[i] - zero).mul_(scale)
-            error = errors[i - start]
-            torch.sub(columns[i], rounded, out=error)
+            error = torch.sub(columns[i], (codes[i] - zero).mul_(scale), out=errors[i - start])
             error /= factor[i, i]
             columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return torch.empty_like(w).copy_(codes[order.argsort()].T)
+    return codes
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

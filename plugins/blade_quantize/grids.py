@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from blade.nn import in_chunks
 
+if TYPE_CHECKING:
     from torch import Tensor
 
     from blade_quantize.scheme import Scheme
 
 FP8_MAX = 448.0  # of float8_e4m3fn
-CHUNK = 1 << 20  # numbers that go through all operations together: they stay in cache
+CHUNK = 1 << 17  # numbers that go through all operations together: on a CPU they stay in cache
+CHUNK_ELSEWHERE = 1 << 26
 SHARES = tuple(share / 20 for share in range(20, 11, -1))  # of a group's range, tried where activations weigh errors
 
 
@@ -90,11 +91,15 @@ def fit(w: Tensor, group: int, grid: Grid, importance: Tensor | None = None) -> 
     """Scales and zeros, [N, K / group] each, of w [N, K]: those that cover each group's whole range, or with
     `importance` [K] those of SHARES under which the squared errors, so weighted, are least."""
     n, k = w.shape
-    parts = [
-        _best(rows.view(len(rows), -1, group), grid, None if importance is None else importance.view(-1, group))
-        for rows in pieces(w, max(1, CHUNK // k))
-    ]
-    scales, zeros = (torch.cat([part[i] for part in parts]).view(n, k // group) for i in range(2))
+    scales, zeros = w.new_empty(2, n, k // group)
+    weights = None if importance is None else importance.view(-1, group)
+
+    def work(w: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        scale, zero = _best(w.view(len(w), -1, group), grid, weights)
+        scales.copy_(scale.squeeze(2))
+        zeros.copy_(zero.squeeze(2))
+
+    in_chunks(work, _num_rows(w), w, scales, zeros)
     return scales, zeros
 
 
@@ -121,12 +126,13 @@ def _error(w: Tensor, scale: Tensor, zero: Tensor, grid: Grid, importance: Tenso
 
 def round_matrix(w: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
     """The codes of w [N, K], each number rounded for itself."""
-    group = w.shape[1] // scales.shape[1]
     codes = torch.empty_like(w)
-    for rows, out, scale, zero in _together(w, codes, scales, zeros):
-        out.view(len(out), -1, group).copy_(
-            grid.round(rows.view(len(rows), -1, group), scale[..., None], zero[..., None])
-        )
+
+    def work(w: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        grouped = w.view(len(w), scales.shape[1], -1)
+        codes.view(grouped.shape).copy_(grid.round(grouped, scales[..., None], zeros[..., None]))
+
+    in_chunks(work, _num_rows(w), w, codes, scales, zeros)
     return codes
 
 
@@ -137,9 +143,9 @@ def values(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return grouped.sub_(zeros[..., None]).mul_(scales[..., None]).view(n, k)
 
 
-def _together(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    rows = max(1, CHUNK // tensors[0].shape[1])
-    return zip(*(pieces(tensor, rows) for tensor in tensors), strict=True)
+def _num_rows(w: Tensor) -> int:
+    """Of a chunk of w."""
+    return max(1, (CHUNK if w.device.type == "cpu" else CHUNK_ELSEWHERE) // w.shape[1])
 
 
 def pieces(x: Tensor, length: int) -> list[Tensor]:

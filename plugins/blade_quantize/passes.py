@@ -84,7 +84,7 @@ def build(opened: OpenedModel, loader: PassLoader, longest: int) -> Model:
     return opened.architecture.build(replace(opened.model_config, max_context=longest), loader)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(model: Model, samples: Seq[Seq[int]], ops: Ops) -> None:
     """One forward over all tokens of the samples."""
     model.forward(make_batch(samples, ops), layer_states(model, len(samples), ops))

@@ -60,7 +60,7 @@ def hidden_states(
     return loader.head.states(), loader.head_prefix
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(weights: Weights, head: str, before: Tensor, after: Tensor, ids: Seq[int]) -> Quality:
     """`before` and `after` [T, D] go through the output head of `weights` under `head`."""
     targets = torch.tensor([*ids[1:], 0], device=before.device)
