@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -93,6 +95,9 @@ def list_plugins(*, plugins: Names = ()) -> None:
     print_plugins(load(plugins).table())
 
 
+_OWN_COMMANDS = frozenset(app)
+
+
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -111,19 +116,31 @@ def launch(
         from blade.serve import link_torch
 
         link_torch()
-    from blade.plugins import load
+    from blade.opening import opener
 
     from_environment = (name.strip() for name in os.environ.get("BLADE_PLUGINS", "").split(","))
     plugin = tuple(dict.fromkeys((*plugin, *filter(None, from_environment))))
-    load(plugin).register_commands(app)
+    _add_commands(plugin)
     command, bound, ignored = app.parse_args(tokens, exit_on_error=False, print_error=True)
-    command(*bound.args, **bound.kwargs, **({"plugins": plugin} if "plugins" in ignored else {}))
+    given = {"plugins": plugin, "open_model": opener(plugin)}
+    command(*bound.args, **bound.kwargs, **{name: value for name, value in given.items() if name in ignored})
+
+
+def _add_commands(plugins: Sequence[str]) -> None:
+    """Those of the plugins, in place of any that an earlier call in this process has added."""
+    from blade.plugins import load
+
+    for name in set(app) - _OWN_COMMANDS:
+        del app[name]
+    load(plugins).register_commands(app)
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. Exit status 0, or 2 with one sentence on standard error."""
     args = sys.argv[1:] if args is None else args
     try:
+        if {"--help", "-h"}.intersection(args):  # which is shown before `launch` is called
+            _add_commands([name for option, name in pairwise(args) if option == "--plugin"])
         app.meta(args, exit_on_error=False, print_error=True)
     except CycloptsError:
         sys.exit(BAD_USAGE)

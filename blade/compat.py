@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -207,7 +207,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         refused("elastic_attn_cluster", NO_DISAGGREGATION),
     ),
 }
-BY_NAME = {option.name: option for options in OPTIONS.values() for option in options}
+
+
+def by_name(options: Mapping[str, Sequence[Option]]) -> dict[str, Option]:
+    return {option.name: option for group in options.values() for option in group}
+
+
+BY_NAME = by_name(OPTIONS)
 
 
 class _Parser(ArgumentParser):
@@ -215,16 +221,17 @@ class _Parser(ArgumentParser):
         raise ConfigError(f"{message}.")
 
 
-def _parser() -> ArgumentParser:
+def make_parser(program: str, command: str, options: Mapping[str, Sequence[Option]]) -> ArgumentParser:
+    """Of `program`, which is translated into `command`; what is not given is not in its namespace."""
     parser = _Parser(
-        "blade_llm_server",
-        description="BladeLLM's command line for blade. What follows a lone -- goes to `blade serve` as it is.",
+        program,
+        description=f"BladeLLM's command line for blade. What follows a lone -- goes to `{command}` as it is.",
         allow_abbrev=False,
         argument_default=SUPPRESS,
     )
-    for title, options in OPTIONS.items():
+    for title, members in options.items():
         group = parser.add_argument_group(title)
-        for option in options:
+        for option in members:
             spellings = [f"--{option.name}", *(["-tp"] if option.name == "tensor_parallel_size" else [])]
             help_text = f"{option.verdict}: {option.why}".replace("%", "%%")
             settings: dict[str, Any] = {"type": option.type, "dest": option.name, "help": help_text}
@@ -239,21 +246,26 @@ def _parser() -> ArgumentParser:
 def translate(argv: list[str]) -> list[str]:
     """BladeLLM's arguments -> those of the `blade` command. Raises ConfigError naming the option that is unknown, has a
     bad value, or asks for what blade cannot do."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    namespace, unknown = _parser().parse_known_args(argv[:end])
-    if unknown:
-        raise _unknown(unknown[0])
-    given = vars(namespace)
+    given, rest = parse(argv, make_parser("blade_llm_server", "blade serve", OPTIONS), BY_NAME)
     if "model" not in given:
         raise ConfigError("--model is missing.", "Name a model folder, a .gguf file or a hub id.")
-    values = {name: option.default for name, option in BY_NAME.items() if option.default is not None} | given
     args = ["serve"]
-    for name, value in values.items():
-        args += _arguments(BY_NAME[name], value)
-    return args + argv[end + 1 :]
+    for name, value in given.items():
+        args += arguments(BY_NAME[name], value)
+    return args + rest
 
 
-def _arguments(option: Option, value: Any) -> list[str]:
+def parse(argv: list[str], parser: ArgumentParser, options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
+    """The values by option, defaults included, and what follows a lone --. Raises ConfigError."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    namespace, unknown = parser.parse_known_args(argv[:end])
+    if unknown:
+        raise _unknown(unknown[0], options)
+    defaults = {name: option.default for name, option in options.items() if option.default is not None}
+    return defaults | vars(namespace), argv[end + 1 :]
+
+
+def arguments(option: Option, value: Any) -> list[str]:
     if option.to is not None:
         return option.to(value)
     if option.only is not None and value not in option.only:
@@ -267,20 +279,25 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _unknown(argument: str) -> ConfigError:
+def _unknown(argument: str, options: Mapping[str, Option]) -> ConfigError:
     if not argument.startswith("-"):
         return ConfigError(f"{argument!r} belongs to no option.")
     option = argument.partition("=")[0]
-    close = difflib.get_close_matches(option.lstrip("-").replace("-", "_"), BY_NAME, 1)
+    close = difflib.get_close_matches(option.lstrip("-").replace("-", "_"), options, 1)
     return ConfigError(f"BladeLLM has no option {option}.", f"Did you mean --{close[0]}?" if close else "")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit status as of `blade`: 2 with one sentence for what the user can mend."""
+    run("blade_llm_server", translate, argv)
+
+
+def run(program: str, translate: Callable[[list[str]], list[str]], argv: list[str] | None) -> None:
+    """Run `blade` with what the program's arguments are translated into."""
     try:
         args = translate(sys.argv[1:] if argv is None else argv)
     except BladeError as error:
-        print(f"blade_llm_server: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(BAD_USAGE)
     from blade.cli import main as blade_main
 

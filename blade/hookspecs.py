@@ -30,7 +30,9 @@ Register = Callable[..., None]
 
 @hookspec
 def register_commands(cli: App) -> None:
-    """Add commands to `blade`; `cli` is a cyclopts App: ``cli.command(function, name="greet")``."""
+    """Add commands to `blade`; `cli` is a cyclopts App: ``cli.command(function, name="greet")``. A keyword parameter
+    ``open_model: Annotated[Callable[..., OpenedModel], Parameter(parse=False)]`` is given a function: open_model(model,
+    dtype="auto", device="auto", threads=None) -> contracts.OpenedModel, with the plugins that were named."""
 
 
 # ---------------------------------------------------------------------- while the server is put together

@@ -1,14 +1,15 @@
-"""Write docs/bladellm.md from the table of blade/compat.py: run it after changing an option."""
+"""Write docs/bladellm.md from the tables of blade/compat.py and compat_quantize.py: run it after changing an option."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from blade import compat_quantize
 from blade.compat import OPTIONS, Option, shown
 
 PAGE = Path(__file__).with_name("bladellm.md")
 HEADER = """\
-<!-- Made from blade/compat.py by docs/generate_bladellm.py: change that file, then run this one. -->
+<!-- Made from blade/compat.py and compat_quantize.py by docs/generate_bladellm.py: change those, then run it. -->
 
 # BladeLLM's command line
 
@@ -21,7 +22,7 @@ runs `blade serve` with the equivalent ones. What follows a lone `--` goes to `b
 * **accepted**: the values listed ask for what blade does, and change nothing; other values are refused;
 * **refused**: the start ends with exit status 2 and a sentence that names the option.
 
-There is no `blade_llm_quantize`: models of floats are rounded at load, by `-- --quantize int8` or `-- --quantize int4`.
+`blade_llm_quantize` is translated into `blade quantize` in the same way; its options are the last table.
 
 An option that BladeLLM does not have is refused with the closest one that it has. Where blade's default differs from
 BladeLLM's, or BladeLLM's is not documented, blade's holds; `blade serve --help` lists them.
@@ -31,7 +32,7 @@ BladeLLM's, or BladeLLM's is not documented, blade's holds; `blade serve --help`
 def render() -> str:
     """The whole page."""
     parts = [HEADER]
-    for title, options in OPTIONS.items():
+    for title, options in (OPTIONS | compat_quantize.OPTIONS).items():
         rows = "\n".join(map(describe, options))
         parts.append(f"## {title}\n\n| option | | accepted values, default | |\n|---|---|---|---|\n{rows}\n")
     return "\n".join(parts)
@@ -44,7 +45,7 @@ def describe(option: Option) -> str:
 
 def values(option: Option) -> str:
     if option.default is not None:
-        return f"default {option.default}"
+        return f"default {shown(option.default)}"
     if option.verdict == "accepted":
         return "any" if option.only is None else ", ".join(f"`{shown(value)}`" for value in option.only)
     return ""

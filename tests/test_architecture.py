@@ -15,10 +15,11 @@ PACKAGES = [ROOT / "blade", *sorted(ROOT.glob("plugins/blade_*")), *sorted(ROOT.
 FILES = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
 
 FLOORS = (  # from the top; a room imports only from floors below its own
+    {"compat_quantize"},
     {"compat", "__main__"},
     {"cli"},
     {"serve"},
-    {"banner", "inspection"},
+    {"banner", "inspection", "opening"},
     {"assembly"},
     {"console", "logs", "quantization"},
     {"testing"},

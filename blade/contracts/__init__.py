@@ -5,6 +5,7 @@ An object fits by having the methods; nothing needs to inherit. `blade.testing` 
 
 from blade.contracts.devices import Attention, Executor, Ops, Runner
 from blade.contracts.models import Architecture, Experts, Linear, Loader, Model, Quantization, Weights
+from blade.contracts.opened import OpenedModel
 from blade.contracts.policies import Blocks, Drafter, DraftModel, LogitsProcessor, Scheduler
 from blade.contracts.server import EngineClient, Request, Response, RouteHandler, Server, Stream
 from blade.contracts.text import ReasoningParser, Tokenizer, ToolParser
@@ -22,6 +23,7 @@ __all__ = [
     "Loader",
     "LogitsProcessor",
     "Model",
+    "OpenedModel",
     "Ops",
     "Quantization",
     "ReasoningParser",
