@@ -129,6 +129,11 @@ def _extent(keys: Keys) -> str:
 
 
 def _block(keys: Keys) -> tuple[int, int]:
+    """[128, 128], or "128x128" as it was once written."""
+    written = keys.values.get("block_structure")
+    if isinstance(written, str) and re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", written):
+        rows, columns = map(int, written.split("x"))
+        return rows, columns
     sizes = keys.integers("block_structure")
     if len(sizes) != 2:
         keys.refuse("block_structure", "two integers")
