@@ -43,7 +43,7 @@ class Keys(CheckedValues):
             self.refuse(key, "a number")
         return float(value)
 
-    def integers(self, key: str) -> list[int]:
+    def sizes(self, key: str) -> list[int]:
         """At least one, each at least 1."""
         value = self._get(key, None)
         if type(value) is not list or not value or any(type(item) is not int or item < 1 for item in value):

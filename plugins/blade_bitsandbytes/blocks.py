@@ -76,7 +76,7 @@ def read_blocks(name: str, weights: Weights) -> Blocks:
     if state is None:
         raise CheckpointError(f"The checkpoint has no tensor {name}.{STATES[0]}, without which {name} means nothing.")
     keys = Keys(_json(state, checked(state, weights, None, torch.uint8)), f"({state}) ")
-    shape = keys.integers("shape")
+    shape = keys.sizes("shape")
     if len(shape) != 2:
         keys.refuse("shape", "two integers")
     nested = None

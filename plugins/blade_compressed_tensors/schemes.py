@@ -134,7 +134,7 @@ def _block(keys: Keys) -> tuple[int, int]:
     if isinstance(written, str) and re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", written):
         rows, columns = map(int, written.split("x"))
         return rows, columns
-    sizes = keys.integers("block_structure")
+    sizes = keys.sizes("block_structure")
     if len(sizes) != 2:
         keys.refuse("block_structure", "two integers")
     return sizes[0], sizes[1]

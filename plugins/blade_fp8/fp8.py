@@ -65,7 +65,7 @@ class FP8(GroupedQuantization):
 def _block(keys: Keys) -> tuple[int, int] | None:
     if not keys.has("weight_block_size"):
         return None
-    sizes = keys.integers("weight_block_size")
+    sizes = keys.sizes("weight_block_size")
     if len(sizes) != 2:
         keys.refuse("weight_block_size", "two integers")
     return sizes[0], sizes[1]
