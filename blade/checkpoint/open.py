@@ -92,10 +92,23 @@ def _open_folder(folder: Path) -> Checkpoint:
         path=folder,
         name=_folder_name(folder),
         format="safetensors",
-        config=read_json(folder / "config.json"),
+        config=_read_config(folder),
         generation_config=read_json(generation) if generation.exists() else {},
         weights=SafetensorsWeights(folder),
     )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json; NVIDIA's Model Optimizer once told of quantisation in a file of its own."""
+    from blade.checkpoint.json_file import read_json
+
+    config, beside = read_json(folder / "config.json"), folder / "hf_quant_config.json"
+    if "quantization_config" in config or not beside.exists():
+        return config
+    found = read_json(beside).get("quantization")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{beside} has no object quantization.")
+    return config | {"quantization_config": {"quant_method": "modelopt", **found}}
 
 
 def _folder_name(folder: Path) -> str:

@@ -113,7 +113,7 @@ def _read(group: dict[str, Any], path: str, common: object) -> Scheme:
     elif kind in PACKED and numbers == "float":
         keys.refuse("strategy", f"group or tensor_group for {kind}")
     if extent == "block":
-        block = _block(keys)
+        block = _block_of_text(keys.values.get("block_structure")) or _block(keys)
     return Scheme(kind, numbers, bits, keys.flag("symmetric", True), extent, size, block)
 
 
@@ -133,6 +133,12 @@ def _block(keys: Keys) -> tuple[int, int]:
     if len(sizes) != 2:
         keys.refuse("block_structure", "two integers")
     return sizes[0], sizes[1]
+
+
+def _block_of_text(text: object) -> tuple[int, int] | None:
+    """Of "128x128", as a block was once written; None for what is no such text."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text) if isinstance(text, str) else None
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _tell_of_activations(group: dict[str, Any], path: str) -> None:

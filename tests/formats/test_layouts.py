@@ -172,6 +172,14 @@ def test_compressed_integers_with_an_order_and_old_zeros() -> None:
     assert dense(settings, tensors, "a").equal((q - 8 - zeros[:, groups]) * scales.float()[:, groups])
 
 
+def test_a_block_may_be_written_as_a_text() -> None:
+    q, scales, w = fp8(160, 200, (128, 64))
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128x64"}
+    group = {"targets": ["Linear"], "weights": weights}
+    settings = CT | {"format": "float-quantized", "config_groups": {"group_0": group}}
+    assert dense(settings, Tensors({"a.weight": q, "a.weight_scale": scales}), "a").equal(w)
+
+
 def test_a_group_is_found_by_name_pattern_or_class() -> None:
     from blade.nn import Keys
     from blade_compressed_tensors.schemes import Schemes

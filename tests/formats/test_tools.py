@@ -23,7 +23,7 @@ from format_cases import (
 )
 from safetensors.torch import save_file
 
-from blade import Float8Weight, GroupedWeight, QuantizedWeight
+from blade import CheckpointError, Float8Weight, GroupedWeight, QuantizedWeight
 from blade_native.cpu import CpuOps
 from blade_native.reference import TorchOps
 
@@ -93,6 +93,20 @@ def test_formats_that_differ_in_names_alone(case: str, tmp_path: Path) -> None:
     assert served.form.label.startswith(config["quantization_config"]["quant_method"])
     expected = EXPECTED[f"{RENAMED[case][0]}/logits"]
     assert float((logits(served) - expected).norm() / expected.norm()) < 0.003
+
+
+def test_settings_may_lie_in_a_file_of_model_optimizer(tmp_path: Path) -> None:
+    config, tensors = stored("modelopt")
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+    file = tmp_path / "hf_quant_config.json"
+    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": settings}))
+    assert assembled(tmp_path).form.label == "modelopt, NVFP4"
+    file.write_text(json.dumps({"quantization": 3}))
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json has no object quantization\."):
+        assembled(tmp_path)
 
 
 def test_without_kernels_they_are_dequantised_with_a_word() -> None:
