@@ -130,7 +130,7 @@ def bad_lines(line: str) -> Callable[[Path], dict[str, Any]]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
-    "no JSON": (bad_lines("text"), r"bad.jsonl, line 2 is no JSON object with a text. Every line has to be"),
+    "no JSON": (bad_lines("text"), "line 2 is no JSON object with a text"),
     "no text": (bad_lines('{"content": "x"}'), "line 2 is no JSON object with a text"),
     "no object": (bad_lines('["x"]'), "line 2 is no JSON object with a text"),
     "no file": (lambda path: {"algo": "gptq", "calibration": path / "none"}, "none cannot be read: No such file"),
@@ -159,13 +159,13 @@ def test_models_that_cannot_be_rounded(model: Path, run: Run, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="there is no such folder"):
         run(tmp_path / "none")
     once, _ = run(model, tmp_path / "once")
-    with pytest.raises(ConfigError, match="once is quantised already. Name the model it was made of"):
+    with pytest.raises(ConfigError, match="once is quantised already"):
         run(once)
     with pytest.raises(ConfigError, match="once is there already"):
         run(model, once)
     with pytest.raises(ConfigError, match="nowhere is no folder"):
         run(model, tmp_path / "nowhere" / "out")
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         run(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_layers_that_scales_cannot_be_moved_in(model: Path, run: Run, monkeypatc
 def test_a_full_disk(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: full)
-    with pytest.raises(ConfigError, match="out would take 0.00 GB; the disk has 0.00 GB left"):
+    with pytest.raises(ConfigError, match=r"out would take .* the disk has"):
         run(model)
 
 
@@ -225,7 +225,8 @@ def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="0"):
         main(["quantize", "--help"])
     assert "--algo" in capsys.readouterr().out
-    main(["quantize", str(model), str(tmp_path / "out"), "--type", "fp8", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["quantize", str(model), str(tmp_path / "out"), "--type", "fp8", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "uneven: fp8 weights by row, by minmax\n" in printed
     assert f"serve it: blade serve --model {tmp_path / 'out'}\n" in printed
