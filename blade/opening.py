@@ -31,6 +31,7 @@ def opener(plugins: tuple[str, ...]) -> Callable[..., OpenedModel]:
             architecture=assembly.architecture,
             model_config=assembly.model_config,
             weights=getattr(assembly, "weights", checkpoint.weights),
+            stored=checkpoint.weights,
             ops=assembly.ops,
             dtype=assembly.dtype,
             tokenizer=load_tokenizer(checkpoint.path, checkpoint.gguf_metadata),

@@ -27,6 +27,7 @@ class OpenedModel:
     architecture: Architecture
     model_config: ModelConfig
     weights: Weights  # as the architecture sees them
+    stored: Weights  # all that the files hold
     ops: Ops
     dtype: torch.dtype
     tokenizer: Tokenizer

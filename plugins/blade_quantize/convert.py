@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.contracts import Linear, OpenedModel
+    from blade.contracts import Linear, OpenedModel, Weights
     from blade_quantize.scheme import Scheme
     from blade_quantize.stack import Stack
 
@@ -58,6 +58,7 @@ class Converter:
         self._check_ignore()
         if not self.result.quantized:
             raise ConfigError(f"Nothing in {opened.name} can be rounded so: {describe_plain(self.result)}.")
+        self._tensors = all_tensors(opened)
         self._plan = self._planned()
 
     @property
@@ -112,9 +113,9 @@ class Converter:
 
     def _planned(self) -> dict[str, Planned]:
         """All tensors, in the checkpoint's order."""
-        weights, plan = self.opened.weights, {}
+        plan = {}
         quantized = {f"{prefix}.weight": prefix for prefix in self.result.quantized}
-        for name in weights.names():
+        for name, weights in self._tensors.items():
             if name not in quantized:
                 plan[name] = Planned(weights.get(name).dtype, tuple(weights.shape(name)))
                 continue
@@ -125,8 +126,7 @@ class Converter:
 
     def _copy(self, writer: ShardWriter, factors: dict[str, Tensor]) -> None:
         """The tensors that stay, times the factors of their module."""
-        weights = self.opened.weights
-        for name in weights.names():
+        for name, weights in self._tensors.items():
             module, _, end = name.rpartition(".")
             if end == "weight" and module in self.result.quantized:
                 continue
@@ -138,14 +138,24 @@ class Converter:
             weights.release([name])
 
     def _ignored(self) -> list[str]:
-        weights, quantized = self.opened.weights, set(self.result.quantized)
-        matrices = [name.removesuffix(".weight") for name in weights.names() if name.endswith(".weight")]
-        plain = [
-            name
-            for name in matrices
-            if name not in quantized and len(weights.shape(f"{name}.weight")) == 2 and not name.endswith("embed_tokens")
-        ]
-        return list(dict.fromkeys([*plain, "lm_head"]))
+        """Every matrix that stays, the output head's even where it is the embedding's."""
+        there = {name.removesuffix(".weight"): len(tensor.shape) for name, tensor in self._plan.items()}
+        plain = [name for name, dims in there.items() if f"{name}.weight" in self._plan and dims == 2]
+        rounded = set(self.result.quantized)
+        kept = [name for name in plain if name not in rounded and not name.endswith("embed_tokens")]
+        return list(dict.fromkeys([*kept, "lm_head"]))
+
+
+def all_tensors(opened: OpenedModel) -> dict[str, Weights]:
+    """Where each tensor of the new checkpoint comes from: the model's, and what else the files hold, as the other half
+    of a model for images. A tensor that the model sees in parts, as experts in one, is written in parts."""
+    tensors = dict.fromkeys(opened.weights.names(), opened.weights)
+    made = (re.fullmatch(r"(.+)\.\d+\.\w+\.weight", name) for name in set(tensors).difference(opened.stored.names()))
+    split = {match[1] for match in made if match}
+    for name in opened.stored.names():
+        if name.rpartition(".")[0] not in split:
+            tensors.setdefault(name, opened.stored)
+    return tensors
 
 
 def scale_dtype(opened: OpenedModel) -> torch.dtype:

@@ -159,7 +159,7 @@ def ends_on_sigterm() -> Iterator[None]:
 def _stored(opened: OpenedModel) -> int:
     from math import prod
 
-    weights = opened.weights
+    weights = opened.stored
     return sum(prod(weights.shape(name)) * weights.get(name).dtype.itemsize for name in weights.names())
 
 

@@ -82,7 +82,8 @@ class Rounder:
         """Codes [N, K]; scales and zeros [N, G]."""
         group = self.scheme.group or w.shape[1]
         if x is None or not self.scheme.solves:
-            scales, zeros = grids.fit(w, group, self._grid)
+            importance = x.square().sum(0) if x is not None and self.scheme.algo == "awq" else None
+            scales, zeros = grids.fit(w, group, self._grid, importance)
             return grids.round_matrix(w, scales, zeros, self._grid), scales, zeros
         hessian = x.T @ x
         scales, zeros = grids.fit(w, group, self._grid, hessian.diagonal())

@@ -41,6 +41,7 @@ PRODUCERS = (  # of what the linears on the left multiply
 )
 WITHOUT = r".+\.experts\.\d+\.(?:gate|up)_proj|.+\.shared_expert\.(?:gate|up)_proj"  # they share what comes before
 POWERS = tuple(step / 12 for step in range(12))  # of the activations' size, tried by AWQ
+ROWS = 512  # of a matrix, about, on which they are tried
 BALANCE = 0.5  # of SmoothQuant
 LEAST = 1e-4
 
@@ -100,7 +101,9 @@ def smooth(w: Tensor, x: Tensor) -> Tensor:
 
 
 def awq(w: Tensor, x: Tensor, group: int, grid: Grid) -> Tensor:
-    """AWQ's s [K]: the mean size of each channel of x to that of POWERS under which || x (W - W')^T || is least."""
+    """AWQ's s [K]: the mean size of each channel of x, to that of POWERS under which some rows of W, evenly spread,
+    have the least || x (W - W')^T ||."""
+    w = w[:: max(1, len(w) // ROWS)]
     size = x.abs().mean(0).clamp(min=LEAST)
     hessian = x.T @ x
     best, least = torch.ones_like(size), torch.inf

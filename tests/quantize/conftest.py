@@ -46,12 +46,17 @@ def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Path, str]]:
-    """``blade quantize`` with keyword arguments as options: the new folder, and what was printed."""
+def run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Path, str]]:
+    """``blade quantize`` with keyword arguments as options: the new folder, and what was printed. It is measured on a
+    text of 300 tokens."""
+    evaluate = tmp_path_factory.mktemp("texts") / "evaluate.txt"
+    evaluate.write_text("Nobody had asked the clock; it struck all the same. " * 6)
 
     def call(model: Path | str, out: Path | None = None, **options: Any) -> tuple[Path, str]:
         out = out or tmp_path / "out"
-        quantize(str(model), out, device="cpu", **options, open_model=opener(()))
+        quantize(str(model), out, device="cpu", **{"evaluate": evaluate} | options, open_model=opener(()))
         return out, capsys.readouterr().out
 
     return call

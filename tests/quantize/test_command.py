@@ -130,7 +130,7 @@ def bad_lines(line: str) -> Callable[[Path], dict[str, Any]]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
-    "no JSON": (bad_lines("text"), r"bad.jsonl, line 2 is no JSON object with a text. Every line has to be"),
+    "no JSON": (bad_lines("text"), "line 2 is no JSON object with a text"),
     "no text": (bad_lines('{"content": "x"}'), "line 2 is no JSON object with a text"),
     "no object": (bad_lines('["x"]'), "line 2 is no JSON object with a text"),
     "no file": (lambda path: {"algo": "gptq", "calibration": path / "none"}, "none cannot be read: No such file"),
@@ -225,7 +225,8 @@ def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="0"):
         main(["quantize", "--help"])
     assert "--algo" in capsys.readouterr().out
-    main(["quantize", str(model), str(tmp_path / "out"), "--type", "fp8", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["quantize", str(model), str(tmp_path / "out"), "--type", "fp8", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "uneven: fp8 weights by row, by minmax\n" in printed
     assert f"serve it: blade serve --model {tmp_path / 'out'}\n" in printed
