@@ -155,7 +155,7 @@ def _config(family: str, settings: dict[str, Any]) -> Any:
 
 def _mean(name: str, hybrid: bool) -> float:
     """Of a vector's numbers: what leaves logits that say something, and that float32 can hold. Recurrent layers forget
-    slowly, for the little that is left after a while would be normalised up, rounding errors and all."""
+    slowly, so that much is left to be normalised."""
     if name.endswith("A_log"):
         return -2.0
     return 0.0 if hybrid and "linear_attn" not in name else 1.0  # norms add 1, where there are recurrent layers
