@@ -51,7 +51,7 @@ def test_a_family_that_is_not_served(tiny_llama: Path, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert "family   GemmaForCausalLM\n" in printed
     assert "M parameters in" in printed
-    assert "problem  odd is a GemmaForCausalLM, which no loaded plugin serves. Served: LlamaForCausalLM" in printed
+    assert "problem  odd is a GemmaForCausalLM, which no loaded plugin serves. Served: Llama" in printed
 
 
 def test_a_context_that_does_not_fit(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
