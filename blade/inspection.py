@@ -11,6 +11,7 @@ from blade.checkpoint.open import open_checkpoint
 from blade.checkpoint.progress import console_progress
 from blade.checkpoint.source import resolve
 from blade.engine.memory import size
+from blade.engine.states import PER_SEQUENCE
 from blade.errors import BladeError, CheckpointError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     kv_token_bytes: int  # of the KV cache, for each token
     kv_full_context_bytes: int
+    state_bytes: int  # that recurrent layers keep of each request, however long; 0 without such layers
     available_bytes: int  # of device memory
     device: str
     dtype: str
@@ -102,6 +104,7 @@ def _served(assembly: Assembly) -> Inspection:
         weight_bytes=assembly.weight_bytes,
         kv_token_bytes=assembly.block_bytes // block_size,
         kv_full_context_bytes=-(-assembly.max_context // block_size) * assembly.block_bytes,
+        state_bytes=PER_SEQUENCE * assembly.state_bytes,
         available_bytes=assembly.ops.available_memory(),
         device=assembly.ops.name,
         dtype=str(assembly.dtype).removeprefix("torch."),
@@ -185,5 +188,7 @@ def _resources(served: Served) -> Iterator[str]:
         f"context  {served.max_context:,} tokens; the KV cache takes {size(served.kv_token_bytes)} for each, "
         f"{size(full)} for all"
     )
-    needed = size(served.weight_bytes + full)
+    if served.state_bytes:
+        yield f"states   of recurrent layers: {size(served.state_bytes)} for each request that runs"
+    needed = size(served.weight_bytes + full + served.state_bytes)
     yield f"memory   {needed} for the weights and one full context; {size(served.available_bytes)} are free"

@@ -33,6 +33,7 @@ def test_what_a_folder_holds_and_what_it_needs(tiny_llama: Path, capsys: pytest.
     token_bytes = 2 * served["num_layers"] * served["num_kv_heads"] * served["head_dim"] * 4
     assert served["kv_token_bytes"] == token_bytes
     assert served["kv_full_context_bytes"] == 64 * token_bytes
+    assert served["state_bytes"] == 0
     assert 0 < served["bytes_per_token"] <= served["weight_bytes"]
 
 
