@@ -24,7 +24,7 @@ def smollm2(smollm2_gguf: Path) -> tuple[Assembly, Model]:
 @pytest.mark.parametrize("way", WAYS)
 def test_smollm2(smollm2: tuple[Assembly, Model], way: str) -> None:
     cases = json.loads((HERE / "smollm2.json").read_text())
-    cases, num_tokens = (cases[::5], 16) if way in ("alone", "chunks of 16") else (cases, 24)
+    cases, num_tokens = (cases[::5], 16) if way in ("alone", "chunks of 16", "both, alone") else (cases, 24)
     found, stats = decode(*smollm2, cases, num_tokens, **WAYS[way])
     assert found == [case["output"][:num_tokens] for case in cases]
     assert (stats.preemptions > 0) == (way == "forced preemption")
