@@ -31,8 +31,8 @@ class DefaultOps:
         return None
 
     def quantized_linear(self, weights: Seq[QuantizedWeight], bias: Tensor | None) -> Linear:
-        """Never called: quantized_dtypes is empty."""
-        raise NotImplementedError
+        """Never called while quantized_dtypes is empty."""
+        raise TypeError("this op set has no kernels for quantised weights")
 
     def blocks_linear(self, blocks: Seq[GGMLBlocks], bias: Tensor | None) -> Linear | None:
         """None: blocks are unpacked into grouped weights."""

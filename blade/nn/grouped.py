@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -32,21 +33,21 @@ class Matrix:
     num_bytes: int  # that its QuantizedWeight takes, the integers packed
 
 
-class GroupedQuantization:
+class GroupedQuantization(ABC):
     """contracts.Quantization: a subclass says what is quantised, and makes the matrices one at a time."""
 
     tensors: Seq[str] = ("weight",)
     """What a matrix is known by: the first of these there is under its prefix. It is counted for that one; what else
     belongs to it counts nothing, but the bias."""
 
+    @abstractmethod
     def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
         """What is under `prefix` ("model.layers.0.mlp.up_proj"), if it is quantised; read from the headers alone. There
         is one of `tensors`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self, prefix: str, weights: Weights) -> QuantizedWeight:
         """The matrix that `matrix` told of, on the CPU."""
-        raise NotImplementedError
 
     def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
         check_kernels(ops, dtype)

@@ -7,6 +7,7 @@ Both keep W [N, K] transposed: scales are [ceil(K / group), N]. After Frantar et
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -136,9 +137,9 @@ class WordQuantization(GroupedQuantization):
 
     tensors = ("qweight", "weight")
 
+    @abstractmethod
     def layout(self, prefix: str) -> GPTQWords | AWQWords:
         """Of the matrix under `prefix`, if it is quantised."""
-        raise NotImplementedError
 
     def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
         if f"{prefix}.qweight" not in weights.names():
