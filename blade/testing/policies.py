@@ -31,6 +31,9 @@ def check_drafter(
         _check_proposals(drafter, seqs, limits, vocab_size)
         for seq in seqs[turn % 2 :]:
             seq.output_ids += [turn, 1, 2][: 1 + turn]
+    for num_right in (1, 2, 4):  # the output goes on as it was drafted, and not for the whole of the draft
+        for seq, draft in zip(seqs, _check_proposals(drafter, seqs, [4] * len(seqs), vocab_size), strict=True):
+            seq.output_ids += draft.ids[:num_right]
     drafter.forget(seqs[0])
     _check_proposals(drafter, seqs[1:], [4, 4, 4], vocab_size)
     for seq in seqs[1:]:
@@ -39,7 +42,7 @@ def check_drafter(
     _check_proposals(drafter, seqs[:1], [4], vocab_size)
 
 
-def _check_proposals(drafter: Drafter, seqs: list[Sequence], limits: list[int], vocab_size: int) -> None:
+def _check_proposals(drafter: Drafter, seqs: list[Sequence], limits: list[int], vocab_size: int) -> list[Draft]:
     before = [(list(s.prompt_ids), list(s.output_ids), list(s.draft_ids), s.computed) for s in seqs]
     drafts = drafter.propose(seqs, limits)
     require(len(drafts) == len(seqs), f"{len(seqs)} sequences, {len(drafts)} drafts")
@@ -50,6 +53,7 @@ def _check_proposals(drafter: Drafter, seqs: list[Sequence], limits: list[int], 
         require(all(type(i) is int and 0 <= i < vocab_size for i in ids), f"not ids of the vocabulary: {ids}")
     after = [(s.prompt_ids, s.output_ids, s.draft_ids, s.computed) for s in seqs]
     require(before == after, "the drafter changed a sequence; proposing is all it may do")
+    return drafts
 
 
 def check_logits_processor(

@@ -72,8 +72,9 @@ class ModelDrafter:
         if agreed < len(mine):
             del mine[agreed:]
             self._model.runner.forget(mirror)  # what is counted of its output
-        mirror.computed = min(mirror.computed, len(mirror.prompt_ids) + agreed)
         mine.extend(output_ids[agreed:])
+        # The last token is owed even where it was computed as part of an earlier draft: its logits are gone.
+        mirror.computed = min(mirror.computed, len(mirror.prompt_ids) + agreed, mirror.num_tokens - 1)
 
     def _catch_up(self, mirrors: list[Sequence]) -> None:
         """Compute all but the last token of each, in steps of bounded size."""
