@@ -2,7 +2,7 @@
 contract. A kit raises AssertionError with what was broken. Importing this is cheap (no torch)."""
 
 from blade.testing.attention import check_attention
-from blade.testing.fakes import ByteTokenizer, FakeModel
+from blade.testing.fakes import ByteTokenizer, FakeModel, TensorWeights
 from blade.testing.ops import check_ops
 from blade.testing.parsers import check_reasoning_parser, check_tool_parser
 from blade.testing.plugin import check_plugin
@@ -13,6 +13,7 @@ from blade.testing.tokenizer import check_tokenizer
 __all__ = [
     "ByteTokenizer",
     "FakeModel",
+    "TensorWeights",
     "check_attention",
     "check_drafter",
     "check_logits_processor",

@@ -1,9 +1,9 @@
-"""A model and a tokenizer small enough to read, exact enough to test an engine against."""
+"""A model, a tokenizer and a checkpoint small enough to read, exact enough to test an engine against."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from blade.types import Batch, KVCache, ModelConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _PRIME = 65521
@@ -95,3 +96,23 @@ class FakeModel:
             logits = self.logits(torch.tensor([ids]), torch.tensor([len(ids)]))
             ids.append(int(logits.argmax()))
         return ids[len(prompt_ids) :]
+
+
+class TensorWeights:
+    """A checkpoint in memory (contracts.Weights). `released` are the names that were given back, in order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.released: list[str] = []
+
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.tensors[name].to(dtype or self.tensors[name].dtype)
+
+    def release(self, names: Iterable[str]) -> None:
+        self.released += names

@@ -7,28 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
     from torch import Tensor
-
-
-class Tensors:
-    """contracts.Weights over tensors in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.tensors[name].to(dtype or self.tensors[name].dtype)
-
-    def release(self, names: Iterable[str]) -> None:
-        """They stay."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from format_cases import QuantizedTorch, dense, make
-from tensors import Tensors, gptq, seeded
+from tensors import gptq, seeded
 
 from blade.nn import Loader
+from blade.testing import TensorWeights
 
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
 NUM_EXPERTS, INNER, OUTER = 3, 64, 96
 
 
-def make_weights() -> Tensors:
+def make_weights() -> TensorWeights:
     tensors = {}
     for expert in range(NUM_EXPERTS):
         for name, n, k in (("gate_proj", INNER, OUTER), ("up_proj", INNER, OUTER), ("down_proj", OUTER, INNER)):
@@ -20,7 +21,7 @@ def make_weights() -> Tensors:
             own = {key.replace("a.", f"x.experts.{expert}.{name}."): tensor.clone() for key, tensor in found.items()}
             own[f"x.experts.{expert}.{name}.qweight"] ^= 0x01234567 * (expert + 1) + len(name)
             tensors |= own
-    return Tensors(tensors)
+    return TensorWeights(tensors)
 
 
 def test_a_mixture_of_quantised_experts() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from format_cases import dense, make
-from tensors import Tensors, fp8, gptq, pack, seeded
+from tensors import fp8, gptq, pack, seeded
 
 from blade import Float8Weight, GroupedWeight
 from blade.nn.packing import unpack
+from blade.testing import TensorWeights
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -29,33 +30,33 @@ def test_integers_are_unpacked_across_words(bits: int) -> None:
 def test_gptq_of_all_widths_and_groups(bits: int, group: int, kept: int) -> None:
     tensors, w = gptq(bits, group if 0 < group <= 128 else 128)
     settings = GPTQ | {"bits": bits, "group_size": group}
-    weight = make(settings).weight("a", Tensors(tensors))
+    weight = make(settings).weight("a", TensorWeights(tensors))
     assert isinstance(weight, GroupedWeight)
     assert (weight.bits, weight.group) == (max(4, bits), kept)
-    assert dense(settings, Tensors(tensors), "a").equal(w)
+    assert dense(settings, TensorWeights(tensors), "a").equal(w)
 
 
 def test_groups_that_end_within_a_row_become_smaller() -> None:
     tensors, w = gptq(4, 128, k=192)
     settings = GPTQ | {"group_size": 128}
-    assert make(settings).weight("a", Tensors(tensors)).group == 64  # type: ignore[union-attr]
-    assert dense(settings, Tensors(tensors), "a").equal(w)
+    assert make(settings).weight("a", TensorWeights(tensors)).group == 64  # type: ignore[union-attr]
+    assert dense(settings, TensorWeights(tensors), "a").equal(w)
 
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_both_versions_of_zeros(version: str) -> None:
     tensors, w = gptq(4, 32, less_one=int(version == "gptq"))
-    assert dense(GPTQ | {"checkpoint_format": version}, Tensors(tensors), "a").equal(w)
+    assert dense(GPTQ | {"checkpoint_format": version}, TensorWeights(tensors), "a").equal(w)
 
 
 @pytest.mark.parametrize(("version", "less_one"), [("gptq", 1), ("gptq", 0), ("gptq_v2", 0)])
 def test_symmetric_weights_are_taken_by_the_zeros_that_are_there(version: str, less_one: int) -> None:
     tensors, w = gptq(4, 32, less_one=less_one, zero=8)
     settings = GPTQ | {"sym": True, "checkpoint_format": version}
-    weight = make(settings).weight("a", Tensors(tensors))
+    weight = make(settings).weight("a", TensorWeights(tensors))
     assert isinstance(weight, GroupedWeight)
     assert weight.zeros is None
-    assert dense(settings, Tensors(tensors), "a").equal(w)
+    assert dense(settings, TensorWeights(tensors), "a").equal(w)
 
 
 def test_an_act_order_is_kept_as_an_order() -> None:
@@ -63,19 +64,21 @@ def test_an_act_order_is_kept_as_an_order() -> None:
     groups = torch.randperm(128, generator=seeded(3)) // 32  # of each feature
     tensors["a.g_idx"] = groups.int()
     q, zeros = unpack(tensors["a.qweight"].T, 4, 128).float(), unpack(tensors["a.qzeros"], 4, 64).T + 1
-    weight = make(GPTQ).weight("a", Tensors(tensors))
+    weight = make(GPTQ).weight("a", TensorWeights(tensors))
     assert isinstance(weight, GroupedWeight)
     assert weight.order is not None
     assert groups[weight.order].equal(torch.arange(128) // 32)
-    assert dense(GPTQ, Tensors(tensors), "a").equal((q - zeros[:, groups]) * tensors["a.scales"].T.float()[:, groups])
+    assert dense(GPTQ, TensorWeights(tensors), "a").equal(
+        (q - zeros[:, groups]) * tensors["a.scales"].T.float()[:, groups]
+    )
     tensors["a.g_idx"] = torch.arange(128).int() // 32
-    assert make(GPTQ).weight("a", Tensors(tensors)).order is None  # type: ignore[union-attr]
+    assert make(GPTQ).weight("a", TensorWeights(tensors)).order is None  # type: ignore[union-attr]
 
 
 def test_modules_may_have_settings_of_their_own() -> None:
     four, w4 = gptq(4, 32)
     eight, w8 = gptq(8, 64)
-    tensors = Tensors(four | {name.replace("a.", "x.mlp.b."): tensor for name, tensor in eight.items()})
+    tensors = TensorWeights(four | {name.replace("a.", "x.mlp.b."): tensor for name, tensor in eight.items()})
     own = {"+:.*mlp.*": {"bits": 8, "group_size": 64}, "-:.*attn.*": {}}
     assert dense(GPTQ | {"dynamic": own}, tensors, "a").equal(w4)
     assert dense(GPTQ | {"dynamic": own}, tensors, "x.mlp.b").equal(w8)
@@ -91,7 +94,7 @@ def test_modules_may_have_settings_of_their_own() -> None:
 )
 def test_fp8_by_blocks_rows_and_matrices(name: str, block: tuple[int, int], settings: dict[str, Any]) -> None:
     q, scales, w = fp8(160, 200, block)
-    tensors = Tensors({"a.weight": q, f"a.{name}": scales, "b.weight": w})
+    tensors = TensorWeights({"a.weight": q, f"a.{name}": scales, "b.weight": w})
     weight = make(FP8 | settings).weight("a", tensors)
     assert isinstance(weight, Float8Weight)
     assert weight.block == block
@@ -105,7 +108,7 @@ def test_fp8_by_blocks_rows_and_matrices(name: str, block: tuple[int, int], sett
 def test_scales_may_be_powers_of_two_by_their_exponents() -> None:
     q, scales, _ = fp8(128, 256, (128, 128))
     exponents = torch.tensor([[120, 127]], dtype=torch.uint8)
-    tensors = Tensors({"a.weight": q, "a.weight_scale_inv": exponents.view(torch.float8_e8m0fnu)})
+    tensors = TensorWeights({"a.weight": q, "a.weight_scale_inv": exponents.view(torch.float8_e8m0fnu)})
     settings = FP8 | {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
     powers = torch.tensor([[2.0**-7, 1.0]]).repeat_interleave(128, 1)
     assert scales.shape == (1, 2)
@@ -116,7 +119,7 @@ def test_modelopt_has_a_second_scale() -> None:
     codes = torch.randint(256, (8, 32), generator=seeded(), dtype=torch.uint8)
     scales = torch.rand(8, 4, generator=seeded(1)).to(torch.float8_e4m3fn)
     q, whole, w = fp8(8, 64, (8, 64))
-    tensors = Tensors(
+    tensors = TensorWeights(
         {
             "a.weight": codes,
             "a.weight_scale": scales,
@@ -142,7 +145,7 @@ def test_mlx_modules_may_have_settings_of_their_own() -> None:
         scales, biases = torch.randn(2, 8, 2, generator=seeded(1)).bfloat16()
         tensors = {f"{prefix}.weight": pack(q, bits).view(torch.uint32), f"{prefix}.scales": scales}
         w = q * scales.float().repeat_interleave(64, 1) + biases.float().repeat_interleave(64, 1)
-        assert dense(settings, Tensors(tensors | {f"{prefix}.biases": biases}), prefix).allclose(w)
+        assert dense(settings, TensorWeights(tensors | {f"{prefix}.biases": biases}), prefix).allclose(w)
 
 
 def test_compressed_integers_with_an_order_and_old_zeros() -> None:
@@ -151,7 +154,7 @@ def test_compressed_integers_with_an_order_and_old_zeros() -> None:
     groups = torch.randperm(64, generator=seeded(1)) // 32
     scales = torch.rand(8, 2, generator=seeded(2)).bfloat16()
     zeros = torch.randint(-8, 8, (8, 2), generator=seeded(3), dtype=torch.int8)
-    tensors = Tensors(
+    tensors = TensorWeights(
         {
             "a.weight_packed": pack(q, 4),
             "a.weight_shape": torch.tensor([8, 64]),
@@ -177,7 +180,7 @@ def test_a_block_may_be_written_as_a_text() -> None:
     weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128x64"}
     group = {"targets": ["Linear"], "weights": weights}
     settings = CT | {"format": "float-quantized", "config_groups": {"group_0": group}}
-    assert dense(settings, Tensors({"a.weight": q, "a.weight_scale": scales}), "a").equal(w)
+    assert dense(settings, TensorWeights({"a.weight": q, "a.weight_scale": scales}), "a").equal(w)
 
 
 def test_a_group_is_found_by_name_pattern_or_class() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from format_cases import FIXTURES as F
 from format_cases import PLUGINS, assembled, make, settings_of
-from tensors import Tensors, gptq, pack
+from tensors import gptq, pack
 
 from blade import CheckpointError, ConfigError
+from blade.testing import TensorWeights
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
@@ -83,7 +84,7 @@ def test_what_is_not_known_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def weight_of(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    quantization, weights = make(settings), Tensors(tensors)
+    quantization, weights = make(settings), TensorWeights(tensors)
     quantization.find("a", weights)
     quantization.weight("a", weights)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from blade.testing import TensorWeights
 
+if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTHS = (60, 23, 1, 41, 96)  # tokens of the prompts
@@ -87,31 +87,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class DictWeights:
-    """contracts.Weights over tensors in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.tensors[name].to(dtype or self.tensors[name].dtype)
-
-    def release(self, names: Iterable[str]) -> None:
-        """They stay."""
-
-
 @dataclass
 class Reference:
     """A checkpoint, prompts, and transformers' logits after each of their tokens."""
 
     config: dict[str, Any]  # config.json's content
-    weights: DictWeights
+    weights: TensorWeights
     prompts: list[list[int]]
     logits: list[Tensor]  # [L, vocab_size] float32 each
 
@@ -137,7 +118,7 @@ def make_reference(case: str) -> Reference:
         tensors.pop("lm_head.weight", None)
     model = model.language_model if case == "llama4 vision" else model  # the whole fails without images
     prompts = [torch.randint(config.get_text_config().vocab_size, (length,)).tolist() for length in LENGTHS]
-    return Reference(config.to_dict(), DictWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
+    return Reference(config.to_dict(), TensorWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
 
 
 def _config(family: str, settings: dict[str, Any]) -> Any:

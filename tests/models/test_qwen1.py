@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LENGTHS, DictWeights, Reference
+from checkpoints import LENGTHS, Reference
 from stepper import Stepper, all_together, one_by_one
 from torch import Tensor
 from torch.nn import functional as F
 
 from blade import CheckpointError
+from blade.testing import TensorWeights
 from blade_qwen.qwen1 import Qwen1
 
 HIDDEN, HEADS, LAYERS, INNER, VOCAB = 64, 4, 2, 80, 151
@@ -78,7 +79,7 @@ def test_logits_are_those_of_the_formulas() -> None:
     tensors, generator = make_tensors(), torch.Generator().manual_seed(1)
     prompts = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
     expected = [logits(prompt, tensors) for prompt in prompts]
-    reference = Reference(CONFIG, DictWeights(tensors), prompts, expected)
+    reference = Reference(CONFIG, TensorWeights(tensors), prompts, expected)
     for steps in (one_by_one(list(LENGTHS), chunk=1000), all_together(list(LENGTHS), seed=0)):
         found = Stepper(reference).run(steps)
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-4

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 import torch
-from torch import Tensor
 
 from blade.nn import SplitExperts
+from blade.testing import TensorWeights
 
 E, D, INNER = 3, 8, 5  # experts, width, inner width
 
 
-class Fused:
-    """contracts.Weights of one layer; it notes what is released."""
+class Fused(TensorWeights):
+    """One layer."""
 
     def __init__(self, transposed: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         gate_up = torch.randn(E, 2 * INNER, D, generator=generator)
         down = torch.randn(E, D, INNER, generator=generator)
         self.gate_up, self.down = gate_up, down
-        self.tensors = {
-            "m.experts.gate_up_proj": gate_up.transpose(1, 2).contiguous() if transposed else gate_up,
-            "m.experts.down_proj": down.transpose(1, 2).contiguous() if transposed else down,
-            "m.gate.weight": torch.zeros(E, D),
-            "n.experts.down_proj": torch.zeros(2, 2),  # of two axes: it is no stack of experts
-        }
-        self.released: list[str] = []
-
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.tensors[name].to(dtype or self.tensors[name].dtype)
-
-    def release(self, names: Iterable[str]) -> None:
-        self.released += names
+        super().__init__(
+            {
+                "m.experts.gate_up_proj": gate_up.transpose(1, 2).contiguous() if transposed else gate_up,
+                "m.experts.down_proj": down.transpose(1, 2).contiguous() if transposed else down,
+                "m.gate.weight": torch.zeros(E, D),
+                "n.experts.down_proj": torch.zeros(2, 2),  # of two axes: it is no stack of experts
+            }
+        )
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_loader import DictWeights
 
 from blade import CheckpointError, ConfigError, GroupedWeight
 from blade.contracts import Weights
 from blade.nn import GroupedQuantization, Loader, Matrix, dequantize
 from blade.nn.grouped import Dequantized
 from blade.nn.tensors import num_params
+from blade.testing import TensorWeights
 from blade_native.reference import TorchOps
 
 
@@ -34,7 +34,7 @@ class Halves(GroupedQuantization):
 
 A, B, X = (torch.randint(-9, 9, (n, 32), generator=torch.Generator().manual_seed(n)).float() for n in (3, 5, 2))
 BIAS = torch.arange(5.0)
-WEIGHTS = DictWeights({"a.weight": A, "b.weight": B, "b.bias": BIAS, "plain.weight": A})
+WEIGHTS = TensorWeights({"a.weight": A, "b.weight": B, "b.bias": BIAS, "plain.weight": A})
 
 
 def loader(dtype: torch.dtype = torch.float32) -> Loader:
@@ -71,7 +71,7 @@ class Packed(Halves):
         return GroupedWeight(4, 16, q, weights.get(f"{prefix}.scale"))
 
 
-PACKED = DictWeights(
+PACKED = TensorWeights(
     {
         "a.packed": torch.randint(256, (3, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
         "a.scale": torch.tensor([[0.5, 2], [1, 1], [3, 0.25]]).half(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,29 +9,10 @@ import torch
 
 from blade import CheckpointError
 from blade.nn import Loader
+from blade.testing import TensorWeights
 from blade_native.reference import TorchOps
 
-
-class DictWeights:
-    """contracts.Weights over tensors in memory."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.tensors[name].to(dtype)
-
-    def release(self, names: Iterable[str]) -> None:
-        """They stay."""
-
-
-WEIGHTS = DictWeights(
+WEIGHTS = TensorWeights(
     {
         "a.weight": torch.arange(12.0).view(3, 4),
         "own.weight": torch.arange(12.0).view(3, 4),
@@ -103,10 +83,10 @@ def test_an_embedding_shares_the_memory_of_the_linear_it_is_tied_to() -> None:
 class Doubling:
     """contracts.Quantization of the tensors under `a`: twice their values."""
 
-    def linear(self, prefixes: Any, shapes: Any, weights: DictWeights, ops: Any, dtype: torch.dtype) -> Any:
+    def linear(self, prefixes: Any, shapes: Any, weights: TensorWeights, ops: Any, dtype: torch.dtype) -> Any:
         return (lambda x: x @ weights.get("a.weight").T * 2) if prefixes == ("a",) else None
 
-    def num_bytes(self, name: str, weights: DictWeights, ops: Any, dtype: torch.dtype) -> int | None:
+    def num_bytes(self, name: str, weights: TensorWeights, ops: Any, dtype: torch.dtype) -> int | None:
         return 5 if name == "a.weight" else None
 
 

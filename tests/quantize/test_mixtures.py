@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from blade import ModelConfig
 from blade.contracts import OpenedModel
-from blade.testing import ByteTokenizer
+from blade.testing import ByteTokenizer, TensorWeights
 from blade_native.reference import TorchOps
 from blade_quantize.convert import Converter, all_tensors
 from blade_quantize.folder import read_back
@@ -19,7 +19,7 @@ from blade_quantize.quality import hidden_states
 from blade_quantize.scheme import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 D, I, E, V = 64, 32, 3, 300  # noqa: E741
 ORDER = torch.arange(D).flip(0)
 IDS = list(range(2, 42))
-
-
-class DictWeights:
-    """contracts.Weights over tensors in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.tensors[name].to(dtype or self.tensors[name].dtype)
-
-    def release(self, names: Any) -> None:
-        """They stay."""
 
 
 class Toy:
@@ -86,7 +67,7 @@ def toy_tensors() -> dict[str, Tensor]:
 
 
 def opened_toy(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor] | None = None) -> OpenedModel:
-    toy, weights = Toy(), DictWeights(tensors)
+    toy, weights = Toy(), TensorWeights(tensors)
     return OpenedModel(
         name="toy",
         path=Path("toy"),
@@ -94,7 +75,7 @@ def opened_toy(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor] | Non
         architecture=toy,
         model_config=toy.configure({}),
         weights=weights,
-        stored=weights if stored is None else DictWeights(stored),
+        stored=weights if stored is None else TensorWeights(stored),
         ops=TorchOps(),
         dtype=torch.float32,
         tokenizer=ByteTokenizer(),
@@ -134,6 +115,6 @@ def test_what_the_model_does_not_see_is_copied_unless_it_sees_it_in_parts() -> N
 def test_rows_come_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
     tensors = toy_tensors()
     tensors |= {f"model.mlp.experts.{i}.down_proj.weight": torch.zeros(D, I) for i in range(E)}
-    found, _ = hidden_states(opened_toy(tensors), DictWeights(tensors), IDS)
+    found, _ = hidden_states(opened_toy(tensors), TensorWeights(tensors), IDS)
     x = tensors["model.embed_tokens.weight"][IDS]
     torch.testing.assert_close(found, (x @ tensors["model.mix.weight"].T)[:, ORDER])
