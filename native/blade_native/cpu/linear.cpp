@@ -77,6 +77,11 @@ bool is_streamed(const Layout& layout, const Tiling& tiling) {
     return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
            (tiling.num_tiles == 1 || bits == 4 || bits == 16);
 }
+
+// Whether a panel's weights pass through the registers once, not for each of several tiles or half by half.
+bool reads_once(const Tiling& tiling) {
+    return tiling.num_tiles == 1 && (NARROW_TILE_ROWS == 0 || tiling.m <= NARROW_TILE_ROWS);
+}
 }  // namespace
 
 Job::Job(const LinearCall& c)
@@ -90,7 +95,7 @@ Job::Job(const LinearCall& c)
                               : activation_bytes(layout.steps, words_per_step(layout.width));
     long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
-    if (stream && tiling.num_tiles == 1) slice = layout.units;
+    if (stream && reads_once(tiling)) slice = layout.units;
     long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
     block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
     chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);

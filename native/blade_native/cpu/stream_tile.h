@@ -26,7 +26,8 @@ void stream_bf16(const Layout&, const char* packed, long from, long to, const ch
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
         const uint32_t *words = (const uint32_t*)packed + from * PANEL + first, *end = words + (to - from) * PANEL;
         const float* a = (const float*)activations;
-        const long ahead = fetch ? STREAM_AHEAD : 0;
+        // Half by half, each half fetches its own lines of the next slice.
+        const long ahead = !fetch ? 0 : NV * vec::LANES == PANEL ? STREAM_AHEAD : (to - from) * 4 * PANEL;
         vec::F sums[R][NV];
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
