@@ -23,9 +23,9 @@ from speculation_tasks import tasks
 
 from blade import Config, DraftOptions, EngineConfig, ModelOptions, SamplingParams, Sequence
 from blade.assembly import Assembly, build_engine, choose, load_model
+from blade.building import load_text
 from blade.engine.engine import Engine
 from blade.plugins import load
-from blade.serve import _load_text
 
 NONE = "none"
 counter = itertools.count(1)
@@ -111,7 +111,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Contender], dict[str, lis
     assembly = choose(config, load(config.plugins))
     model = load_model(assembly)
     draft = load_model(assembly.draft) if assembly.draft else None
-    tokenizer, template = _load_text(assembly)
+    tokenizer, template = load_text(assembly)
     if template is None:
         sys.exit("The model has no chat template.")
     options.stop_token_ids = tokenizer.eos_token_ids

@@ -14,7 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -26,6 +26,7 @@ from blade.api.routes import ROUTES
 from blade.api.server import Address, reserve, serve_http
 from blade.assembly import build_engine, choose, load_model, make_adapters
 from blade.banner import command_line, describe, ready
+from blade.building import load_text
 from blade.checkpoint.progress import console_progress
 from blade.errors import ConfigError
 from blade.plugins import Plugins, load
@@ -82,7 +83,7 @@ def run(config: Config) -> None:
     plugins = load(config.plugins)
     assembly = choose(config, plugins, to_load=True)
     with ThreadPoolExecutor(1) as pool:
-        text = pool.submit(_load_text, assembly)
+        text = pool.submit(load_text, assembly)
         engine, memory, adapters = _load_engine(assembly)
         tokenizer, template = text.result()
     context = _context(config, assembly, engine, tokenizer, template, keys, address.url)
@@ -166,31 +167,6 @@ def _adapter_table(assembly: Assembly, adapters: Adapters | None) -> AdapterTabl
         name, _, folder = adapter.partition("=")
         table.load(name, Path(folder).expanduser())
     return table
-
-
-def _load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:
-    from blade.text.chat_template import load_chat_template
-    from blade.text.tokenizer import load_tokenizer
-
-    folder, metadata = _text_files(assembly)
-    tokenizer = load_tokenizer(folder, metadata)
-    if assembly.draft is not None:
-        other = load_tokenizer(*_text_files(assembly.draft))
-        if (difference := tokenizer.difference(other)) is not None:
-            raise ConfigError(
-                f"--draft.model {assembly.draft.model_name} has another vocabulary than {assembly.model_name}: "
-                f"token {difference}.",
-                "Choose a draft model of the same family and generation.",
-            )
-    return tokenizer, load_chat_template(folder, metadata, assembly.config.model.chat_template)
-
-
-def _text_files(assembly: Assembly) -> tuple[Path, dict[str, Any] | None]:
-    """Where the tokenizer is: a folder, or a GGUF file with its metadata."""
-    options = assembly.config.model
-    if options.tokenizer_dir is not None:
-        return options.tokenizer_dir, None
-    return assembly.checkpoint.path, assembly.checkpoint.gguf_metadata
 
 
 def _context(

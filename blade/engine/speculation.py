@@ -46,6 +46,11 @@ class Speculator:
         self._unasked = dict.fromkeys(self._drafters, 0.0)  # seconds of steps since the drafter was last asked
 
     @property
+    def drafters(self) -> tuple[GuardedDrafter, ...]:
+        """In the order in which they are asked."""
+        return tuple(self._drafters.values())
+
+    @property
     def stats(self) -> tuple[DrafterStats, ...]:
         return tuple(drafter.stats for drafter in self._drafters.values())
 
