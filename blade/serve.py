@@ -24,7 +24,7 @@ from blade.api.app import App
 from blade.api.context import ServerContext
 from blade.api.routes import ROUTES
 from blade.api.server import Address, reserve, serve_http
-from blade.assembly import build_engine, choose, load_model, make_adapters
+from blade.assembly import build_engine, choose, load_draft, load_model, make_adapters
 from blade.banner import command_line, describe, ready
 from blade.checkpoint.progress import console_progress
 from blade.errors import ConfigError
@@ -149,7 +149,7 @@ def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan, Adapters | Non
             show(f"Loading {assembly.model_name}", min(done, total), total)
 
         model = load_model(assembly, advance, adapters)
-        draft = load_model(assembly.draft, advance) if assembly.draft else None
+        draft = load_draft(assembly, model, advance)
     memory = assembly.plan_memory()
     return build_engine(assembly, model, memory, draft, adapters), memory, adapters
 
@@ -174,7 +174,7 @@ def _load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:
 
     folder, metadata = _text_files(assembly)
     tokenizer = load_tokenizer(folder, metadata)
-    if assembly.draft is not None:
+    if assembly.draft is not None and assembly.draft.head is None:  # a head has no tokenizer, and says what it is for
         other = load_tokenizer(*_text_files(assembly.draft))
         if (difference := tokenizer.difference(other)) is not None:
             raise ConfigError(
