@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blade import Config, DraftOptions, EngineConfig, ModelOptions
-from blade.assembly import build_engine, choose, load_model
+from blade.assembly import build_engine, choose, load_draft, load_model
 from blade.engine.costs import StepCosts
 from blade.engine.drafting import GuardedDrafter
 from blade.engine.engine import Engine
@@ -36,7 +36,8 @@ def measure(options: argparse.Namespace) -> tuple[str, StepCosts, float]:
     assembly = choose(config, load())
     if assembly.draft is None:
         sys.exit("Name the small model with --draft.")
-    engine = build_engine(assembly, load_model(assembly), assembly.plan_memory(), load_model(assembly.draft))
+    model = load_model(assembly)
+    engine = build_engine(assembly, model, assembly.plan_memory(), load_draft(assembly, model))
     best = [_costs(engine) for _ in range(options.rounds)]
     costs = StepCosts({num: min(round_[num] for round_ in best) for num in best[0]})
     return f"{assembly.model_name} + {assembly.draft.model_name}", costs, _drafter(engine).price.per_depth

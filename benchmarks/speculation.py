@@ -22,8 +22,7 @@ from typing import Any
 from speculation_tasks import tasks
 
 from blade import Config, DraftOptions, EngineConfig, ModelOptions, SamplingParams, Sequence
-from blade.assembly import Assembly, build_engine, choose, load_model
-from blade.building import load_text
+from blade.assembly import Assembly, build_engine, choose, load_draft, load_model, load_text
 from blade.engine.engine import Engine
 from blade.plugins import load
 
@@ -110,7 +109,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Contender], dict[str, lis
     )
     assembly = choose(config, load(config.plugins))
     model = load_model(assembly)
-    draft = load_model(assembly.draft) if assembly.draft else None
+    draft = load_draft(assembly, model)
     tokenizer, template = load_text(assembly)
     if template is None:
         sys.exit("The model has no chat template.")

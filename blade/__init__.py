@@ -6,6 +6,7 @@ from `blade.contracts`, in its tests from `blade.testing`, and from nowhere else
 
 from blade.api.http import EventStream, JSONResponse, TextResponse
 from blade.config import Config, DraftOptions, EngineConfig, ModelOptions, ServerOptions
+from blade.engine.head_drafter import HeadDrafter
 from blade.engine.scheduler import OrderedScheduler
 from blade.errors import BladeError, CheckpointError, ConfigError, Overloaded, PluginError, RequestError
 from blade.hookspecs import hookimpl
@@ -58,6 +59,7 @@ __all__ = [
     "Float8Weight",
     "GGMLBlocks",
     "GroupedWeight",
+    "HeadDrafter",
     "JSONResponse",
     "KVCache",
     "KVSpec",

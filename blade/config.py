@@ -28,10 +28,11 @@ def _within(options: Any, name: str, low: float, high: float = float("inf")) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftOptions:
-    """A smaller model of the same vocabulary, which proposes tokens to the model (speculative decoding)."""
+    """A smaller model of the same vocabulary, or a head made for the model, which proposes tokens to it (speculative
+    decoding)."""
 
     model: str | None = None
-    """A folder, a .gguf file or a hub id; it implies --drafter model."""
+    """A folder, a .gguf file or a hub id; it implies --drafter model, for an EAGLE-3 head --drafter eagle3."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     hub: Hub = "huggingface"
@@ -39,7 +40,7 @@ class DraftOptions:
     tokenizer_dir: Path | None = None
     """Folder of the draft model's tokenizer, where it is not the model's."""
     dtype: Dtype = "auto"
-    """Type of its weights, activations and KV cache."""
+    """Type of its weights, activations and KV cache; a head runs in the model's."""
     quantize: str | None = None
     """As --quantize, for the draft model."""
 
@@ -98,7 +99,8 @@ class EngineConfig:
     """Where the model runs."""
     drafter: tuple[str, ...] = ()
     """Proposer of draft tokens for speculative decoding, which changes the speed and never the text: suffix, ngram,
-    model (with --draft.model) or a plugin's. Repeat for more: the first that has an idea is taken. None by default."""
+    model or eagle3 (with --draft.model), mtp (the model's own heads) or a plugin's. Repeat for more: the first that has
+    an idea is taken. None by default."""
     num_draft_tokens: int = 8
     """Most draft tokens of a sequence in one step."""
     adaptive_drafts: bool = True

@@ -40,9 +40,9 @@ def register_commands(cli: App) -> None:
 
 @hookspec
 def register_models(register: Register) -> None:
-    """``register(architecture, factory, default=None)``: factory() -> contracts.Architecture, selected by the
-    checkpoint's `architectures`. `default` is a blade.DefaultCheckpoint: the model that ``--plugin NAME`` serves when
-    no ``--model`` is given; at most one per plugin."""
+    """``register(architecture, factory, default=None)``: factory() -> contracts.Architecture, or of a head that drafts
+    contracts.HeadArchitecture, selected by the checkpoint's `architectures`. `default` is a blade.DefaultCheckpoint:
+    the model that ``--plugin NAME`` serves when no ``--model`` is given; at most one per plugin."""
 
 
 @hookspec
@@ -72,8 +72,14 @@ def register_schedulers(register: Register) -> None:
 
 @hookspec
 def register_drafters(register: Register) -> None:
-    """``register(name, factory)``: factory(config: EngineConfig, draft_model: contracts.DraftModel | None) ->
-    contracts.Drafter, selected by ``--drafter``. `draft_model` is that of ``--draft.model``, where one was named."""
+    """``register(name, factory)``: factory(config: EngineConfig, draft_model: contracts.DraftModel |
+    contracts.DraftHead | None) -> contracts.Drafter, selected by ``--drafter``. `draft_model` is that of
+    ``--draft.model``, where one was named.
+
+    A factory that cannot do without one may have an attribute `draft_architectures: tuple[str, ...]`: the registered
+    architectures that ``--draft.model`` may have, the first of them where its config.json names none. One that drafts
+    with heads out of the model's own checkpoint has an attribute `head`: head(config.json's content: Mapping, weights:
+    contracts.Weights) -> contracts.HeadArchitecture, raising CheckpointError where there are none."""
 
 
 @hookspec

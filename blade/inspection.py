@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from blade.assembly import choose
+from blade.assembly import choose, own_heads
 from blade.checkpoint.open import open_checkpoint
 from blade.checkpoint.progress import console_progress
 from blade.checkpoint.source import resolve
@@ -49,6 +49,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_token: int  # of weights, read for each token of a single request
     bandwidth: float | None  # of the memory, bytes per second, as just measured; null: unknown
     tokens_per_second: float | None  # of a single request with a short context: estimated from all this
+    heads: str | None = None  # the --drafter that reads heads in this checkpoint; null: there are none
+    head_bytes: int = 0  # that it takes beside the weights
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +94,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, Any]:
 def _served(assembly: Assembly) -> Inspection:
     model, block_size = assembly.model_config, assembly.config.engine.block_size
     bandwidth, bytes_per_token = assembly.ops.memory_bandwidth(), _bytes_per_token(assembly)
+    heads = assembly.draft if assembly.draft and assembly.draft.head else own_heads(assembly)
     served = Served(
         plugin=assembly.family,
         num_layers=model.num_layers,
@@ -111,6 +114,8 @@ def _served(assembly: Assembly) -> Inspection:
         bytes_per_token=bytes_per_token,
         bandwidth=bandwidth,
         tokens_per_second=bandwidth and _speed(bytes_per_token, bandwidth, model.num_layers),
+        heads=heads.drafter if heads else None,
+        head_bytes=heads.weight_bytes if heads else 0,
     )
     files = _files(assembly.checkpoint) | {"name": assembly.model_name, "num_params": assembly.num_params}
     return Inspection(**files, problem=_memory_problem(assembly), served=served)
@@ -135,14 +140,14 @@ def _bytes_per_token(assembly: Assembly) -> int:
     """All weights, but for the embedding where it is not the output matrix too, and for experts that are not chosen."""
     from blade.nn.tensors import loaded_bytes
 
-    checkpoint, quantization = assembly.checkpoint, assembly.form.quantization
-    names = set(checkpoint.weights.names())
+    weights, quantization = assembly.weights, assembly.form.quantization
+    names = set(weights.names())
     total = 0.0
     for name in names:
         if name.endswith("embed_tokens.weight") and any(other.startswith("lm_head.") for other in names):
             continue
-        num_bytes = loaded_bytes(name, checkpoint.weights, assembly.ops, assembly.dtype, quantization)
-        total += num_bytes * (_share_of_experts(checkpoint.config) if ".experts." in name else 1)
+        num_bytes = loaded_bytes(name, weights, assembly.ops, assembly.dtype, quantization)
+        total += num_bytes * (_share_of_experts(assembly.checkpoint.config) if ".experts." in name else 1)
     return int(total)
 
 
@@ -190,5 +195,7 @@ def _resources(served: Served) -> Iterator[str]:
     )
     if served.state_bytes:
         yield f"states   of recurrent layers: {size(served.state_bytes)} for each request that runs"
+    if served.heads:
+        yield f"heads    of its own to draft with, {size(served.head_bytes)}, for --drafter {served.heads}"
     needed = size(served.weight_bytes + full + served.state_bytes)
     yield f"memory   {needed} for the weights and one full context; {size(served.available_bytes)} are free"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from blade.config import Config, EngineConfig, ModelOptions
 from blade.contracts import OpenedModel
@@ -10,6 +10,8 @@ from blade.plugins import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from blade.contracts import Architecture
 
 
 def opener(plugins: tuple[str, ...]) -> Callable[..., OpenedModel]:
@@ -28,7 +30,7 @@ def opener(plugins: tuple[str, ...]) -> Callable[..., OpenedModel]:
             name=checkpoint.name,
             path=checkpoint.path,
             config=checkpoint.config,
-            architecture=assembly.architecture,
+            architecture=cast("Architecture", assembly.architecture),  # of no head: none was chosen to draft
             model_config=assembly.model_config,
             weights=getattr(assembly, "weights", checkpoint.weights),
             stored=checkpoint.weights,

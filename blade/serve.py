@@ -24,9 +24,8 @@ from blade.api.app import App
 from blade.api.context import ServerContext
 from blade.api.routes import ROUTES
 from blade.api.server import Address, reserve, serve_http
-from blade.assembly import build_engine, choose, load_model, make_adapters
+from blade.assembly import build_engine, choose, load_draft, load_model, load_text, make_adapters
 from blade.banner import command_line, describe, ready
-from blade.building import load_text
 from blade.checkpoint.progress import console_progress
 from blade.errors import ConfigError
 from blade.plugins import Plugins, load
@@ -150,7 +149,7 @@ def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan, Adapters | Non
             show(f"Loading {assembly.model_name}", min(done, total), total)
 
         model = load_model(assembly, advance, adapters)
-        draft = load_model(assembly.draft, advance) if assembly.draft else None
+        draft = load_draft(assembly, model, advance)
     memory = assembly.plan_memory()
     return build_engine(assembly, model, memory, draft, adapters), memory, adapters
 

@@ -20,7 +20,6 @@ FLOORS = (  # from the top; a room imports only from floors below its own
     {"cli"},
     {"serve"},
     {"banner", "inspection", "opening"},
-    {"building"},
     {"assembly"},
     {"console", "logs", "quantization"},
     {"testing"},

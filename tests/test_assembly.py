@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from blade import Config, ConfigError, EngineConfig
-from blade.assembly import _check_kv_cache
+from blade.assembly.choosing import _check_kv_cache
 from blade_native.attention import PagedAttention
 from blade_native.reference import TorchOps
 

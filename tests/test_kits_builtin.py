@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blade import CaptureOptions
-from blade.contracts import DraftModel
+from blade import Batch, CaptureOptions, KVCache, ModelConfig
+from blade.contracts import DraftHead, DraftModel
 from blade.engine.blocks import BlockPool
+from blade.engine.head_runner import HeadRunner
 from blade.engine.runner import ModelRunner
 from blade.plugins import discover, load
 from blade.testing import (
@@ -48,9 +49,33 @@ def fake_draft_model() -> DraftModel:
     return DraftModel(runner, BlockPool(64, 4), model.config.max_context)
 
 
+class FakeHead:
+    """contracts.Head whose KV holds the ids, and whose guess is the id it was given, plus one."""
+
+    config = ModelConfig("FakeHead", 260, 4096, 1, 1, 1, 1)
+    hidden_states, width, dtype, target_ids = (1, 2), 8, torch.float32, None
+
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, :8] + hidden[:, 8:]
+
+    def forward(self, batch: Batch, states: torch.Tensor, kv: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        assert not states.isnan().any()
+        kv[0].view(-1)[batch.slots] = batch.input_ids
+        rows = batch.logits_rows
+        said = (batch.input_ids[rows] + 1) % 260
+        return torch.nn.functional.one_hot(said, 260).float(), states[rows]
+
+
+def fake_head() -> DraftHead:
+    options = CaptureOptions(enabled=False, block_size=4)
+    runner = HeadRunner(FakeHead(), FakeModel().allocate(64, 4), BACKENDS["cpu"](1), options, 0, 2048)
+    return DraftHead(runner, BlockPool(64, 4), 4096)
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_drafter(name: str) -> None:
-    check_drafter(DRAFTERS[name], draft_model=fake_draft_model())
+    makes_heads = any(hasattr(DRAFTERS[name], how) for how in ("head", "draft_architectures"))
+    check_drafter(DRAFTERS[name], draft_model=fake_head() if makes_heads else fake_draft_model(), hidden_size=8)
 
 
 @pytest.mark.parametrize("device", DEVICES)

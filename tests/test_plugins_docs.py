@@ -14,7 +14,7 @@ import pytest
 import torch
 from cyclopts import App
 
-from blade import RequestError, RequestSummary
+from blade import RequestError, RequestSummary, SamplingParams, Sequence
 from blade import testing as kits
 from blade.plugins import HOOKS, Plugins
 from blade.testing.attention import make_batch
@@ -67,6 +67,15 @@ def test_the_test() -> None:
 def test_drafter() -> None:
     _, plugins = example("repeat")
     kits.check_drafter(plugins.registry("register_drafters")["repeat"])
+
+
+def test_drafter_that_reads_hidden_states() -> None:
+    module, plugins = example("alike")
+    kits.check_drafter(plugins.registry("register_drafters")["alike"], hidden_size=8)
+    drafter, seq = module.Alike(), Sequence(1, [5, 6, 7, 8, 9], SamplingParams(max_tokens=9), output_ids=[6])
+    hidden = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0], [0, 1]])
+    drafter.observe([seq], [range(5)], [0], hidden)
+    assert drafter.propose([seq], [3])[0].ids == [7, 8, 9]  # as after 5, 6
 
 
 def test_logits_processor() -> None:

@@ -149,7 +149,7 @@ class SafetensorsWeights:
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, header = self._find(name)
-        if dtype is not None and header.dtype not in _NUMBERS:
+        if dtype is not None and dtype.is_floating_point and header.dtype not in _NUMBERS:
             raise CheckpointError(
                 f"{file.path}: the tensor {name!r} is of {header.dtype}, which is no plain number.",
                 "By config.json it is not quantised: fetch config.json again, or use another form of the model.",

@@ -4,6 +4,15 @@ An object fits by having the methods; nothing needs to inherit. `blade.testing` 
 """
 
 from blade.contracts.devices import Attention, Executor, Ops, Runner
+from blade.contracts.heads import (
+    NORMED,
+    DraftHead,
+    Head,
+    HeadArchitecture,
+    HeadRunner,
+    HiddenReader,
+    ReadableModel,
+)
 from blade.contracts.models import Architecture, Experts, Linear, Loader, Model, Quantization, Weights
 from blade.contracts.opened import OpenedModel
 from blade.contracts.policies import Blocks, Drafter, DraftModel, LogitsProcessor, Scheduler
@@ -11,14 +20,20 @@ from blade.contracts.server import EngineClient, Request, Response, RouteHandler
 from blade.contracts.text import ReasoningParser, Tokenizer, ToolParser
 
 __all__ = [
+    "NORMED",
     "Architecture",
     "Attention",
     "Blocks",
+    "DraftHead",
     "DraftModel",
     "Drafter",
     "EngineClient",
     "Executor",
     "Experts",
+    "Head",
+    "HeadArchitecture",
+    "HeadRunner",
+    "HiddenReader",
     "Linear",
     "Loader",
     "LogitsProcessor",
@@ -26,6 +41,7 @@ __all__ = [
     "OpenedModel",
     "Ops",
     "Quantization",
+    "ReadableModel",
     "ReasoningParser",
     "Request",
     "Response",

@@ -82,6 +82,10 @@ class Ops(Protocol):
         """x [N, D], rows [R] int64 -> [R, D]."""
         ...
 
+    def copy_rows(self, x: Tensor, out: Tensor) -> None:
+        """out [N, D] = x [N, D], of one dtype; rows of either may lie apart."""
+        ...
+
     def add_rows(self, y: Tensor, rows: Tensor | None, x: Tensor) -> None:
         """y [N, D] += x [R, D] in place at rows [R] int64, all different; None: R is N."""
         ...

@@ -12,6 +12,8 @@ from blade.types import Draft, DrafterStats
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from torch import Tensor
+
     from blade.contracts import Drafter
     from blade.types import Sequence
 
@@ -55,6 +57,23 @@ class GuardedDrafter:
     def num_new(self, seq: Sequence) -> int:
         """Tokens of the sequence that came since the drafter was last asked for it."""
         return seq.num_tokens - self._num_seen.get(seq.id, 0)
+
+    @property
+    def hidden_states(self) -> Seq[int]:
+        """Those that it reads; none of them, if it is no contracts.HiddenReader."""
+        return getattr(self._drafter, "hidden_states", ())
+
+    def observe(self, seqs: Seq[Sequence], spans: Seq[range], rows: Seq[int], hidden: Tensor) -> None:
+        """As contracts.HiddenReader."""
+        if self._drafter is None:
+            return
+        started = time.perf_counter()
+        try:
+            self._drafter.observe(seqs, spans, rows, hidden)  # type: ignore[attr-defined]
+        except Exception:
+            log.exception("the drafter %r failed to read hidden states; it is off from now on", self.name)
+            self._drafter = None
+        self._count(seconds=time.perf_counter() - started)
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         """One draft per sequence; empty ones from a drafter that has failed, which is never asked again."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Model, Ops
+    from blade.engine.hidden import HiddenStates
     from blade.nn.lora import Adapters
     from blade.types import Batch, CaptureOptions, KVCache, Sampled, Sequence, Step
 
@@ -30,12 +31,15 @@ class ModelRunner:
         options: CaptureOptions,
         secret: int | None = None,
         adapters: Adapters | None = None,
+        hidden: HiddenStates | None = None,
     ) -> None:
         """`secret`: see Sampler. Two runners of one secret draw a sequence's tokens with the same random numbers.
-        `adapters`: of the model, where sequences may have one."""
+        `adapters`: of the model, where sequences may have one. `hidden`: what it shows of its hidden states, where
+        somebody reads them."""
         self.ops = ops
         self.forward = ops.capture(model, kv, options)
         self.adapted = AdaptedForward(model, kv, ops, options, adapters) if adapters else None
+        self.hidden = hidden
         self.block_size = options.block_size
         self.states = model.config.state is not None
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
@@ -50,10 +54,13 @@ class ModelRunner:
             for back in range(num_rows(seq, num_tokens), 0, -1)
         ]
         sampled = iter(self.sampler.sample(logits, rows) if rows else [])
-        return [
+        results = [
             accept(seq.draft_ids, [next(sampled) for _ in range(num_rows(seq, num_tokens))])
             for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)
         ]
+        if self.hidden is not None:
+            self.hidden.hand_over(step, results)
+        return results
 
     def _forward(self, step: Step, batch: Batch) -> Tensor:
         adapters = [seq.adapter for seq in step.seqs]

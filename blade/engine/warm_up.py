@@ -12,6 +12,7 @@ from blade.types import DrafterStats, SamplingParams, Sequence, Step
 if TYPE_CHECKING:
     from blade.contracts import Blocks, Executor
     from blade.engine.drafting import GuardedDrafter
+    from blade.engine.hidden import HiddenStates
     from blade.types import Limits
 
 NUM_TOKENS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24)  # of the steps to time
@@ -43,12 +44,18 @@ def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_
     return seconds
 
 
-def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int) -> None:
-    """Have the drafter compile what it compiles, and then learn what it costs."""
+def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int, hidden: HiddenStates | None = None) -> None:
+    """Have the drafter compile what it compiles, and then learn what it costs. `hidden`: where any drafter reads such
+    states."""
     for turn in range(2):
         drafter.price = Price()
         seq = _sequence(MANY, max_tokens + 1, vocab_size, first=turn)
+        drafter.forget(seq)  # of the steps that were measured, whose sequence has the same id
+        num_seen = 0
         for _ in range(ROUNDS):
+            if hidden is not None:
+                hidden.pretend(drafter, seq, range(num_seen, seq.num_tokens - 1))
+                num_seen = seq.num_tokens - 1
             drafter.propose([seq], [max_tokens])
             seq.output_ids += _ids(1, vocab_size)
         drafter.forget(seq)
@@ -58,7 +65,8 @@ def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int) -> None:
 def _sequence(num_prompt: int, max_tokens: int, vocab_size: int, first: int = 0) -> Sequence:
     """With one output token, so that it owes its next one."""
     params = SamplingParams(max_tokens=max_tokens + 1, temperature=0)
-    return Sequence(WARM_UP_ID, _ids(num_prompt, vocab_size, first), params, output_ids=_ids(1, vocab_size))
+    prompt_ids = _ids(num_prompt, vocab_size, first)
+    return Sequence(WARM_UP_ID, prompt_ids, params, namespace=b"warm-up", output_ids=_ids(1, vocab_size))
 
 
 def _ids(num: int, vocab_size: int, first: int = 0) -> list[int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from blade.contracts.heads import NORMED
+from blade.nn.hidden import ShownStates
 from blade.nn.mixture import Mixture
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ class Layer:
 
 
 class Decoder:
-    """contracts.Model of a Llama-like checkpoint."""
+    """contracts.ReadableModel of a Llama-like checkpoint."""
 
     names = ("embed_tokens", "layers", "norm")
     layer_type = Layer
@@ -146,6 +148,8 @@ class Decoder:
     def __init__(self, config: DecoderConfig, loader: Loader) -> None:
         self.config = config
         self.ops = loader.ops
+        self.hidden_size = config.hidden_size
+        self.shown = ShownStates(loader.ops, config.num_layers, config.hidden_size)
         shape = (config.vocab_size, config.hidden_size)
         table, layers, norm = (f"{config.prefix}.{name}" for name in self.names)
         tied = config.tied and not loader.has(f"{config.head}.weight")
@@ -170,15 +174,27 @@ class Decoder:
             return Mixture(f"{name}.mlp", mixture, config.hidden_size, loader)
         return FeedForward(f"{name}.mlp", config.intermediate_size, config.hidden_size, loader)
 
+    def show_hidden(self, states: Seq[int], out: Tensor) -> None:
+        """See contracts.ReadableModel."""
+        self.shown.add(states, out)
+
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """See contracts.Model."""
+        shown, rows = self.shown, batch.logits_rows
         residual = self.embed(batch.input_ids)  # [T, hidden_size]
+        if shown:
+            shown.leave(0, residual)
         x = self.layers[0].input_norm(residual)
-        for layer, next_norm, layer_kv in zip(self.layers, self.next_norms, kv, strict=True):
+        for number, (layer, next_norm, layer_kv) in enumerate(zip(self.layers, self.next_norms, kv, strict=True), 1):
             x = layer.attention(x, self.cos_sin, batch, layer_kv)
-            if layer is self.layers[-1]:  # no later token attends to what comes now
-                x, residual = (self.ops.take_rows(y, batch.logits_rows) for y in (x, residual))  # [R, hidden_size]
+            if layer is self.layers[-1] and not shown.of_last_layer:  # no later token attends to what comes now
+                x, residual = (self.ops.take_rows(y, rows) for y in (x, residual))  # [R, hidden_size]
             x, residual = layer.post_norm.add(x, residual)
             for part in layer.feed_forward(x):
                 x, residual = next_norm.add(part, residual)
+            if shown:
+                shown.leave(number, residual)
+        if shown.of_last_layer:
+            shown.leave(NORMED, x)
+            x = self.ops.take_rows(x, rows)
         return self.lm_head(x, torch.float32)

@@ -53,6 +53,9 @@ class DefaultOps:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
+    def copy_rows(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(x)
+
     def add_rows(self, y: Tensor, rows: Tensor | None, x: Tensor) -> None:
         if rows is None:
             y.add_(x)

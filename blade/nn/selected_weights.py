@@ -1,4 +1,4 @@
-"""Checkpoints of more than is served: a language model that comes with eyes, or with heads of another purpose."""
+"""Checkpoints of more than the model that is served: one that comes with eyes, or with heads to draft with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("blade.checkpoint")
 
 
 class SelectedWeights:
-    """contracts.Weights without the parts that are not served; the log says which of them there were."""
+    """contracts.Weights without the parts that are none of the model's; the log says which of them there were."""
 
     def __init__(self, weights: Weights, unread: Mapping[str, str]) -> None:
         """`unread`: how the names of a part's tensors begin, and what the part is."""
@@ -32,7 +32,8 @@ class SelectedWeights:
             else:
                 found[part] += 1
         if found:
-            log.info("not served, and left unread: %s", ", ".join(f"{part} ({n} tensors)" for part, n in found.items()))
+            parts = ", ".join(f"{part} ({n} tensors)" for part, n in found.items())
+            log.info("no part of the model that is served: %s", parts)
 
     def names(self) -> Collection[str]:
         return self._names.keys()

@@ -148,6 +148,12 @@ def _check_rows(ops: Ops, x: Tensor) -> None:
     for rows in (torch.tensor([3, 49, 0, 3]), torch.tensor([], dtype=torch.int64)):
         found = ops.take_rows(ops.to_device(x), ops.to_device(rows))
         require(torch.equal(found.cpu(), x[rows]), "take_rows does not give the rows as they are")
+    for start in (0, 32):  # a row by itself, and one that lies inside a wider one
+        out, expected = (torch.zeros(len(x), x.shape[1] + start, dtype=x.dtype) for _ in range(2))
+        expected[:, start:] = x
+        out = ops.to_device(out)
+        ops.copy_rows(ops.to_device(x), out[:, start:])
+        require(torch.equal(out.cpu(), expected), "copy_rows does not copy the rows as they are")
     for at in (None, torch.tensor([3, 49, 0])):
         expected, added = x.clone(), x.flip(0)[: len(x) if at is None else len(at)].contiguous()
         expected[slice(None) if at is None else at] += added

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from blade.config import EngineConfig
-from blade.contracts import Drafter, DraftModel, LogitsProcessor, Tokenizer
+from blade.contracts import Drafter, DraftHead, DraftModel, LogitsProcessor, Tokenizer
 from blade.testing.require import require
 from blade.types import Draft, SamplingParams, Sequence
 
@@ -15,13 +16,15 @@ _HISTORIES = [[7], [1, 2, 3, 4, 1, 2, 3], [5] * 40, list(range(64))]
 
 
 def check_drafter(
-    factory: Callable[[EngineConfig, DraftModel | None], Drafter],
+    factory: Callable[..., Drafter],
     vocab_size: int = 260,
-    draft_model: DraftModel | None = None,
+    draft_model: DraftModel | DraftHead | None = None,
+    hidden_size: int = 0,
 ) -> None:
     """One draft per sequence, within the limits and the vocabulary, however the output goes on; the sequences are left
-    as they were, and may be forgotten at any time."""
-    drafter = factory(EngineConfig(), draft_model)
+    as they were, and may be forgotten at any time. `hidden_size`: of a model, for a drafter that reads hidden states:
+    some of which never come, and some come again."""
+    drafter = _Shown(factory(EngineConfig(), draft_model), hidden_size)
     require(drafter.propose([], []) == [], "no sequences must give no drafts")
     seqs = [
         Sequence(i, history[:-1] or history, SamplingParams(max_tokens=64), output_ids=history[-1:])
@@ -40,6 +43,39 @@ def check_drafter(
         drafter.forget(seq)
     drafter.forget(seqs[1])
     _check_proposals(drafter, seqs[:1], [4], vocab_size)
+
+
+class _Shown:
+    """The drafter, and before each call the hidden states it reads: random ones, with others between."""
+
+    def __init__(self, drafter: Drafter, hidden_size: int) -> None:
+        self._drafter, self._hidden_size = drafter, hidden_size
+        self.states = getattr(drafter, "hidden_states", ())
+        require(bool(hidden_size) or not self.states, "say with hidden_size how wide the states are that it reads")
+        self._ends: dict[int, int] = {}
+
+    def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
+        if self.states and seqs:
+            self._show(seqs)
+        return self._drafter.propose(seqs, limits)
+
+    def _show(self, seqs: Seq[Sequence]) -> None:
+        import torch
+
+        starts = [max(0, self._ends.get(seq.id, seq.id) - seq.id) for seq in seqs]
+        spans = [range(start, seq.num_tokens - 1) for start, seq in zip(starts, seqs, strict=True)]
+        self._ends |= {seq.id: span.stop for seq, span in zip(seqs, spans, strict=True)}
+        rows = [0]
+        for span in spans:
+            rows.append(rows[-1] + len(span) + 1)
+        width = len(self.states) * self._hidden_size
+        hidden = torch.randn(rows.pop(), width, generator=torch.Generator().manual_seed(len(seqs)))
+        self._drafter.observe(seqs, spans, rows, hidden)  # type: ignore[attr-defined]
+        hidden.fill_(torch.nan)  # as the next step may
+
+    def forget(self, seq: Sequence) -> None:
+        self._ends.pop(seq.id, None)
+        self._drafter.forget(seq)
 
 
 def _check_proposals(drafter: Drafter, seqs: list[Sequence], limits: list[int], vocab_size: int) -> list[Draft]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from blade import Batch
     from blade.contracts import Loader, Weights
 
-UNREAD = {"vision_model.": "vision", "multi_modal_projector.": "vision"}
+APART = {"vision_model.": "vision", "multi_modal_projector.": "vision"}
 THETA = 500000.0  # of the rope, where config.json has none
 CHUNK = 8192  # tokens that attention is confined to, where config.json says nothing
 log = logging.getLogger("blade.llama")
@@ -79,7 +79,7 @@ class Llama4:
         return Llama4Decoder(config, loader)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
-        return SplitExperts(SelectedWeights(weights, UNREAD), transposed=True)
+        return SplitExperts(SelectedWeights(weights, APART), transposed=True)
 
 
 def _rotary_layers(keys: Keys, num_layers: int) -> frozenset[int]:

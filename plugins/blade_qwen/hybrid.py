@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from blade.contracts import Loader, Weights
 
 RECURRENT, FULL = "linear_attention", "full_attention"
-UNREAD = {"mtp.": "multi-token prediction", "model.visual.": "vision"}
+APART = {"mtp.": "multi-token prediction, for --drafter mtp", "model.visual.": "vision"}
 ROTARY_SHARE = 0.25  # of a head's channels, where config.json has no partial_rotary_factor
 
 
@@ -77,7 +77,7 @@ class Qwen3Next:
         return Qwen3NextDecoder(config, loader)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
-        return SplitExperts(SelectedWeights(weights, UNREAD))
+        return SplitExperts(SelectedWeights(weights, APART))
 
 
 class Qwen35:
@@ -104,7 +104,7 @@ class Qwen35:
         return HybridDecoder(replace(config, prefix="model.language_model") if nested else config, loader)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
-        return SplitExperts(SelectedWeights(weights, UNREAD))
+        return SplitExperts(SelectedWeights(weights, APART))
 
 
 class Qwen35Moe(Qwen35):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from generation import SETTINGS, WAYS, ids
+from generation import generate as run
 
-from blade import Config, DraftOptions, EngineConfig, EngineStats, ModelOptions, SamplingParams, Sequence
-from blade.assembly import Assembly, build_engine, choose, load_model
+from blade import Config, DraftOptions, EngineConfig, EngineStats, ModelOptions
+from blade.assembly import Assembly, choose, load_model
 from blade.plugins import load
 
 if TYPE_CHECKING:
@@ -18,25 +18,7 @@ if TYPE_CHECKING:
 
     from blade.contracts import Model
 
-counter = itertools.count(1)
 DRAFTERS = ["suffix", "ngram", "model", "suffix+model", "model, all verified"]
-PROMPTS = [[(i * 7 + j * j) % 200 + 10 for j in range(5 + 9 * i)] * (1 + i % 3) for i in range(8)]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0},
-    "plain": {"temperature": 1.0},
-    "hot": {"temperature": 1.7, "top_k": 40},
-    "nucleus": {"temperature": 0.8, "top_p": 0.9, "min_p": 0.01},
-    "penalties": {"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    "biased": {"temperature": 0.7, "logit_bias": {20: 4.0, 21: -4.0}, "min_tokens": 20, "stop_token_ids": (30, 31, 32)},
-    "logprobs": {"temperature": 0.6, "logprobs": 3},
-}
-WAYS: dict[str, dict[str, Any]] = {
-    "together": {},
-    "alone": {"max_num_seqs": 1},
-    "small steps": {"max_batch_tokens": 12, "max_num_seqs": 6},
-    "little memory": {"kv_cache_memory": 32 * 2 * 4 * 16 * 2 * 2 * 16},
-    "no prefix cache": {"prefix_cache": False},
-}
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +35,10 @@ def generate(target: tuple[Assembly, Model, Model], drafters: str | None, params
     assembly, model, draft_model = target
     names = tuple((drafters or "").partition(",")[0].split("+")) if drafters else ()
     adaptive = bool(drafters) and "all" not in str(drafters)
-    engine = {"kv_cache_memory": 4 << 20, **engine}
-    settings = EngineConfig(drafter=names, adaptive_drafts=adaptive, num_draft_tokens=5, threads=1, **engine)
-    assembly = replace(assembly, config=replace(assembly.config, engine=settings))
-    if "model" not in names:
-        assembly = replace(assembly, draft=None)
-    built = build_engine(assembly, model, assembly.plan_memory(), draft_model if "model" in names else None)
-    seqs = [
-        Sequence(next(counter), prompt, SamplingParams(max_tokens=40, seed=3 * i, **params))
-        for i, prompt in enumerate(PROMPTS)
-    ]
-    said: dict[int, list[Any]] = {seq.id: [] for seq in seqs}
-
-    async def main() -> None:
-        built.start(asyncio.get_running_loop())
-        async for outputs in built.submit(seqs):
-            for output in outputs:
-                assert output.error is None
-                assert output.num_accepted <= output.num_drafted
-                said[output.seq_id] += output.sampled
-        await asyncio.sleep(0)
-        built.stop()
-        assert await asyncio.to_thread(built.join, 10)
-
-    asyncio.run(main())
-    built.blocks.check()
-    assert built.blocks.num_used == 0
-    return list(said.values()), built.stats()
+    drafting = "model" in names
+    assembly = assembly if drafting else replace(assembly, draft=None)
+    engine |= {"drafter": names, "adaptive_drafts": adaptive}
+    return run(assembly, model, draft_model if drafting else None, params, **engine)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +50,7 @@ def plain(target: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("drafters", DRAFTERS)
 def test_drafts_do_not_change_the_text(target: Any, plain: dict[str, Any], drafters: str, settings: str) -> None:
     said, _ = generate(target, drafters, SETTINGS[settings])
-    assert [[token.token_id for token in seq] for seq in said] == [
-        [token.token_id for token in seq] for seq in plain[settings]
-    ]
+    assert ids(said) == ids(plain[settings])
     for seq, other in zip(said, plain[settings], strict=True):
         for token, same in zip(seq, other, strict=True):
             assert token.logprob == pytest.approx(same.logprob, abs=1e-4)

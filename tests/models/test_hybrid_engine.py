@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from stepper import Stepper
 
 from blade import Config, ConfigError, DraftOptions, EngineConfig, EngineStats, ModelOptions, SamplingParams, Sequence
-from blade.assembly import Assembly, build_engine, choose, load_model
+from blade.assembly import Assembly, build_engine, choose, load_draft, load_model
 from blade.banner import describe
 from blade.plugins import load
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from blade.contracts import Model
 
@@ -42,9 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = make_reference("qwen3.5 vision")
     folder = tmp_path_factory.mktemp("tiny-hybrid")
     (folder / "config.json").write_text(json.dumps(reference.config))
-    tensors = reference.weights.tensors | {"mtp.fc.weight": torch.ones(2, 2)}
+    tensors = reference.weights.tensors | heads(reference.weights.tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multi-token prediction whose layer is the model's last one: now and then it is right."""
+    layer, norm = "model.language_model.layers.3.", tensors["model.language_model.norm.weight"]
+    found = {name.replace(layer, "mtp.layers.0."): x.clone() for name, x in tensors.items() if name.startswith(layer)}
+    eye = torch.eye(len(norm))
+    names = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    return found | {f"mtp.{name}.weight": norm.clone() for name in names} | {"mtp.fc.weight": torch.cat([eye, eye], 1)}
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +81,12 @@ def expected() -> list[tuple[list[int], list[int]]]:
 
 
 def generate(
-    loaded: tuple[Assembly, Model], prompts: list[list[int]], rounds: int, **engine: Any
+    loaded: tuple[Assembly, Model], prompts: list[list[int]], rounds: int, draft: Any = None, **engine: Any
 ) -> tuple[list[list[list[int]]], EngineStats]:
     assembly, model = loaded
     settings = EngineConfig(threads=1, **{"kv_cache_memory": 8 << 20, "max_num_seqs": 16} | engine)
     assembly = replace(assembly, config=replace(assembly.config, engine=settings))
-    built = build_engine(assembly, model, assembly.plan_memory())
+    built = build_engine(assembly, model, assembly.plan_memory(), draft)
     said: list[list[list[int]]] = []
 
     async def main() -> None:
@@ -106,6 +117,19 @@ def test_tokens_do_not_depend_on_the_way(
     assert said == [[ids for _, ids in expected]] * 2
     assert (stats.prompt_tokens_cached > 0) == (way != "no prefix cache")
     assert stats.draft_tokens > 0 or way != "drafts, all verified"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nor_do_they_with_heads_of_its_own(folder: Path, expected: list[tuple[list[int], list[int]]], way: str) -> None:
+    """Of a draft that was not right all is computed again, and the hidden states of what was right come again."""
+    options = ModelOptions(model=str(folder), dtype="float32", max_model_len=128)
+    assembly = choose(Config(model=options, engine=EngineConfig(threads=1, drafter=("mtp",))), load())
+    model = load_model(assembly)
+    engine = WAYS[way] | {"drafter": (*WAYS[way].get("drafter", ()), "mtp")}
+    said, stats = generate((assembly, model), [ids for ids, _ in expected], 2, load_draft(assembly, model), **engine)
+    assert said == [[ids for _, ids in expected]] * 2
+    assert stats.drafters[-1].tokens_proposed > 0
+    assert stats.drafters[-1].tokens_verified > 0 or way != "drafts, all verified"
 
 
 def test_the_banner_says_what_states_take(loaded: tuple[Assembly, Model]) -> None:

@@ -59,6 +59,21 @@ def test_add_rows(ops: SimdOps, d: int, dtype: torch.dtype) -> None:
         ops.add_rows(y, None, x)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)
+def test_copy_rows(ops: SimdOps, dtype: torch.dtype) -> None:
+    wide, out = torch.randn(40, 900).to(dtype), torch.zeros(50, 300, dtype=dtype)
+    ops.copy_rows(wide[:, 200:300], out[:40, 100:200])
+    assert torch.equal(out[:40, 100:200], wide[:, 200:300])
+    assert not out[:, :100].any()
+    assert not out[:, 200:].any()
+    assert not out[40:].any()
+    ops.copy_rows(wide[:0, :300], out[:0])
+    with pytest.raises(ValueError, match="side by side"):
+        ops.copy_rows(wide[:4, :4].T, out[:4, :4])
+    with pytest.raises(ValueError, match="shape"):
+        ops.copy_rows(wide[:4, :4], out[:4, :5])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_silu_mul(ops: SimdOps, shape: tuple[int, int], dtype: torch.dtype) -> None:

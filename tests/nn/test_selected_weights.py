@@ -19,7 +19,7 @@ def test_parts_are_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "blade.checkpoint"):
         selected = SelectedWeights(WITH_EYES, {"model.visual.": "vision", "mtp.": "multi-token prediction"})
     assert list(selected.names()) == ["model.norm.weight"]
-    assert "left unread: multi-token prediction (1 tensors), vision (2 tensors)" in caplog.text
+    assert "no part of the model that is served: multi-token prediction (1 tensors), vision (2 tensors)" in caplog.text
     assert selected.get("model.norm.weight", torch.float16).dtype == torch.float16
 
 

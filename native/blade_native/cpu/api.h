@@ -134,6 +134,15 @@ struct AddRowsCall {
     int32_t threads;
 };
 
+// out [num_rows, row_bytes] = x alike; rows begin `x_stride` and `out_stride` bytes after each other.
+struct CopyRowsCall {
+    const char* x;
+    int64_t num_rows, row_bytes, x_stride;
+    char* out;
+    int64_t out_stride;
+    int32_t threads;
+};
+
 // x [outer, inner, d] with `stride` elements between outers -> y [outer, inner, d] contiguous.
 struct RmsNormCall {
     int32_t dtype;

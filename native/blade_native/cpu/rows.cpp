@@ -1,5 +1,5 @@
 // What works row by row: root mean square norms (Zhang & Sennrich 2019), gates, such as a gated MLP's (Shazeer 2020), rows
-// taken out of a table and added to one.
+// taken out of a table, added to one and copied into one.
 // Sums and exponentials are float32 whatever the dtype.
 #include <algorithm>
 #include <cmath>
@@ -162,6 +162,14 @@ EXPORT int blade_take_rows(const TakeRowsCall* call) {
     auto& c = *call;
     parallel_for(c.threads, c.num_rows, grain(c.row_bytes / 2), [&](long i, int) {
         memcpy(c.out + i * c.row_bytes, c.table + c.rows[i] * c.row_bytes, c.row_bytes);
+    });
+    return OK;
+}
+
+EXPORT int blade_copy_rows(const CopyRowsCall* call) {
+    auto& c = *call;
+    parallel_for(c.threads, c.num_rows, grain(c.row_bytes / 2), [&](long i, int) {
+        memcpy(c.out + i * c.out_stride, c.x + i * c.x_stride, c.row_bytes);
     });
     return OK;
 }

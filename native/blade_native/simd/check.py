@@ -25,6 +25,14 @@ def check_heads(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int,
         raise ValueError(f"{name}: the heads of a token do not lie side by side")
 
 
+def check_rows(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As check for [N, D], where rows may lie apart."""
+    if x.dtype is not dtype or x.shape != shape:
+        raise _refusal(name, x, dtype, shape)
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"{name}: the numbers of a row do not lie side by side")
+
+
 def _refusal(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> TypeError | ValueError:
     if x.dtype is not dtype:
         return TypeError(f"{name} is {x.dtype}, not {dtype}")

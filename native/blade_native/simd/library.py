@@ -125,6 +125,7 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     "linear": {"linear": PTR, "x": PTR, "x_dtype": INT, "m": LONG, "y": PTR, "y_dtype": INT, "y_stride": LONG},
     "unpack_rows": {"linear": PTR, "rows": PTR, "num_rows": LONG, "out": PTR, "dtype": INT},
     "take_rows": {"table": PTR, "rows": PTR, "num_rows": LONG, "row_bytes": LONG, "out": PTR},
+    "copy_rows": {"x": PTR, "num_rows": LONG, "row_bytes": LONG, "x_stride": LONG, "out": PTR, "out_stride": LONG},
     "add_rows": {"dtype": INT, "x": PTR, "rows": PTR, "num_rows": LONG, "d": LONG, "y": PTR},
     "rms_norm": {
         "dtype": INT, "x": PTR, "outer": LONG, "inner": LONG, "stride": LONG, "d": LONG,
@@ -205,6 +206,7 @@ class Library:
     linear: Kernel
     unpack_rows: Kernel
     take_rows: Kernel
+    copy_rows: Kernel
     add_rows: Kernel
     rms_norm: Kernel
     add_rms_norm: Kernel

@@ -16,7 +16,7 @@ from blade.nn import DefaultOps, dequantize
 from blade_native.simd.bandwidth import read_bandwidth
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
-from blade_native.simd.check import DTYPES, check
+from blade_native.simd.check import DTYPES, check, check_rows
 from blade_native.simd.experts import packed_experts
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
@@ -100,6 +100,16 @@ class SimdOps(DefaultOps):
         row_bytes = x.shape[1] * x.itemsize
         self.library.take_rows(x.data_ptr(), rows.data_ptr(), rows.numel(), row_bytes, out.data_ptr(), self.threads)
         return out
+
+    def copy_rows(self, x: Tensor, out: Tensor) -> None:
+        """x and out [N, D] of any dtype."""
+        check_rows("x", x, out.dtype, out.shape)
+        check_rows("out", out, out.dtype, out.shape)
+        size = x.itemsize
+        self.library.copy_rows(
+            x.data_ptr(), len(x), x.shape[1] * size, x.stride(0) * size, out.data_ptr(), out.stride(0) * size,
+            self.threads,
+        )  # fmt: skip
 
     def add_rows(self, y: Tensor, rows: Tensor | None, x: Tensor) -> None:
         if y.dtype not in DTYPES:

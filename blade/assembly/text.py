@@ -1,4 +1,4 @@
-"""From an Assembly to what serves it."""
+"""What turns text into ids and messages into text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from blade.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from blade.assembly import Assembly
+    from blade.assembly.choosing import Assembly
     from blade.text.chat_template import ChatTemplate
     from blade.text.tokenizer import HFTokenizer
 
@@ -22,7 +22,7 @@ def load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:
 
     folder, metadata = _text_files(assembly)
     tokenizer = load_tokenizer(folder, metadata)
-    if assembly.draft is not None:
+    if assembly.draft is not None and assembly.draft.head is None:  # a head has no tokenizer, and says what it is for
         other = load_tokenizer(*_text_files(assembly.draft))
         if (difference := tokenizer.difference(other)) is not None:
             raise ConfigError(

@@ -1,29 +1,31 @@
-"""From a Config to an engine: choose every part by name, load the weights, size the KV cache."""
+"""From a Config to an Assembly: choose every part by name, size the KV cache."""
 
 from __future__ import annotations
 
-import secrets
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from blade.config import ModelOptions
 from blade.errors import CheckpointError, ConfigError
-from blade.types import CaptureOptions, KVSpec, Limits
+from blade.types import CaptureOptions, KVSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     import torch
 
     from blade.checkpoint.open import Checkpoint
     from blade.config import Config
-    from blade.contracts import Architecture, Attention, DraftModel, Executor, Model, Ops, Weights
-    from blade.engine.blocks import BlockPool
-    from blade.engine.engine import Engine
+    from blade.contracts import (
+        Architecture,
+        Attention,
+        HeadArchitecture,
+        Ops,
+        Weights,
+    )
     from blade.engine.memory import MemoryPlan
-    from blade.engine.speculation import Speculator
-    from blade.nn.lora import Adapters
     from blade.plugins import Plugins
     from blade.quantization import WeightForm
     from blade.registry import Registry
@@ -41,7 +43,7 @@ class Assembly:
     plugins: Plugins
     checkpoint: Checkpoint
     weights: Weights  # the checkpoint's, as the architecture sees them
-    architecture: Architecture
+    architecture: Architecture | HeadArchitecture
     family: str  # the plugin that brought the architecture
     form: WeightForm
     model_config: ModelConfig
@@ -50,7 +52,7 @@ class Assembly:
     ops: Ops
     attention: Attention
     dtype: torch.dtype
-    draft: Assembly | None = None  # of the draft model; ops and attention are the same
+    draft: Assembly | None = None  # of the draft model or head; ops and attention are the same
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -76,10 +78,21 @@ class Assembly:
 
     @property
     def num_params(self) -> int:
-        """Numbers in the checkpoint's tensors, however they are packed; without the draft model's."""
+        """Numbers in the checkpoint's tensors, or a head's, however they are packed; without the draft model's."""
         from blade.nn.tensors import num_params
 
-        return num_params(self.checkpoint.weights, self.form.quantization)
+        weights = self.checkpoint.weights if self.head is None else self.weights
+        return num_params(weights, self.form.quantization)
+
+    @property
+    def head(self) -> HeadArchitecture | None:
+        """How it is loaded, where it is no model by itself."""
+        return cast("HeadArchitecture", self.architecture) if hasattr(self.architecture, "drafter") else None
+
+    @property
+    def drafter(self) -> str:
+        """The drafter that it is for, as a draft model."""
+        return self.head.drafter if self.head else DRAFT_MODEL
 
     @property
     def block_bytes(self) -> int:
@@ -97,7 +110,7 @@ class Assembly:
     def drafters(self) -> tuple[str, ...]:
         """Names, in the order in which they are asked."""
         named = tuple(dict.fromkeys(self.config.engine.drafter))
-        return named or ((DRAFT_MODEL,) if self.draft else ())
+        return named or ((self.draft.drafter,) if self.draft else ())
 
     @property
     def capture(self) -> CaptureOptions:
@@ -124,22 +137,52 @@ def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
     """Resolve every name of the config; with `to_load`, the weights are about to be loaded. Raises ConfigError,
     PluginError or CheckpointError with a remedy."""
     assembly = _choose(config, plugins, to_load)
-    if config.draft.model is None:
-        if DRAFT_MODEL in config.engine.drafter:
-            raise ConfigError(f"--drafter {DRAFT_MODEL} has no model to draft with.", "Name one with --draft.model.")
+    draft = _choose_draft(config, plugins, assembly)
+    if draft is None:
         return assembly
+    return replace(assembly, draft=replace(draft, max_context=min(draft.max_context, assembly.max_context)))
+
+
+def _choose_draft(config: Config, plugins: Plugins, target: Assembly) -> Assembly | None:
+    """What --draft.model names, or heads in the target's own checkpoint that a drafter asks for."""
+    names = config.engine.drafter
+    registry: Any = plugins.registry("register_drafters")
+    own = next((name for name in names if hasattr(registry[name], "head")), None)
+    wanting = [name for name in names if name == DRAFT_MODEL or hasattr(registry[name], "draft_architectures")]
+    if config.draft.model is None:
+        if wanting:
+            raise ConfigError(f"--drafter {wanting[0]} has no model to draft with.", "Name one with --draft.model.")
+        return _own_head(target, registry[own]) if own else None
+    if own:
+        raise ConfigError(
+            f"--drafter {own} drafts with the model's own heads, and --draft.model names another draft model.",
+            "Leave one of them out.",
+        )
     options = {field.name: getattr(config.draft, field.name) for field in fields(config.draft)}
-    draft = _choose(replace(config, model=ModelOptions(**options)), plugins, target=assembly)
+    kinds = next((registry[name].draft_architectures for name in wanting if name != DRAFT_MODEL), ())
+    draft = _choose(replace(config, model=ModelOptions(**options)), plugins, target=target, kinds=kinds)
+    if other := next((name for name in wanting if name != draft.drafter), None):
+        raise ConfigError(
+            f"--draft.model {draft.model_name} is for --drafter {draft.drafter}, not for --drafter {other}.",
+            f"Leave --drafter {other} out.",
+        )
     if draft.model_config.state is not None:
         raise ConfigError(
             f"--draft.model {draft.model_name} has recurrent layers, which cannot take back what they drafted.",
             "Choose a draft model with attention alone, or --drafter suffix.",
         )
-    return replace(assembly, draft=replace(draft, max_context=min(draft.max_context, assembly.max_context)))
+    return draft
 
 
-def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Assembly | None = None) -> Assembly:
-    """`target`: the model that this one drafts for."""
+def _choose(
+    config: Config,
+    plugins: Plugins,
+    to_load: bool = False,
+    target: Assembly | None = None,
+    kinds: tuple[str, ...] = (),
+) -> Assembly:
+    """`target`: the model that this one drafts for. `kinds`: what its architecture may be; the first, where its
+    config.json says none of them."""
     from blade.checkpoint.open import open_checkpoint
     from blade.checkpoint.progress import console_progress
     from blade.checkpoint.source import resolve
@@ -154,13 +197,12 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
     if to_load:
         _prepare(config, path, backends)
     checkpoint = open_checkpoint(path)  # the last thing that needs no torch
-    family, architecture = _architecture(checkpoint, plugins)
-    model_config = architecture.configure(checkpoint.config)
-    seen = getattr(architecture, "weights", None)
-    weights: Weights = seen(checkpoint.config, checkpoint.weights) if seen else checkpoint.weights
+    family, architecture = _architecture(checkpoint, plugins, kinds)
+    weights = _seen(architecture, checkpoint.config, checkpoint.weights)
+    model_config = _configure(checkpoint, architecture, target)
     device, threads = _device(config.engine.device), config.engine.threads
     ops: Ops = target.ops if target else backends.create(device, threads)
-    dtype = _dtype(config, ops)
+    dtype = _dtype(config, ops, target if hasattr(architecture, "drafter") else None)
     make_attention = plugins.registry("register_attention").create
     attention: Attention = target.attention if target else make_attention(config.engine.attention, ops)
     _check_kv_cache(config, attention, ops)
@@ -181,97 +223,28 @@ def _choose(config: Config, plugins: Plugins, to_load: bool = False, target: Ass
     )
 
 
-def load_model(
-    assembly: Assembly, advance: Callable[[int], None] | None = None, adapters: Adapters | None = None
-) -> Model:
-    """Load the weights; `advance` is told the bytes of each tensor once it is in, `adapters` what they may change."""
-    from blade.nn import Loader
-
-    weights, quantization = assembly.weights, assembly.form.quantization
-    loader = Loader(weights, assembly.ops, assembly.attention, assembly.dtype, quantization, advance, adapters)
-    return assembly.architecture.build(replace(assembly.model_config, max_context=assembly.max_context), loader)
-
-
-def make_adapters(assembly: Assembly) -> Adapters | None:
-    """For `load_model`; None where none were asked for, so that linears are called without a detour."""
-    from blade.nn.lora import Adapters
-
-    options = assembly.config.model
-    return Adapters(assembly.ops, assembly.dtype) if options.lora or options.lora_dir else None
+def own_heads(assembly: Assembly) -> Assembly | None:
+    """The heads in a model's checkpoint that a drafter could draft with, where there are any."""
+    registry: Any = assembly.plugins.registry("register_drafters")
+    for name in registry:
+        if hasattr(registry[name], "head"):
+            with suppress(CheckpointError):  # this one finds none
+                return _own_head(assembly, registry[name])
+    return None
 
 
-def build_engine(
-    assembly: Assembly,
-    model: Model,
-    memory: MemoryPlan,
-    draft: Model | None = None,
-    adapters: Adapters | None = None,
-) -> Engine:
-    """Allocate the KV cache and put the engine together; it is not started. `draft`: assembly.draft's model;
-    `adapters`: those that the model was loaded with."""
-    from blade.engine.blocks import BlockPool
-    from blade.engine.engine import Engine
-    from blade.engine.runner import ModelRunner
-    from blade.engine.state_cache import with_states
-    from blade.engine.states import PER_SEQUENCE, StatePool
-
-    plugins, config = assembly.plugins, assembly.config.engine
-    states = StatePool(memory.num_states) if memory.num_states else None
-    if states is not None:
-        config = replace(config, max_num_seqs=min(config.max_num_seqs, memory.num_states // PER_SEQUENCE))
-    secret = secrets.randbits(64)
-    kv = with_states(
-        assembly.attention.allocate(assembly.kv_spec, memory.num_blocks),
-        assembly.model_config,
-        memory.num_states,
-        assembly.dtype,
-        assembly.ops.device,
+def _own_head(target: Assembly, factory: Any) -> Assembly:
+    """A head out of the target's checkpoint."""
+    config, stored = target.checkpoint.config, target.checkpoint.weights
+    architecture: HeadArchitecture = factory.head(config, stored)
+    return replace(
+        target,
+        architecture=architecture,
+        weights=_seen(architecture, config, stored),
+        model_config=architecture.configure(config, target.model_config),
+        model_name=f"{target.model_name}'s own",
+        draft=None,
     )
-    executor = plugins.registry("register_executors").create(
-        config.executor, lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret, adapters), config
-    )
-    blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache, states)
-    scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)
-    limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
-    draft_model = _draft_model(assembly.draft, draft, memory, secret) if assembly.draft and draft else None
-    speculator = _speculator(assembly, executor, blocks, limits, draft_model) if assembly.drafters else None
-    return Engine(executor, scheduler, blocks, config, limits, speculator)
-
-
-def _draft_model(assembly: Assembly, model: Model, memory: MemoryPlan, secret: int) -> DraftModel:
-    from blade.contracts import DraftModel
-    from blade.engine.blocks import BlockPool
-    from blade.engine.runner import ModelRunner
-
-    config = assembly.config.engine
-    kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
-    return DraftModel(
-        ModelRunner(model, kv, assembly.ops, assembly.capture, secret),
-        BlockPool(memory.num_blocks, config.block_size, config.prefix_cache),
-        assembly.max_context,
-    )
-
-
-def _speculator(
-    assembly: Assembly, executor: Executor, blocks: BlockPool, limits: Limits, draft_model: DraftModel | None
-) -> Speculator:
-    """With the cost of steps measured, where drafts are to be adapted to it."""
-    from blade.engine.costs import StepCosts
-    from blade.engine.drafting import GuardedDrafter
-    from blade.engine.speculation import Speculator
-    from blade.engine.warm_up import measure_costs, rehearse
-
-    config, registry = assembly.config.engine, assembly.plugins.registry("register_drafters")
-    drafters = [
-        GuardedDrafter(name, registry.create(name, config, draft_model), limits.vocab_size)
-        for name in assembly.drafters
-    ]
-    costs = None
-    if config.adaptive_drafts:
-        costs = StepCosts(measure_costs(executor, blocks, limits, config.max_batch_tokens))
-        for drafter in drafters:
-            rehearse(drafter, config.num_draft_tokens, limits.vocab_size)
-    return Speculator(drafters, costs, config.num_draft_tokens, limits.max_context)
 
 
 def _prepare(config: Config, path: Path, backends: Registry) -> None:
@@ -318,18 +291,43 @@ def _name(checkpoint: Checkpoint, default: DefaultCheckpoint | None) -> str:
     return default.demo.name if default and default.demo and checkpoint.path.is_file() else checkpoint.name
 
 
-def _architecture(checkpoint: Checkpoint, plugins: Plugins) -> tuple[str, Architecture]:
+def _architecture(
+    checkpoint: Checkpoint, plugins: Plugins, kinds: tuple[str, ...]
+) -> tuple[str, Architecture | HeadArchitecture]:
     registry = plugins.registry("register_models")
     names = checkpoint.config.get("architectures")
     names = names if isinstance(names, list) else []
+    if kinds and not any(name in kinds for name in names):
+        names = [kinds[0]]
     name = next((name for name in names if name in registry), None)
     if name is None:
+        served = sorted(name for name in registry if not hasattr(registry.create(name), "drafter"))
         raise CheckpointError(
             f"{checkpoint.name} is a {', '.join(map(str, names)) or 'model of no stated architecture'}, "
             "which no loaded plugin serves.",
-            f"Served: {', '.join(sorted(registry))}.",
+            f"Served: {', '.join(served)}.",
         )
     return registry.entry(name).plugin, registry.create(name)
+
+
+def _configure(
+    checkpoint: Checkpoint, architecture: Architecture | HeadArchitecture, target: Assembly | None
+) -> ModelConfig:
+    if not hasattr(architecture, "drafter"):
+        return architecture.configure(checkpoint.config)
+    if target is None:
+        raise CheckpointError(
+            f"{checkpoint.name} is a head that drafts for another model, and none by itself.",
+            f"Name that model with --model, and this with --draft.model (--drafter {architecture.drafter}).",
+        )
+    return cast("HeadArchitecture", architecture).configure(checkpoint.config, target.model_config)
+
+
+def _seen(architecture: Architecture | HeadArchitecture, config: Mapping[str, Any], weights: Weights) -> Weights:
+    """The checkpoint's tensors as the architecture is to see them."""
+    adapt = getattr(architecture, "weights", None)
+    seen: Weights = adapt(config, weights) if adapt else weights
+    return seen
 
 
 def _device(name: str) -> str:
@@ -340,10 +338,15 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _dtype(config: Config, ops: Ops) -> torch.dtype:
+def _dtype(config: Config, ops: Ops, target: Assembly | None) -> torch.dtype:
+    """`target`: the model that a head goes on from, in whose dtype it runs."""
     import torch
 
     name = config.model.dtype
+    if target is not None:
+        if name not in ("auto", str(target.dtype).removeprefix("torch.")):
+            raise ConfigError(f"--draft.dtype {name}: a head runs in the dtype of the model, {target.dtype}.")
+        return target.dtype
     dtype: torch.dtype = ops.default_dtype() if name == "auto" else getattr(torch, name)
     return dtype
 

@@ -1,0 +1,17 @@
+"""From a Config to an engine: what was asked for by name is chosen first, then loaded and put together."""
+
+from blade.assembly.building import build_engine, load_draft, load_model, make_adapters
+from blade.assembly.choosing import DRAFT_MODEL, Assembly, choose, own_heads
+from blade.assembly.text import load_text
+
+__all__ = [
+    "DRAFT_MODEL",
+    "Assembly",
+    "build_engine",
+    "choose",
+    "load_draft",
+    "load_model",
+    "load_text",
+    "make_adapters",
+    "own_heads",
+]

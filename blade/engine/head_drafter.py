@@ -1,0 +1,243 @@
+"""Drafts by a head: one token after the other, from the hidden states of the model and then from the head's own
+(EAGLE, Li et al. 2024; multi-token prediction, Gloeckle et al. 2024).
+
+A head has one place for each token but the first of a sequence, where it is given the hidden state of the token before
+(see contracts.Head), and KV of its own for each. Places are computed when their hidden states have come: those of
+prompts at once, those of single tokens when a draft is asked for or enough of them wait. What the head guessed itself
+is computed anew once the model's own states are there.
+
+Where the model found a prefix in its cache nobody computes hidden states of it. The head then takes its own KV of that
+prefix from its own cache, or, if it is not there, begins where the hidden states do: it sees less, and the text stays
+the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from blade.types import Draft, Sequence, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.config import EngineConfig
+    from blade.contracts import DraftHead
+
+READ_AT = 64  # places that wait, of all sequences: together they cost less than one by one
+
+
+class Mirror:
+    """A sequence as the head sees it."""
+
+    def __init__(self, seq: Sequence, base: int) -> None:
+        """`base`: position of the first hidden state there is."""
+        params = msgspec.structs.replace(seq.params, logprobs=None)
+        self.base = base
+        self.text = Sequence(seq.id, seq.prompt_ids, params)  # with the drafts so far: what is drawn depends on it
+        # Its tokens are those after base; what is computed of it are the places whose KV is right.
+        namespace = b"%d|%b" % (seq.prompt_ids[0], seq.namespace)  # states depend on the first token as well
+        self.places = Sequence(seq.id, seq.prompt_ids[base + 1 :], params, namespace=namespace)
+        self.unread: list[Tensor] = []  # states of the places after those that are computed, in parts
+        self.num_unread = 0
+        self.last: Tensor | None = None  # [1, width], of the last place that was computed
+
+    @property
+    def end(self) -> int:
+        """Position of the first token whose hidden state has not come."""
+        return self.base + self.places.computed + self.num_unread
+
+    @property
+    def num_ready(self) -> int:
+        """Places that can be computed: whose state and token are there."""
+        return min(self.num_unread, self.places.num_owed)
+
+    def follow(self, seq: Sequence) -> None:
+        """Take over what the model has said."""
+        self.text.output_ids += seq.output_ids[len(self.text.output_ids) :]
+        skipped = max(0, self.base + 1 - len(seq.prompt_ids))
+        self.places.output_ids += self.text.output_ids[skipped + len(self.places.output_ids) :]
+
+    def take(self, span: range, states: Tensor, row: int) -> None:
+        """The states of these positions, states[row] that of the first; those that are known already count for
+        nothing."""
+        num_known = self.end - span.start
+        if num_known < len(span):
+            self.unread.append(states[row + num_known : row + len(span)])
+            self.num_unread += len(span) - num_known
+
+    def pop(self, num: int) -> list[Tensor]:
+        """The states of the next `num` places."""
+        parts, left = [], num
+        while left:
+            part = self.unread[0][:left]
+            parts.append(part)
+            left -= len(part)
+            rest = self.unread[0][len(part) :]
+            self.unread[:1] = [rest] if len(rest) else []
+        self.num_unread -= num
+        self.last = parts[-1][-1:].clone()
+        return parts
+
+    def step_back(self) -> None:
+        """Compute the last place again: it is known already, and what follows it is wanted."""
+        if not self.num_ready and self.last is not None:
+            self.places.computed -= 1
+            self.unread.insert(0, self.last)
+            self.num_unread += 1
+
+    def draft(self, token_id: int) -> None:
+        self.text.draft_ids.append(token_id)
+        self.places.output_ids.append(token_id)
+
+    def take_back(self, computed: int) -> list[int]:
+        """Forget what was drafted and give it; `computed` places are right."""
+        drafted, self.text.draft_ids = self.text.draft_ids, []
+        del self.places.output_ids[len(self.places.output_ids) - len(drafted) :]
+        self.places.computed = computed
+        return drafted
+
+
+class HeadDrafter:
+    """contracts.HiddenReader over a head."""
+
+    def __init__(self, config: EngineConfig, head: DraftHead) -> None:
+        self.hidden_states = head.runner.hidden_states
+        self._runner, self._blocks, self._max_context = head.runner, head.blocks, head.max_context
+        self._max_step_tokens = config.max_batch_tokens
+        self._mirrors: dict[int, Mirror] = {}  # by id of the sequence
+
+    def observe(self, seqs: Seq[Sequence], spans: Seq[range], rows: Seq[int], hidden: Tensor) -> None:
+        states = self._runner.enter(hidden)
+        for seq, span, row in zip(seqs, spans, rows, strict=True):
+            mirror = self._mirrors.get(seq.id)
+            if mirror is None or span.start > mirror.end:
+                self.forget(seq)
+                mirror = self._mirrors[seq.id] = self._begin(seq, span.start)
+            mirror.follow(seq)
+            mirror.take(span, states, row)
+        if sum(mirror.num_unread for mirror in self._mirrors.values()) >= READ_AT:
+            self._read(list(self._mirrors.values()))
+
+    def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
+        mirrors = [self._ready(seq) if limit else None for seq, limit in zip(seqs, limits, strict=True)]
+        limit_of = {
+            mirror.text.id: min(limit, self._max_context - mirror.places.num_tokens)
+            for mirror, limit in zip(mirrors, limits, strict=True)
+            if mirror is not None
+        }
+        going = [mirror for mirror in mirrors if mirror is not None][: self._max_step_tokens]
+        if sum(mirror.num_ready for mirror in going) > self._max_step_tokens:
+            self._read(going, keep=1)
+        states, computed = None, dict[int, int]()
+        for depth in range(max(limits, default=0)):
+            rows = [i for i, mirror in enumerate(going) if limit_of[mirror.text.id] > depth]
+            if states is not None and len(rows) < len(going):
+                states = states[rows]
+            going, states = self._advance([going[i] for i in rows], states)
+            if not computed:
+                computed = {mirror.text.id: mirror.places.computed for mirror in going}
+            if not going:
+                break
+        return [self._draft(mirror, computed) for mirror in mirrors]
+
+    def forget(self, seq: Sequence) -> None:
+        if (mirror := self._mirrors.pop(seq.id, None)) is not None:
+            self._blocks.release(mirror.places)
+            self._runner.forget(mirror.text)
+
+    def _begin(self, seq: Sequence, start: int) -> Mirror:
+        """A mirror of a sequence whose hidden states come from position `start` on."""
+        whole = Mirror(seq, 0)
+        whole.follow(seq)
+        attached = self._blocks.attach_prefix(whole.places)
+        if not start or (attached and whole.places.computed >= start):
+            return whole
+        self._blocks.release(whole.places)
+        return Mirror(seq, start)
+
+    def _ready(self, seq: Sequence) -> Mirror | None:
+        """The sequence's mirror, with a place to go on from; None where there is none."""
+        mirror = self._mirrors.get(seq.id)
+        if mirror is None:
+            return None
+        mirror.follow(seq)
+        if mirror.end != mirror.text.num_tokens - 1 or mirror.places.num_tokens >= self._max_context:
+            return None
+        mirror.step_back()
+        return mirror if mirror.num_ready else None
+
+    def _read(self, mirrors: Iterable[Mirror], keep: int = 0) -> None:
+        """Compute the places that are ready, but for the last `keep` of each, in steps of bounded size."""
+        step = Step()
+        parts: list[Tensor] = []
+        for mirror in mirrors:
+            if self._mirrors.get(mirror.text.id) is not mirror:
+                continue  # it has given its blocks to another
+            while (num := min(mirror.num_ready - keep, self._max_step_tokens - sum(step.num_tokens))) > 0:
+                if not self._grow(mirror, num, step):
+                    self.forget(mirror.text)  # what comes next begins a new one
+                    break
+                step.add(mirror.places, num)
+                parts += mirror.pop(num)
+                if sum(step.num_tokens) == self._max_step_tokens:
+                    self._compute(step, parts)
+                    step, parts = Step(), []
+        if len(step):
+            self._compute(step, parts)
+
+    def _compute(self, step: Step, parts: list[Tensor]) -> None:
+        self._runner.run(step, parts)
+        for places, num in zip(step.seqs, step.num_tokens, strict=True):
+            places.computed += num
+            self._share(self._mirrors[places.id])
+
+    def _advance(self, mirrors: list[Mirror], states: Tensor | None) -> tuple[list[Mirror], Tensor | None]:
+        """Draft one more token of each for which there is room. `states`: a row for each, left at its last place; None:
+        those that it has not read. Those that got a token, with the states left."""
+        step, active = Step(), list[Mirror]()
+        parts: list[Tensor] = []
+        for row, mirror in enumerate(mirrors):
+            num = mirror.places.num_owed
+            if self._grow(mirror, num, step, mirrors):
+                step.add(mirror.places, num)
+                parts += mirror.pop(num) if states is None else [states[row : row + 1]]
+                active.append(mirror)
+        if not active:
+            return [], None
+        sampled, left = self._runner.run(step, parts, [mirror.text for mirror in active])
+        rows = []
+        for row, (mirror, num, token) in enumerate(zip(active, step.num_tokens, sampled, strict=True)):
+            mirror.places.computed += num
+            if not isinstance(token, Exception):  # else its own request will find out why
+                mirror.draft(token.token_id)
+                rows.append(row)
+        return [active[row] for row in rows], left if len(rows) == len(active) else left[rows]
+
+    def _draft(self, mirror: Mirror | None, computed: Mapping[int, int]) -> Draft:
+        """What was drafted, taken back from the mirror; `computed`: places that are right, by id of the sequence."""
+        if mirror is None or mirror.text.id not in computed:
+            return Draft()
+        ids = mirror.take_back(computed[mirror.text.id])
+        if self._mirrors.get(mirror.text.id) is mirror:  # it has not given its blocks to another
+            self._share(mirror)
+        return Draft(ids)
+
+    def _share(self, mirror: Mirror) -> None:
+        """Let others with the same prefix find what was computed; without its beginning it is of no use to them."""
+        if not mirror.base:
+            self._blocks.commit(mirror.places)
+
+    def _grow(self, mirror: Mirror, num: int, step: Step, keep: Seq[Mirror] = ()) -> bool:
+        """Blocks for its next places, if need be those of mirrors that are not in use."""
+        while not self._blocks.grow(mirror.places, num):
+            used = {mirror.text.id, *(places.id for places in step.seqs), *(other.text.id for other in keep)}
+            victim = next((m for m in self._mirrors.values() if m.places.blocks and m.text.id not in used), None)
+            if victim is None:
+                return False
+            self.forget(victim.text)
+        return True
