@@ -25,5 +25,5 @@ def test_a_rounded_kv_cache_needs_an_attention_that_has_it() -> None:
     check(PagedAttention(OPS.device), "int8")
     with pytest.raises(ConfigError, match=r"int8 is not possible with --attention mine on torch\. Use none\."):
         check(Plain(), "int8")
-    with pytest.raises(ConfigError, match=r"int3 .* Use none or int8\."):
+    with pytest.raises(ConfigError, match=r"int3 .* Use none or int8 or .* or int4\."):
         check(PagedAttention(OPS.device), "int3")

@@ -9,10 +9,11 @@ from native_cpu.batches import attended, ragged, rotated
 from torch import Tensor
 
 from blade import Batch, KVSpec
+from blade_native import kv_codes
 from blade_native.attention import PagedAttention
 from blade_native.cuda.attention import CudaAttention, LayerKV
 from blade_native.cuda.attention_kernels import STORAGE, AttentionKernels, Shape
-from blade_native.kv_cache import hadamard, quantize
+from blade_native.kv_codes import hadamard
 
 NAMES = {dtype: name for name, dtype in STORAGE.items()}
 BF16, F16, F32, INT8, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
@@ -106,7 +107,8 @@ def encoded(x: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """x [L, KV, D] in the cache's dtype, and int8's scales [L, KV]."""
     if storage is not INT8:
         return x.to(storage), None
-    return quantize(x)
+    codes, scales, _ = kv_codes.round_heads(x, kv_codes.INT8)
+    return codes, scales.squeeze(-1)
 
 
 def stored(x: Tensor, storage: torch.dtype) -> Tensor:
