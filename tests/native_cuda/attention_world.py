@@ -81,25 +81,31 @@ class World:
             put(self.layer_kv, 0, related(self.layer_kv, keys, slots[0]), slots[:past])
             put(self.layer_kv, 1, v[:past], slots[:past])
 
-    def step(self, query_lens: list[int], window: int | None = None, batch: Batch | None = None) -> Tensor:
+    def step(
+        self,
+        query_lens: list[int],
+        window: int | None = None,
+        batch: Batch | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
         """Store the owed tokens and attend with them."""
         batch = batch or self.owed(query_lens)
         q, k, v = (self.last(xs, query_lens) for xs in (self.q, self.k, self.v))
         q, k = self.attention.rope_and_store(q, k, v, self.cos_sin, batch, self.layer_kv)
-        return self.attention.attend(q, k, v, batch, self.layer_kv, self.scale, window)
+        return self.attention.attend(q, k, v, batch, self.layer_kv, self.scale, window, chunk)
 
     @property
     def scale(self) -> float:
         return float(self.shape.head_dim**-0.5)
 
-    def want(self, query_lens: list[int], window: int | None = None) -> Tensor:
+    def want(self, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> Tensor:
         """In float64 over the keys and values as the cache holds them."""
         parts = []
         for q, k, v, n in zip(self.q, self.k, self.v, query_lens, strict=True):
             at = torch.arange(len(k))
             q, k = (rotated(x, self.cos_sin, at).to(self.shape.dtype) for x in (q, k))
             k, v = keys_as_stored(k, self.shape.storage), stored(v, self.shape.storage)
-            parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window))
+            parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window, chunk))
         return torch.cat(parts)
 
 
@@ -157,7 +163,7 @@ def spoil(layer_kv: LayerKV) -> None:
         layer_kv.origins.view(torch.uint8).fill_(0x7F)
 
 
-def check(world: World, query_lens: list[int], window: int | None = None) -> None:
+def check(world: World, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> None:
     world.store_past(query_lens)
-    out = world.step(query_lens, window)
-    torch.testing.assert_close(out.double(), world.want(query_lens, window), rtol=0, atol=ATOL[world.shape.dtype])
+    out = world.step(query_lens, window, chunk=chunk)
+    torch.testing.assert_close(out.double(), world.want(query_lens, window, chunk), rtol=0, atol=ATOL[world.shape.dtype])
