@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # torch's idle threads would spin on our cores for milliseconds
@@ -28,6 +29,7 @@ from blade.nn import DefaultOps
 from blade_native.attention import PagedAttention
 from blade_native.cpu import CpuOps, can_pack
 from blade_native.cpu import PackedLinear as OneDNNLinear
+from blade_native.kv_codes import MODES
 from blade_native.reference import TorchLinear
 from blade_native.simd.attention import SimdAttention
 from blade_native.simd.library import load
@@ -36,6 +38,7 @@ from blade_native.simd.ops import SimdOps
 
 LINEARS = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864), "lm_head": (151936, 896)}
 COLD_BYTES = 96 << 20
+KV_BYTES = 128 << 20  # of layers that take turns, so that no cache of the processor holds them
 FORMATS = {
     "int8": (8, 64),
     "int4": (4, 32),
@@ -234,25 +237,26 @@ def attention(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
 
 
 def kv_cache(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
-    """Decodes over a cache in bfloat16 and in int8, of Qwen2.5-0.5B's heads and of Qwen3-0.6B's."""
+    """Decodes over a cache in bfloat16 and in every mode, of Qwen2.5-0.5B's heads and of Qwen3-0.6B's."""
     native = SimdAttention(PagedAttention(ops.device), ops.library, ops.threads)
     results = []
     for heads, kv_heads, dim in ((14, 2, 64), (16, 8, 128)):
-        q, layers = torch.randn(8, heads, dim).bfloat16(), 16  # so many that no cache of the processor holds them
-        k, v = torch.randn(2, 8, kv_heads, dim).bfloat16()
+        q, (k, v) = torch.randn(8, heads, dim).bfloat16(), torch.randn(2, 8, kv_heads, dim).bfloat16()
         for num_seqs, context in itertools.product((1, 8), (256, 2048, 8192)):
-            batch = decode_batch(num_seqs, context, 16)
+            batch, num_blocks = decode_batch(num_seqs, context, 16), num_seqs * context // 16
             contenders: dict[str, Call] = {}
-            for storage in (None, "int8"):
-                spec = KVSpec(layers, heads, kv_heads, dim, "bfloat16", storage=storage)
-                kv = native.allocate(spec, num_seqs * context // 16)
+            for storage in (None, *MODES):
+                spec = KVSpec(1, heads, kv_heads, dim, "bfloat16", storage=storage)
+                layers = max(2, KV_BYTES // (num_blocks * native.block_bytes(spec)))
+                kv = native.allocate(replace(spec, num_layers=layers), num_blocks)
                 for layer in kv:
                     layer.k.fill_(0), layer.v.fill_(0)  # so that there is memory behind it
                 calls = [partial(native.attend, q[:num_seqs], k, v, batch, layer, dim**-0.5, None) for layer in kv]
                 contenders[storage or "bf16"] = rotate(calls)
             us = measure(contenders, seconds)
+            ratios = {name: round(us["bf16"][0] / each[0], 2) for name, each in us.items()}
             case = f"decode {heads}/{kv_heads}/{dim} b{num_seqs} ctx{context}"
-            results.append({"op": "attend", "case": case, "us": us, "ratio": round(us["bf16"][0] / us["int8"][0], 2)})
+            results.append({"op": "attend", "case": case, "us": us, "ratio": ratios})
     return results
 
 

@@ -28,17 +28,19 @@ from blade.plugins import load
 from blade.quantization import choose_form
 from blade.text.tokenizer import load_tokenizer
 from blade_native.attention import PagedAttention
+from blade_native.kv_codes import MODES
 from blade_native.reference import TorchOps
 
-FORMS = {  # dtype, weights, KV cache
+FORMS: dict[str, tuple[str, str | None, str]] = {  # dtype, weights, KV cache
     "f32": ("float32", "none", "none"),
     "bf16": ("bfloat16", "none", "none"),
     "int8": ("bfloat16", "int8", "none"),
     "int4": ("bfloat16", "int4", "none"),
     "file": ("bfloat16", None, "none"),  # as the file has them: GGUF's blocks
-    "f32-kv8": ("float32", "none", "int8"),
-    "bf16-kv8": ("bfloat16", "none", "int8"),
 }
+USUAL = (*FORMS, "f32-kv-int8", "bf16-kv-int8")
+FORMS |= {f"f32-kv-{mode}": ("float32", "none", mode) for mode in MODES}
+FORMS |= {f"bf16-kv-{mode}": ("bfloat16", "none", mode) for mode in MODES}
 TEXT = Path(__file__).with_name("quality.txt")
 BLOCK_SIZE = 16  # tokens
 CHUNK = 256  # tokens in one step
@@ -55,10 +57,10 @@ class Runner:
     """A model with KV for some sequences; steps it by hand, so that all logits can be had."""
 
     def __init__(self, model: str, form: str, plugins: list[str], weights_only: bool) -> None:
-        dtype, quantize, kv_cache_quant = FORMS[form]
+        self.form = form
+        dtype, quantize, self.storage = FORMS[form]
         options = ModelOptions(model=model, dtype="float32" if weights_only else dtype, quantize=quantize)  # type: ignore[arg-type]
-        engine = EngineConfig(kv_cache_quant=kv_cache_quant)
-        self.assembly = choose(Config(plugins=tuple(plugins), model=options, engine=engine), load(plugins))
+        self.assembly = choose(Config(plugins=tuple(plugins), model=options, engine=EngineConfig()), load(plugins))
         if weights_only:
             self.assembly = _weights_only(self.assembly)
         started = time.perf_counter()
@@ -74,7 +76,9 @@ class Runner:
             seqs.append(Sequence(i, prompt, SamplingParams(max_tokens=room + 1)))
             seqs[-1].blocks = list(range(num_blocks, num_blocks + blocks))
             num_blocks += blocks
-        self.kv = self.assembly.attention.allocate(replace(self.assembly.kv_spec, block_size=BLOCK_SIZE), num_blocks)
+        storage = None if self.storage == "none" else self.storage
+        spec = replace(self.assembly.kv_spec, block_size=BLOCK_SIZE, storage=storage)
+        self.kv = self.assembly.attention.allocate(spec, num_blocks)
         return seqs
 
     @torch.inference_mode()
@@ -131,7 +135,7 @@ def compare(exact: list[torch.Tensor], found: list[torch.Tensor], ids: list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a .gguf file")
-    parser.add_argument("--forms", default=",".join(FORMS), help="f32 has to be the first")
+    parser.add_argument("--forms", default=",".join(USUAL), help=f"f32 has to be the first; of {', '.join(FORMS)}")
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--num-tokens", type=int, default=1280, help="of the text, at most")
     parser.add_argument("--prompts", type=Path, help='JSON, [{"prompt": [ids]}, ...]; tests/oracle has some')
@@ -147,8 +151,14 @@ def main() -> None:
     exact: list[torch.Tensor] = []
     texts: dict[str, list[list[int]]] = {}
     ids: list[int] = []
-    for form in forms:
-        runner = Runner(args.model, form, args.plugin, args.weights_only)
+    runner: Runner | None = None
+    weights = [FORMS[form][:2] for form in forms]
+    for form in sorted(forms, key=lambda form: weights.index(FORMS[form][:2])):
+        if runner is None or FORMS[form][:2] != FORMS[runner.form][:2]:
+            runner = None
+            gc.collect()
+            runner = Runner(args.model, form, args.plugin, args.weights_only)
+        runner.form, runner.storage = form, FORMS[form][2]
         checkpoint = runner.assembly.checkpoint
         if not ids:
             tokenizer = load_tokenizer(checkpoint.path, checkpoint.gguf_metadata)
@@ -159,8 +169,6 @@ def main() -> None:
         if prompts:
             texts[form] = runner.greedy(prompts)
         print(form, results[form], file=sys.stderr, flush=True)
-        del runner, found
-        gc.collect()
     for form, texts_of_form in texts.items() if "bf16" in texts else ():
         results[form]["greedy_as_bf16"] = sum(a == b for a, b in zip(texts_of_form, texts["bf16"], strict=True))
     print(json.dumps({"model": args.model, "num_tokens": len(ids), "num_prompts": len(prompts), "forms": results}))

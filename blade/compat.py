@@ -17,7 +17,8 @@ from blade.errors import BladeError, ConfigError
 
 BAD_USAGE = 2
 DTYPES = {"half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float": "float32", "float32": "float32"}
-KV_CACHE_QUANT = {"no_quant": "none", "int8": "int8", "fp8_e4m3": "fp8_e4m3"}
+KV_MODES = "int8 int4 int8_affine int4_affine fp8_e5m2 fp8_e4m3 mix_f852i4 mix_f843i4 mix_i8i4"
+KV_CACHE_QUANT = {"no_quant": "none"} | {mode: mode for mode in KV_MODES.split()} | {"mix_i4i4": "int4"}
 LOG_LEVELS = {level: level.lower() for level in ("DEBUG", "INFO", "WARNING", "ERROR")}
 MIN_BATCH_TOKENS = 256  # of blade's default --max-num-seqs: a step carries at least one token of each sequence
 
@@ -141,9 +142,9 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "kv_cache_quant",
             "kv-cache-quant",
             one_of(KV_CACHE_QUANT),
-            why=f"--kv-cache-quant, of {', '.join(KV_CACHE_QUANT)}; fp8_e4m3 on CUDA alone",
+            why="--kv-cache-quant; mix_i4i4 is int4; what a device lacks is refused, not replaced",
         ),
-        accepted("kv_cache_quant_sub_heads", "a head has one scale per token", 1, type=int),
+        accepted("kv_cache_quant_sub_heads", "a mode has its groups", 1, type=int),
     ),
     "Model": (
         mapped("model", "model"),

@@ -291,6 +291,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     state: StateSpec | None = field(default=None, kw_only=True)  # of its recurrent layers; None: all have KV
+    attention_chunk: int | None = field(default=None, kw_only=True)  # positions that some layers attend within
 
     @property
     def num_kv_layers(self) -> int:

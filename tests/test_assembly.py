@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from blade import Config, ConfigError, EngineConfig
-from blade.assembly.choosing import _check_kv_cache
+from blade import Config, ConfigError, EngineConfig, ModelConfig, ModelOptions
+from blade.assembly.choosing import _check_kv_cache, _max_context
 from blade_native.attention import PagedAttention
 from blade_native.reference import TorchOps
 
@@ -25,5 +27,18 @@ def test_a_rounded_kv_cache_needs_an_attention_that_has_it() -> None:
     check(PagedAttention(OPS.device), "int8")
     with pytest.raises(ConfigError, match=r"int8 is not possible with --attention mine on torch\. Use none\."):
         check(Plain(), "int8")
-    with pytest.raises(ConfigError, match=r"int3 .* Use none or int8\."):
+    with pytest.raises(ConfigError, match=r"int3 .* Use none or int8 or .* or int4\."):
         check(PagedAttention(OPS.device), "int3")
+
+
+def test_chunks_of_positions_need_an_attention_that_has_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelConfig("X", 10, 4096, 1, 1, 1, 16, attention_chunk=512)
+    asked = Config(model=ModelOptions(max_model_len=600), engine=EngineConfig(attention="mine"))
+    assert _max_context(Config(), model, PagedAttention(OPS.device)) == 4096
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING, "blade.assembly"):
+        assert _max_context(Config(), model, Plain()) == 512  # type: ignore[arg-type]
+    assert "512 tokens" in caplog.text
+    assert _max_context(asked, model, PagedAttention(OPS.device)) == 600
+    with pytest.raises(ConfigError, match=r"one chunk that --attention mine can do of 512\. Use at most 512\."):
+        _max_context(asked, model, Plain())  # type: ignore[arg-type]

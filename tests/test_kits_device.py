@@ -131,6 +131,13 @@ class WindowOffByOne(PagedAttention):
         return super().attend(q, k, v, batch, layer_kv, scale, window and window + 1)
 
 
+class NoChunks(PagedAttention):
+    def attend(
+        self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None, chunk: Any = None
+    ) -> Any:
+        return super().attend(q, k, v, batch, layer_kv, scale, window)
+
+
 class OwnTokensOnly(PagedAttention):
     def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
         groups = q.shape[1] // k.shape[1]
@@ -168,7 +175,7 @@ def test_paged_attention_passes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", [NoScale, NoWindow, WindowOffByOne, OwnTokensOnly, Contiguous, OneLayer, WrongPairs]
+    "attention", [NoScale, NoWindow, WindowOffByOne, NoChunks, OwnTokensOnly, Contiguous, OneLayer, WrongPairs]
 )
 def test_broken_attention_is_caught(attention: type[PagedAttention]) -> None:
     with pytest.raises(AssertionError):

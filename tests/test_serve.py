@@ -185,7 +185,7 @@ def test_a_broken_model_is_one_sentence_and_exit_2(broken: Path, damage: Any, sa
         (("--plugin", "qwen", "--host", "0.0.0.0"), "--insecure"),
         (("--plugin", "qwen", "--max-batch-tokens", "16"), "--max-num-seqs 16"),
         (("--plugin", "qwen", "--max-gpu-memory-utilization", "nan"), "must be between"),
-        (("--plugin", "qwen", "--kv-cache-quant", "fp8_e4m3", "--device", "cpu"), "Use none or int8."),
+        (("--plugin", "qwen", "--kv-cache-quant", "int3", "--device", "cpu"), "Use none or int8 or int8_affine or"),
         (("--plugin", "qwen", "--prot", "1"), "--port"),
         (("--plugin", "qwen", "--scheduler", "fcfs", "--drafter", "sufix"), "Did you mean 'suffix'?"),
         (("--plugin", "qwen", "--scheduler", "fcfs", "--drafter", "model"), "--draft.model"),

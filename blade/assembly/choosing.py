@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from blade.registry import Registry
     from blade.types import DefaultCheckpoint, ModelConfig
 
+log = logging.getLogger("blade.assembly")
 
 DRAFT_MODEL = "model"  # the drafter that --draft.model implies
 
@@ -216,7 +218,7 @@ def _choose(
         form=choose_form(checkpoint, config.model.quantize, ops, dtype, plugins),
         model_config=model_config,
         model_name=config.model.served_model_name or _name(checkpoint, default),
-        max_context=_max_context(config, model_config),
+        max_context=_max_context(config, model_config, attention),
         ops=ops,
         attention=attention,
         dtype=dtype,
@@ -361,11 +363,12 @@ def _check_kv_cache(config: Config, attention: Attention, ops: Ops) -> None:
         )
 
 
-def _max_context(config: Config, model_config: ModelConfig) -> int:
-    asked = config.model.max_model_len
-    if asked is not None and asked > model_config.max_context:
-        raise ConfigError(
-            f"--max-model-len {asked} is beyond the model's own context of {model_config.max_context}.",
-            f"Use at most {model_config.max_context}.",
-        )
-    return asked or model_config.max_context
+def _max_context(config: Config, model_config: ModelConfig, attention: Attention) -> int:
+    asked, own, whose = config.model.max_model_len, model_config.max_context, "the model's own context"
+    chunk = model_config.attention_chunk
+    if chunk is not None and chunk < own and not getattr(attention, "chunked", False):
+        own, whose = chunk, f"the one chunk that --attention {config.engine.attention} can do"
+        log.warning("The context is limited to %s, of %d tokens.", whose, own)
+    if asked is not None and asked > own:
+        raise ConfigError(f"--max-model-len {asked} is beyond {whose} of {own}.", f"Use at most {own}.")
+    return asked or own

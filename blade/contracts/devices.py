@@ -159,7 +159,8 @@ class Attention(Protocol):
 
     A backend that can round KV names what to in an attribute `kv_storages`, strings of its own choosing, and finds what
     ``--kv-cache-quant`` asked for in spec.storage. A token's KV is rounded once, when it is stored. Without the
-    attribute it is never asked to."""
+    attribute it is never asked to. One that knows chunks of positions says so in an attribute `chunked`, True; `attend`
+    of no other is given `chunk`."""
 
     def block_bytes(self, spec: KVSpec) -> int:
         """Bytes of one block over all layers."""
@@ -177,10 +178,19 @@ class Attention(Protocol):
         ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        layer_kv: Any,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
     ) -> Tensor:
         """Causal attention of q [T, H, D] over the stored context: [T, H * D]. k and v [T, KV, D] are the step's own
-        (already stored), for backends that prefer them. `window` bounds how many last tokens are attended to."""
+        (already stored), for backends that prefer them. `window` bounds how many last tokens are attended to; with
+        `chunk` (Llama 4) they are those whose position // chunk is the query's. Not both."""
         ...
 
 

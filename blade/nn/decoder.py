@@ -53,6 +53,7 @@ class SelfAttention:
         self.heads = [num_heads, self.num_gates, num_kv_heads, num_kv_heads]
         self.scale = config.head_dim**-0.5
         self.window = window
+        self.chunk: int | None = None  # of positions, that a query sees keys of
         widths = [num * self.head_dim for num in (num_heads + self.num_gates, num_kv_heads, num_kv_heads)]
         shapes = [(width, config.hidden_size) for width in widths]
         self.qkv, self.o = self.projections(name, shapes, (config.hidden_size, num_heads * self.head_dim), loader)
@@ -90,7 +91,8 @@ class SelfAttention:
             q, k = self.q_norm(q), self.k_norm(k)
         q = self.queries(q, batch)
         q, k = self.attention.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
-        y = self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window)
+        chunks = () if self.chunk is None else (self.chunk,)
+        y = self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window, *chunks)
         return self.o(self.ops.sigmoid_mul(y, gate.flatten(1)) if self.num_gates else y)
 
 

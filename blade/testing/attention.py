@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 32), (4, 2, 128)]  # (num_heads, num_kv_heads, head_dim)
-_WINDOWS = (None, 1, 20)
+_REACHES = ((None, None), (1, None), (20, None), (None, 24))  # window, chunk
 _MAX_CONTEXT = 640
 _STORAGE_TOLERANCE = {"int8": 0.02}  # of its largest value; others may be coarser
+_MOST_STORAGES = 3  # for one shape: of many each is tried with some
 _STALE = float("nan")  # what unused slots hold: the KV another sequence left there may be anything
 
 
@@ -39,8 +40,9 @@ class _Case:
 
 
 def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
-    """Prefill, chunks, decodes and mixes of them; head ratios, windows, partial rotary; shared and permuted blocks; in
-    the dtype and in every storage that the attention names, which has to make a cache smaller."""
+    """Prefill, chunks, decodes and mixes of them; head ratios, windows, chunks of positions where the attention is
+    `chunked`, partial rotary; shared and permuted blocks; in the dtype and in every storage that the attention names,
+    which has to make a cache smaller."""
     import torch
 
     attention = factory(ops)
@@ -54,16 +56,19 @@ def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Itera
         for seed, (num_heads, num_kv_heads, head_dim) in enumerate(_HEADS):
             block_size = (16, 8)[seed % 2]
             name = str(dtype).removeprefix("torch.")
-            for spec in _storages(attention, KVSpec(2, num_heads, num_kv_heads, head_dim, name, block_size)):
-                for spans in steps:
+            plain = KVSpec(2, num_heads, num_kv_heads, head_dim, name, block_size)
+            for spec in _storages(attention, plain, seed):
+                for spans in steps if spec is plain else steps[2:]:
                     case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
                     _check_case(attention, case, ops)
 
 
-def _storages(attention: Attention, plain: KVSpec) -> list[KVSpec]:
+def _storages(attention: Attention, plain: KVSpec, turn: int) -> list[KVSpec]:
     """The spec in its dtype, and in the storages that the attention has for this shape; it may refuse one."""
     specs = [plain]
-    for storage in getattr(attention, "kv_storages", ()):
+    names = list(getattr(attention, "kv_storages", ()))
+    start = turn * _MOST_STORAGES % (len(names) or 1)
+    for storage in (names[start:] + names[:start])[:_MOST_STORAGES]:
         spec = replace(plain, storage=storage)
         try:
             num_bytes = attention.block_bytes(spec)
@@ -117,12 +122,15 @@ def _check_case(attention: Attention, case: _Case, ops: Ops) -> None:
     if spec.storage is None:  # else attention may have q and k as it wants them
         require_close("rotated q", q, expected_q, dtype)
         require_close("rotated k", k, expected_k, dtype)
-    for window in _WINDOWS:
-        scale = spec.head_dim**-0.5
-        out = attention.attend(q.clone(), k, v, batch, kv[1], scale, window)
-        what = f"attention with window {window}" + (f" in {spec.storage}" if spec.storage else "")
-        limit = max(4 * tolerance(dtype), _STORAGE_TOLERANCE.get(spec.storage, 0.15) if spec.storage else 0)
-        require_close(what, out, _attend(case, scale, window), dtype, limit / tolerance(dtype))
+    for window, chunk in _REACHES:
+        if chunk is not None and not getattr(attention, "chunked", False):
+            continue
+        scale, chunks = spec.head_dim**-0.5, () if chunk is None else (chunk,)
+        out = attention.attend(q.clone(), k, v, batch, kv[1], scale, window, *chunks)
+        what = f"attention with {f'window {window}' if chunk is None else f'chunks of {chunk}'}"
+        what += f" in {spec.storage}" if spec.storage else ""
+        limit = max(4 * tolerance(dtype), _STORAGE_TOLERANCE.get(spec.storage, 0.3) if spec.storage else 0)
+        require_close(what, out, _attend(case, scale, window, chunk), dtype, limit / tolerance(dtype))
 
 
 def _spoil(attention: Attention, case: _Case, kv: Any, ops: Ops) -> None:
@@ -196,7 +204,7 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:].float()], dim=-1)
 
 
-def _attend(case: _Case, scale: float, window: int | None) -> Tensor:
+def _attend(case: _Case, scale: float, window: int | None, chunk: int | None) -> Tensor:
     """Softmax attention of the step's tokens, one sequence after the other, in float32: [T, H * D]."""
     import torch
 
@@ -207,8 +215,10 @@ def _attend(case: _Case, scale: float, window: int | None) -> Tensor:
         q, k = rounded[0][start:], rounded[1].repeat_interleave(groups, dim=1)
         v = raw_v.float().repeat_interleave(groups, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        behind = torch.arange(start, stop)[:, None] - torch.arange(stop)  # [Q, K]: how far back the key lies
-        hidden = (behind < 0) | (behind >= (window or stop))
+        queries, keys = torch.arange(start, stop)[:, None], torch.arange(stop)
+        hidden = (keys > queries) | (queries - keys >= (window or stop))  # [Q, K]
+        if chunk is not None:
+            hidden |= keys // chunk != queries // chunk
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
     return torch.cat(outs)

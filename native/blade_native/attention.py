@@ -1,7 +1,7 @@
 """Paged attention (Kwon et al. 2023) in plain torch, for any device; the twin of native kernels.
 
-A layer's cache (kv_cache.py) keeps one token's KV together, so a step gathers and stores whole rows; what it keeps in
-int8 is gathered in the model's dtype. Per tile the blocks are gathered and handed to torch's flash attention, in which
+A layer's cache (kv_cache.py) keeps one token's KV together, so a step gathers and stores whole rows; what is rounded
+is gathered in the model's dtype. Per tile the blocks are gathered and handed to torch's flash attention, in which
 the query heads of one KV head are further queries (grouped-query attention, Ainslie et al. 2023): on a CPU 9 times
 faster in a bfloat16 decode of Qwen2.5-0.5B, 16 sequences of 256 tokens, than head by head.
 """
@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from blade_native import tiles
-from blade_native.kv_cache import STORAGES, Firsts, block_bytes, make
+from blade_native.kv_cache import Firsts, make
+from blade_native.kv_codes import MODES, block_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,14 +33,15 @@ MAX_GATHER_BYTES_ELSEWHERE = 256 << 20
 class PagedAttention:
     """contracts.Attention on one device."""
 
-    kv_storages = STORAGES
+    kv_storages = tuple(MODES)
+    chunked = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._plan: Plan | None = None  # of the batch that was last seen: all layers of a step share it
 
     def block_bytes(self, spec: KVSpec) -> int:
-        return spec.num_layers * block_bytes(spec)
+        return spec.num_layers * sum(block_bytes(spec))
 
     def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
         return [make(spec, num_blocks, self.device) for _ in range(spec.num_layers)]
@@ -56,14 +58,22 @@ class PagedAttention:
         return q, k
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: DenseKV, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        layer_kv: DenseKV,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
     ) -> Tensor:
         """See contracts.Attention."""
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
         out = q.new_empty(num_tokens, num_heads * head_dim)
-        q = layer_kv.queries(q)
-        for tile in self._plan_for(batch).tiles(layer_kv, num_heads // num_kv_heads, window, q.dtype):
+        q, reach = layer_kv.queries(q), tiles.Reach(window, chunk)
+        for tile in self._plan_for(batch).tiles(layer_kv, num_heads // num_kv_heads, reach, q.dtype):
             b, n = tile.num_pieces, len(tile.rows) // tile.num_pieces
             gathered = layer_kv.gather(tile.blocks, q.dtype).view(b, -1, 2, num_kv_heads, head_dim)
             keys, values = gathered.permute(2, 0, 3, 1, 4)  # [B, KV, L, D]
@@ -72,7 +82,7 @@ class PagedAttention:
             mixed = F.scaled_dot_product_attention(queries, keys, values, tile.bias, scale=scale)
             mixed = mixed.view(b, num_kv_heads, n, -1, head_dim).transpose(1, 2)  # [B, n, KV, G, D]
             out.index_copy_(0, tile.rows, mixed.reshape(b * n, -1))
-        return out
+        return layer_kv.outputs(out)
 
     def _plan_for(self, batch: Batch) -> Plan:
         if self._plan is None or self._plan.batch is not batch:
@@ -88,7 +98,7 @@ class Plan:
         self._rotations: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._new_blocks: Tensor | None = None
         self._firsts: Firsts | None = None
-        self._tiles: dict[int | None, list[tiles.Tile]] = {}
+        self._tiles: dict[tiles.Reach, list[tiles.Tile]] = {}
 
     def rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, cos) and (-sin, sin) at the batch's positions, [T, 1, rotary_dim] float32."""
@@ -121,18 +131,18 @@ class Plan:
         rows = [row for row, position in enumerate(positions) if chosen(position)]
         return torch.tensor(rows, dtype=torch.int64).to(self.batch.slots.device, non_blocking=True)
 
-    def tiles(self, layer_kv: DenseKV, num_groups: int, window: int | None, dtype: torch.dtype) -> list[tiles.Tile]:
-        if window not in self._tiles:
+    def tiles(self, layer_kv: DenseKV, num_groups: int, reach: tiles.Reach, dtype: torch.dtype) -> list[tiles.Tile]:
+        if reach not in self._tiles:
             batch, block_size = self.batch, layer_kv.block_size
             max_bytes = MAX_GATHER_BYTES.get(batch.slots.device.type, MAX_GATHER_BYTES_ELSEWHERE)
             max_keys = max_bytes // layer_kv.token_bytes
             max_queries = max(1, MAX_ROWS // num_groups // block_size) * block_size
             groups = tiles.group(tiles.cut(batch.query_lens, batch.kv_lens, max_queries), max_keys)
             biases: dict[tuple[int, int], Tensor] = {}
-            self._tiles[window] = [
-                tiles.build(pieces, batch, block_size, num_groups, window, dtype, biases) for pieces in groups
+            self._tiles[reach] = [
+                tiles.build(pieces, batch, block_size, num_groups, reach, dtype, biases) for pieces in groups
             ]
-        return self._tiles[window]
+        return self._tiles[reach]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a layer of the torch attention keeps: whole tokens in the model's dtype, or in int8 with a scale per head."""
+"""What a layer of the torch attention keeps: whole tokens in the model's dtype, or rounded."""
 
 from __future__ import annotations
 
@@ -8,61 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from blade import ConfigError
+from blade_native.kv_codes import INT8, Rounded, hadamard, mode_of, round_heads, transforms_values
 
 if TYPE_CHECKING:
     from blade import KVSpec
-
-STORAGES = ("int8",)  # of KVSpec.storage, beside None
-SMALLEST_SCALE = 2.0**-126  # below it the inverse is not finite: codes are 0
-MOST = 127  # |code|
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> codes int8 [..., D] and scales float32 [...], x ~ scale * code with |code| <= 127. The scale is NaN
-    where a number is not finite."""
-    x = x.float()
-    scales = x.abs().amax(-1) / MOST + x.mul(0).sum(-1)
-    usable = scales >= SMALLEST_SCALE
-    inverse = torch.where(usable, 1 / scales, 0).unsqueeze(-1)
-    return torch.where(usable.unsqueeze(-1), x * inverse, 0).round_().to(torch.int8), scales
+    from blade_native.kv_codes import Kept
 
 
 def make(spec: KVSpec, num_blocks: int, device: torch.device) -> DenseKV:
-    """One layer. Raises ConfigError for a storage that is neither dtype nor int8."""
-    check_storage(spec)
-    return (DenseKV if spec.storage is None else Int8KV)(spec, num_blocks, device)
-
-
-def check_storage(spec: KVSpec) -> None:
-    if spec.storage not in (None, *STORAGES):
-        raise ConfigError(f"There is no KV cache in {spec.storage} here.", f"Use {' or '.join(STORAGES)}, or none.")
-
-
-def block_bytes(spec: KVSpec) -> int:
-    """Of one layer: numbers, and with int8 their float32 scales and an origin."""
-    check_storage(spec)
-    if spec.storage is not None:
-        return 2 * spec.block_size * spec.num_kv_heads * (spec.head_dim + 4) + origin_bytes(spec)
-    return 2 * spec.block_size * spec.num_kv_heads * spec.head_dim * int(getattr(torch, spec.dtype).itemsize)
-
-
-def origin_bytes(spec: KVSpec) -> int:
-    """Of a block: what the keys of a sequence that begins there are relative to."""
-    return 0 if spec.storage is None else spec.num_kv_heads * (spec.head_dim + 4)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """x [..., D] -> float32, every block of D's largest power of two times an orthonormal Hadamard matrix, which is its
-    own inverse. Queries and keys keep their products, and keys lose their outliers (QuaRot, Ashkboos et al. 2024)."""
-    d, x = x.shape[-1], x.float()
-    block = d & -d
-    half = 1
-    while half < block:
-        a, b = x.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
-        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        half *= 2
-    return x.mul(block**-0.5)
+    """One layer. Raises ConfigError for a storage that there is not."""
+    mode = mode_of(spec)
+    return RoundedKV(spec, mode, num_blocks, device) if mode else DenseKV(spec, num_blocks, device)
 
 
 class Firsts(NamedTuple):
@@ -78,8 +34,12 @@ class DenseKV:
     def __init__(self, spec: KVSpec, num_blocks: int, device: torch.device) -> None:
         shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
         self.kv = torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
+        self.set_sizes(spec, num_blocks)
+
+    def set_sizes(self, spec: KVSpec, num_blocks: int) -> None:
         self.num_blocks, self.block_size = num_blocks, spec.block_size
-        self.token_bytes = 2 * spec.num_kv_heads * spec.head_dim * self.kv.itemsize  # once gathered
+        itemsize: int = getattr(torch, spec.dtype).itemsize
+        self.token_bytes = 2 * spec.num_kv_heads * spec.head_dim * itemsize  # once gathered
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor, firsts: Callable[[], Firsts]) -> None:
         """k and v [T, KV, D], slots [T] int64."""
@@ -88,6 +48,10 @@ class DenseKV:
     def queries(self, q: Tensor) -> Tensor:
         """q [T, H, D] as the keys are kept."""
         return q
+
+    def outputs(self, out: Tensor) -> Tensor:
+        """out [T, H * D], sums of values as they are kept, as they are to be."""
+        return out
 
     def clear(self, blocks: Tensor) -> None:
         """Whatever they held becomes finite."""
@@ -98,38 +62,68 @@ class DenseKV:
         return self.kv.index_select(0, blocks)
 
 
-class Int8KV(DenseKV):
-    """kv as DenseKV's, but int8; scales [num_blocks, block_size, 2, KV] float32.
+class RoundedHeads:
+    """Of tokens, or of sequences: codes [*shape, bytes] uint8 and numbers [*shape, scales and middles]."""
+
+    def __init__(self, kept: Kept, shape: tuple[int, ...], head_dim: int, device: torch.device) -> None:
+        self.kept = kept
+        self.codes = torch.zeros((*shape, head_dim * kept.bits // 8), dtype=torch.uint8, device=device)
+        self.numbers = torch.zeros((*shape, kept.num_numbers(head_dim)), dtype=kept.number, device=device)
+
+    def store(self, at: Tensor, x: Tensor) -> None:
+        """x [len(at), KV, D], at places along the dimensions before KV."""
+        codes, scales, middles = round_heads(x, self.kept)
+        packed = codes.view(torch.uint8)
+        if self.kept.bits == 4:
+            packed = packed[..., ::2] & 15 | packed[..., 1::2] << 4
+        numbers = scales if middles is None else torch.cat((scales, middles), dim=-1)
+        self.codes.view(-1, *packed.shape[1:]).index_copy_(0, at, packed)
+        self.numbers.view(-1, *numbers.shape[1:]).index_copy_(0, at, numbers)
+
+    def gather(self, at: Tensor) -> Tensor:
+        """[len(at), ..., D] float32, at places along the first dimension."""
+        codes, numbers = self.codes.index_select(0, at), self.numbers.index_select(0, at)
+        if self.kept.bits == 4:
+            nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).view(torch.int8)
+            signed = (nibbles ^ 8) - 8
+        else:
+            signed = codes.view(self.kept.floats or torch.int8)
+        scales, middles = numbers.chunk(2, dim=-1) if self.kept.affine else (numbers, None)
+        return Rounded(signed, scales, middles).widened()
+
+
+class RoundedKV(DenseKV):
+    """Keys and values [num_blocks, block_size, KV, D], rounded each in its way.
 
     Keys are rounded after a Hadamard transform, and relative to the first key of their sequence (`origins`, kept with
     the sequence's first block): softmax does not notice what all keys have in common, and in some models that is ten
     times as large as what tells them apart.
     """
 
-    def __init__(self, spec: KVSpec, num_blocks: int, device: torch.device) -> None:
-        shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads)
-        self.kv = torch.zeros((*shape, spec.head_dim), dtype=torch.int8, device=device)
-        self.scales = torch.zeros(shape, device=device)
-        self.origins = torch.zeros((num_blocks, spec.num_kv_heads, spec.head_dim), dtype=torch.int8, device=device)
-        self.origin_scales = torch.zeros((num_blocks, spec.num_kv_heads), device=device)
-        self.num_blocks, self.block_size = num_blocks, spec.block_size
-        self.token_bytes = 2 * spec.num_kv_heads * spec.head_dim * getattr(torch, spec.dtype).itemsize
+    def __init__(self, spec: KVSpec, mode: tuple[Kept, Kept], num_blocks: int, device: torch.device) -> None:
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads)
+        self.keys, self.values = (RoundedHeads(kept, shape, spec.head_dim, device) for kept in mode)
+        self.origins = RoundedHeads(INT8, shape[::2], spec.head_dim, device)
+        self.transforms_values, self.head_dim = transforms_values(mode[1]), spec.head_dim
+        self.set_sizes(spec, num_blocks)
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor, firsts: Callable[[], Firsts]) -> None:
         keys, (blocks, rows) = hadamard(k), firsts()
-        codes, scales = quantize(keys[rows])
-        self.origins.index_copy_(0, blocks[rows], codes)
-        self.origin_scales.index_copy_(0, blocks[rows], scales)
-        keys -= self.origins[blocks] * self.origin_scales[blocks].unsqueeze(-1)
-        codes, scales = quantize(torch.stack((keys, v.float()), dim=1))
-        self.kv.flatten(0, 1).index_copy_(0, slots, codes)
-        self.scales.flatten(0, 1).index_copy_(0, slots, scales)
+        self.origins.store(blocks[rows], keys[rows])
+        self.keys.store(slots, keys - self.origins.gather(blocks))
+        self.values.store(slots, hadamard(v) if self.transforms_values else v)
 
     def queries(self, q: Tensor) -> Tensor:
         return hadamard(q).to(q.dtype)
 
+    def outputs(self, out: Tensor) -> Tensor:
+        if not self.transforms_values:
+            return out
+        return hadamard(out.view(len(out), -1, self.head_dim)).flatten(-2).to(out.dtype)
+
     def clear(self, blocks: Tensor) -> None:
-        self.scales.index_fill_(0, blocks, 0)
+        self.keys.numbers.index_fill_(0, blocks, 0)
+        self.values.numbers.index_fill_(0, blocks, 0)
 
     def gather(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        return (self.kv.index_select(0, blocks) * self.scales.index_select(0, blocks).unsqueeze(-1)).to(dtype)
+        return torch.stack((self.keys.gather(blocks), self.values.gather(blocks)), dim=2).to(dtype)

@@ -23,6 +23,26 @@ MAX_SHARED_QUERIES = 8  # sequences with more queries in the step fill a tile of
 MAX_STRETCH, MAX_PADDING = 1.25, 64  # a tile's keys are padded to its longest: at most so much beyond its shortest
 
 
+class Reach(NamedTuple):
+    """Which of the keys before it a query sees: the last `window`, or those of its own `chunk` of positions; or all."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first(self, position: int) -> int:
+        """The first key that the query at a position sees."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+    def hides(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """bool, of positions that broadcast."""
+        hidden = keys > queries
+        if self.chunk is not None:
+            return hidden | (keys // self.chunk != queries // self.chunk)
+        return hidden if self.window is None else hidden | (queries - keys >= self.window)
+
+
 class Piece(NamedTuple):
     """Consecutive queries of one sequence."""
 
@@ -79,15 +99,16 @@ def build(
     batch: Batch,
     block_size: int,
     num_groups: int,
-    window: int | None,
+    reach: Reach,
     dtype: torch.dtype,
     biases: dict[tuple[int, int], Tensor],
 ) -> Tile:
     """The tile of these pieces. `biases` is shared by the tiles of a step, which come longest first: seen from its end
-    the bias of a lone piece is always the same triangle, so shorter tiles use the tail of a longer one's."""
+    the bias of a lone piece is always the same triangle, so shorter tiles use the tail of a longer one's. Not so with
+    chunks."""
     device = batch.positions.device
     num_queries = pieces[0].num_queries
-    firsts = [0 if window is None else max(0, p.kv_end - num_queries + 1 - window) // block_size for p in pieces]
+    firsts = [reach.first(p.kv_end - num_queries) // block_size for p in pieces]
     num_blocks = max(-(-p.kv_end // block_size) - first for p, first in zip(pieces, firsts, strict=True))
     numbers = torch.tensor([(*piece, first) for piece, first in zip(pieces, firsts, strict=True)])
     columns = numbers.to(device, non_blocking=True).unsqueeze(-1).unbind(1)
@@ -98,11 +119,12 @@ def build(
     blocks = batch.block_tables[seqs.squeeze(1)].gather(1, torch.minimum(places, (ends - 1) // block_size))
     queries = torch.arange(num_queries, device=device)
     shape = (num_queries, -pieces[0].kv_end % block_size)
-    bias = biases.get(shape) if len(pieces) == 1 else None
+    alike = len(pieces) == 1 and reach.chunk is None
+    bias = biases.get(shape) if alike else None
     if bias is None:
         keys = (places[:, :, None] * block_size + torch.arange(block_size, device=device)).flatten(1)
-        bias = _bias(ends - num_queries + queries, keys, window, num_groups, dtype)
-        if len(pieces) == 1:
+        bias = _bias(ends - num_queries + queries, keys, reach, num_groups, dtype)
+        if alike:
             biases[shape] = bias
     return Tile(
         num_pieces=len(pieces),
@@ -112,9 +134,8 @@ def build(
     )
 
 
-def _bias(queries: Tensor, keys: Tensor, window: int | None, num_groups: int, dtype: torch.dtype) -> Tensor:
+def _bias(queries: Tensor, keys: Tensor, reach: Reach, num_groups: int, dtype: torch.dtype) -> Tensor:
     """queries [B, n] and keys [B, L] are positions."""
-    behind = queries[:, :, None] - keys[:, None, :]  # [B, n, L]
-    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    hidden = reach.hides(queries[:, :, None], keys[:, None, :])  # [B, n, L]
     bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
     return bias[:, None].repeat_interleave(num_groups, dim=2)

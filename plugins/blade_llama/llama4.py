@@ -1,9 +1,8 @@
 """Llama 4, its text model: experts whose input is weighed, and layers of attention without positions between those with
-rotary ones (iRoPE)."""
+rotary ones (iRoPE), which attend within chunks of positions."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 
 APART = {"vision_model.": "vision", "multi_modal_projector.": "vision"}
 THETA = 500000.0  # of the rope, where config.json has none
-CHUNK = 8192  # tokens that attention is confined to, where config.json says nothing
-log = logging.getLogger("blade.llama")
+CHUNK = 8192  # positions that attention is confined to, where config.json says nothing
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Llama4Config(DecoderConfig):
     rotary_layers: frozenset[int]  # the others' queries and keys know no positions
+    chunked_layers: frozenset[int]  # attend within `attention_chunk` positions
     normalized: bool  # queries and keys of rotary layers are
     temperature: tuple[float, int] | None  # of the others' queries: how much it rises, and per how many tokens
 
@@ -47,8 +46,6 @@ class Llama4Config(DecoderConfig):
 class Llama4:
     """contracts.Architecture of `Llama4ForCausalLM`, and of the text model of `Llama4ForConditionalGeneration`, whose
     config.json has it in a section and whose tensors have a longer name.
-
-    Its rotary layers attend within chunks of `attention_chunk_size` tokens; blade serves the first of them.
     """
 
     def configure(self, config: Mapping[str, Any]) -> Llama4Config:
@@ -66,12 +63,14 @@ class Llama4:
             windows=(None,) * num_layers,
             mixture=_mixture(keys, num_layers),
             rotary_layers=rotary,
+            chunked_layers=_chunked_layers(keys, num_layers, rotary),
+            attention_chunk=keys.integer("attention_chunk_size", CHUNK),
             normalized=keys.flag("use_qk_norm", True),
             temperature=temperature if keys.flag("attn_temperature_tuning", True) else None,
         )
         if isinstance(found.rope, YarnRope) and found.normalized:
             keys.refuse("rope_scaling" if keys.has("rope_scaling") else "rope_parameters", "of another kind than yarn")
-        return replace(found, max_context=_max_context(keys, found, rotary))
+        return found if found.chunked_layers else replace(found, attention_chunk=None)
 
     def build(self, config: Llama4Config, loader: Loader) -> Llama4Decoder:
         if loader.has("language_model.model.norm.weight"):
@@ -100,17 +99,12 @@ def _mixture(keys: Keys, num_layers: int) -> MixtureConfig:
     return MixtureConfig(layers, num_experts, num_active, inner, inner, normalize=False)
 
 
-def _max_context(keys: Keys, config: Llama4Config, rotary: frozenset[int]) -> int:
-    kinds = ["chunked_attention" if i in rotary else "full_attention" for i in range(config.num_layers)]
-    chunk = keys.integer("attention_chunk_size", CHUNK)
-    if "chunked_attention" not in keys.texts("layer_types", kinds) or chunk >= config.max_context:
-        return config.max_context
-    log.warning(
-        "%s attends within chunks of %d tokens in most layers: contexts are limited to one chunk.",
-        config.architecture,
-        chunk,
-    )
-    return chunk
+def _chunked_layers(keys: Keys, num_layers: int, rotary: frozenset[int]) -> frozenset[int]:
+    default = ["chunked_attention" if i in rotary else "full_attention" for i in range(num_layers)]
+    kinds = keys.texts("layer_types", default)
+    if len(kinds) < num_layers or not {"chunked_attention", "full_attention"}.issuperset(kinds):
+        keys.refuse("layer_types", f"chunked_attention or full_attention for each of {num_layers} layers")
+    return frozenset(i for i in range(num_layers) if kinds[i] == "chunked_attention")
 
 
 class Llama4Decoder(Decoder):
@@ -119,8 +113,12 @@ class Llama4Decoder(Decoder):
     config: Llama4Config
 
     def token_mixer(self, name: str, index: int, loader: Loader) -> TokenMixer:
-        attention = RotaryAttention if index in self.config.rotary_layers else PlainAttention
-        return attention(f"{name}.self_attn", self.config, loader)
+        config = self.config
+        kind = RotaryAttention if index in config.rotary_layers else PlainAttention
+        attention = kind(f"{name}.self_attn", config, loader)
+        if index in config.chunked_layers and config.attention_chunk and config.max_context > config.attention_chunk:
+            attention.chunk = config.attention_chunk
+        return attention
 
     def channel_mixer(self, name: str, index: int, loader: Loader) -> ChannelMixer:
         config, mixture = self.config, self.config.mixture

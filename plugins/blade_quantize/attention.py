@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class WholeAttention:
     """contracts.Attention for batches whose sequences all start at their first token."""
 
+    chunked = True
+
     def block_bytes(self, spec: KVSpec) -> int:
         return 0
 
@@ -29,9 +31,20 @@ class WholeAttention:
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        layer_kv: Any,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
     ) -> Tensor:
-        queries, keys, values = (each.split_with_sizes(batch.query_lens) for each in (q, k, v))
+        lens = batch.query_lens  # a chunk of positions is as a sequence
+        if chunk is not None:
+            lens = [min(chunk, length - start) for length in lens for start in range(0, length, chunk)]
+        queries, keys, values = (each.split_with_sizes(lens) for each in (q, k, v))
         sequences = zip(queries, keys, values, strict=True)
         return torch.cat([attend_one(*sequence, scale, window) for sequence in sequences])
 

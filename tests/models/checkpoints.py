@@ -81,6 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("Llama4", LLAMA4),
     "llama4 top 2": ("Llama4", LLAMA4 | {"num_experts_per_tok": 2, "rope_parameters": LLAMA3, "use_qk_norm": False}),
     "llama4 sharpened": ("Llama4", LLAMA4 | {"floor_scale": 10, "attn_scale": 0.5, "attention_bias": True}),
+    "llama4 chunks": ("Llama4", LLAMA4 | {"attention_chunk_size": 13, "floor_scale": 20}),
     "llama4 vision": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2}),
     "qwen3.5 moe": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA | {"layer_types": LINEAR_FIRST}),
     "qwen3.5 moe fused": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -30,21 +29,19 @@ def changed(**keys: Any) -> dict[str, Any]:
     return SCOUT | {"text_config": SCOUT["text_config"] | keys}
 
 
-def test_contexts_are_limited_to_a_chunk_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "blade.llama"):
-        config = Llama4().configure(SCOUT)
-    assert config.max_context == 8192
-    assert "chunks of 8192 tokens" in caplog.text
+def test_layers_attend_within_chunks_or_know_no_positions() -> None:
+    config = Llama4().configure(SCOUT)
+    assert (config.max_context, config.attention_chunk) == (10485760, 8192)
     assert sorted(set(range(48)) - config.rotary_layers) == list(range(3, 48, 4))
+    assert config.chunked_layers == config.rotary_layers
     assert config.mixture is not None
     assert len(config.mixture.layers) == 48
 
 
-def test_without_chunks_contexts_are_as_long_as_the_rope(caplog: pytest.LogCaptureFixture) -> None:
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    whole = changed(rope_scaling=rope, layer_types=["full_attention"] * 48, max_position_embeddings=40000)
-    assert Llama4().configure(whole).max_context == 40000
-    assert not caplog.text
+def test_layers_may_attend_to_all() -> None:
+    kinds = ["full_attention", "chunked_attention"] * 24
+    assert Llama4().configure(changed(layer_types=kinds)).chunked_layers == frozenset(range(1, 48, 2))
+    assert Llama4().configure(changed(layer_types=["full_attention"] * 48)).attention_chunk is None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +49,7 @@ def test_without_chunks_contexts_are_as_long_as_the_rope(caplog: pytest.LogCaptu
     [
         ({"no_rope_layers": [1, 0]}, "text_config.no_rope_layers"),
         ({"num_experts_per_tok": 17}, "text_config.num_experts_per_tok"),
+        ({"layer_types": ["sliding_attention"] * 48}, "text_config.layer_types"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "text_config.rope_scaling"),
     ],
 )

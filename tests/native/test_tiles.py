@@ -10,7 +10,7 @@ from blade import KVSpec
 from blade.testing.attention import make_batch
 from blade_native.attention import PagedAttention
 from blade_native.cpu import CpuOps
-from blade_native.tiles import Piece, cut, group
+from blade_native.tiles import Piece, Reach, cut, group
 
 OPS = CpuOps()
 SPEC = KVSpec(1, 4, 2, 16, "float32", 16)
@@ -124,6 +124,6 @@ def test_memory_of_a_long_prompt_grows_with_its_length_not_its_square() -> None:
         q, k, v = (torch.randn(length, heads, 16) for heads in (16, 1, 1))
         q, k = attention.rope_and_store(q, k, v, cos_sin, batch, kv[0])
         attention.attend(q, k, v, batch, kv[0], 0.25, None)
-        storages = {tile.bias.untyped_storage().data_ptr(): tile.bias for tile in attention._plan._tiles[None]}
+        storages = {tile.bias.untyped_storage().data_ptr(): tile.bias for tile in attention._plan._tiles[Reach()]}
         peaks.append(sum(bias.untyped_storage().nbytes() for bias in storages.values()))
     assert peaks[1] <= 2 * peaks[0]

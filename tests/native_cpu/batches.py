@@ -43,13 +43,17 @@ def rotated(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, num_owed: int, scale: float, window: int | None) -> Tensor:
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, num_owed: int, scale: float, window: int | None, chunk: int | None = None
+) -> Tensor:
     """Dense causal attention of the last num_owed of L tokens: q [owed, H, D], k and v [L, KV, D], in float64."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
-    behind = torch.arange(len(k) - num_owed, len(k))[:, None] - torch.arange(len(k))
-    hidden = (behind < 0) | (behind >= (window or len(k)))
+    queries, keys = torch.arange(len(k) - num_owed, len(k))[:, None], torch.arange(len(k))
+    hidden = (keys > queries) | (queries - keys >= (window or len(k)))
+    if chunk:
+        hidden |= queries // chunk != keys // chunk
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
 
 

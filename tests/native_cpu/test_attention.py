@@ -10,13 +10,16 @@ from torch import Tensor
 
 from blade import Batch, KVSpec
 from blade_native.attention import PagedAttention
-from blade_native.kv_cache import hadamard, quantize
+from blade_native.kv_codes import INT8, MODES, Kept, hadamard, mode_of, round_heads, transforms_values
 from blade_native.simd.attention import SimdAttention
 from blade_native.simd.library import Library
 
 from .batches import attended, ragged, rotated, spec
 
-ATOL = {"float32": 1e-5, "bfloat16": 0.03, "float32/int8": 2e-3, "bfloat16/int8": 0.03}
+ATOL = {"float32": 1e-5, "bfloat16": 0.03}
+KINDS = [*ATOL, "float32/int8", "bfloat16/int8"]  # over all shapes; the other modes over some
+OTHERS = [f"float32/{mode}" for mode in MODES if mode != "int8"]
+ROUNDED_ATOL = 2e-3  # in float32
 THREADS = 2
 CONTEXT = 700  # beyond two spans of the kernel
 
@@ -44,16 +47,16 @@ class World:
         num_blocks = sum(-(-n // spec.block_size) for n in self.kv_lens) + 1
         self.layer_kv = self.attention.allocate(spec, num_blocks)[1]
         for buffer in (self.layer_kv.k, self.layer_kv.v):
-            buffer.fill_(255)  # NaN in either dtype, and as a scale
+            buffer.fill_(255)  # NaN in every dtype, and as a scale
 
-    def step(self, query_lens: list[int], batch: Batch, window: int | None = None) -> Tensor:
+    def step(self, query_lens: list[int], batch: Batch, window: int | None = None, chunk: int | None = None) -> Tensor:
         """Store the owed tokens and attend with them."""
         q, k, v = (
             torch.cat([x[len(x) - owed :] for x, owed in zip(xs, query_lens, strict=True)])
             for xs in (self.q, self.k, self.v)
         )
         q, k = self.attention.rope_and_store(q, k, v, self.cos_sin, batch, self.layer_kv)
-        return self.attention.attend(q, k, v, batch, self.layer_kv, self.spec.head_dim**-0.5, window)
+        return self.attention.attend(q, k, v, batch, self.layer_kv, self.spec.head_dim**-0.5, window, chunk)
 
     def store_all(self, batch: Batch) -> None:
         """As if every token before the owed ones had been computed earlier."""
@@ -66,45 +69,48 @@ class World:
             q = torch.zeros(len(k), self.spec.num_heads, self.spec.head_dim, dtype=k.dtype)
             self.attention.rope_and_store(q, k, v, self.cos_sin, batch_of_one, self.layer_kv)
 
-    def want(self, query_lens: list[int], window: int | None = None) -> Tensor:
+    def want(self, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> Tensor:
         dtype, spec = getattr(torch, self.spec.dtype), self.spec
         parts = []
         for q, k, v, owed in zip(self.q, self.k, self.v, query_lens, strict=True):
             at = torch.arange(len(k))
             q, k = (rotated(x, self.cos_sin, at).to(dtype) for x in (q, k))
-            if spec.storage:
-                k, v = rounded_keys(k), rounded(v)
-            parts.append(attended(q[len(q) - owed :], k, v, owed, spec.head_dim**-0.5, window))
+            if mode := mode_of(spec):
+                k, v = rounded_keys(k, mode[0]), rounded_values(v, mode[1])
+            parts.append(attended(q[len(q) - owed :], k, v, owed, spec.head_dim**-0.5, window, chunk))
         return torch.cat(parts)
 
 
-def rounded(x: Tensor) -> Tensor:
-    codes, scales = quantize(x)
-    return codes * scales.unsqueeze(-1)
+def rounded(x: Tensor, kept: Kept) -> Tensor:
+    return round_heads(x, kept).widened()
 
 
-def rounded_keys(k: Tensor) -> Tensor:
+def rounded_keys(k: Tensor, kept: Kept) -> Tensor:
     """But for what they have in common, k [L, KV, D]."""
     k = hadamard(k)
-    return hadamard(rounded(k - rounded(k[:1])))
+    return hadamard(rounded(k - rounded(k[:1], INT8), kept))
 
 
-def kind_of(spec: KVSpec) -> str:
-    return f"{spec.dtype}/{spec.storage}" if spec.storage else spec.dtype
+def rounded_values(v: Tensor, kept: Kept) -> Tensor:
+    return hadamard(rounded(hadamard(v), kept)) if transforms_values(kept) else rounded(v, kept)
+
+
+def atol(spec: KVSpec) -> float:
+    return max(ATOL[spec.dtype], ROUNDED_ATOL if spec.storage else 0)
 
 
 def world(library: Library, spec: KVSpec, kv_lens: list[int], rotary_dim: int = 0) -> World:
     return World(SimdAttention(PagedAttention(torch.device("cpu")), library, THREADS), spec, kv_lens, rotary_dim)
 
 
-def check(w: World, query_lens: list[int], window: int | None = None) -> None:
+def check(w: World, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> None:
     batch = ragged(query_lens, w.kv_lens, w.spec.block_size)
     w.store_all(batch)
-    out = w.step(query_lens, batch, window)
-    torch.testing.assert_close(out.double(), w.want(query_lens, window), rtol=0, atol=ATOL[kind_of(w.spec)])
+    out = w.step(query_lens, batch, window, chunk)
+    torch.testing.assert_close(out.double(), w.want(query_lens, window, chunk), rtol=0, atol=atol(w.spec))
 
 
-@pytest.mark.parametrize("kind", ATOL)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1), (14, 2), (8, 1)], ids=str)  # groups of 1, 3, 4, 7, 8
 def test_ragged_batch(library: Library, heads: tuple[int, int], kind: str) -> None:
     """Decodes, whole prompts, a chunk and a verification together, lengths around block, step and span edges."""
@@ -112,31 +118,47 @@ def test_ragged_batch(library: Library, heads: tuple[int, int], kind: str) -> No
     check(world(library, spec(*heads, 32, kind), kv_lens), [1, 1, 1, 1, 33, 31, 1, 5, 1, 40, 0])
 
 
-@pytest.mark.parametrize("kind", ATOL)
+@pytest.mark.parametrize("kind", [*OTHERS, "bfloat16/mix_i8i4"])
+def test_modes(library: Library, kind: str) -> None:
+    """Groups of channels in a head, a head that is one group, and a window, in all ways of rounding."""
+    check(world(library, spec(14, 2, 64, kind), [1, 2, 33, 255, 258, 290]), [1, 1, 33, 1, 5, 40])
+    check(world(library, spec(4, 2, 80, kind), [1, 50, 65]), [1, 1, 20])
+    check(world(library, spec(4, 1, 128, kind, 32), [300, 90]), [1, 3], window=77)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 def test_shapes(library: Library, head_dim: int, block_size: int, kind: str) -> None:
     check(world(library, spec(4, 2, head_dim, kind, block_size), [1, 50, 65, 40]), [1, 1, 20, 40])
 
 
-@pytest.mark.parametrize("kind", ATOL)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 5, 64, 300])
 def test_window(library: Library, window: int, kind: str) -> None:
     check(world(library, spec(6, 2, 32, kind), [3, 90, 330, 600]), [3, 1, 30, 1], window)
 
 
-@pytest.mark.parametrize("kind", ATOL)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 20, 256])
+def test_chunks_of_positions(library: Library, chunk: int, kind: str) -> None:
+    """Queries at the end of a chunk, at the beginning of one, and of several; long contexts split over threads."""
+    check(world(library, spec(6, 2, 32, kind), [3, 90, 330, 600, 257, 256]), [3, 1, 30, 1, 1, 2], chunk=chunk)
+    check(world(library, spec(4, 1, 32, kind), [700]), [5], chunk=chunk * 300)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_long_context_of_one_sequence_is_split(library: Library, kind: str) -> None:
     check(world(library, spec(4, 1, 64, kind), [CONTEXT]), [1])
     check(world(library, spec(4, 1, 64, kind), [CONTEXT]), [5], 400)
 
 
-@pytest.mark.parametrize("kind", ATOL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_rotary_part_of_a_head(library: Library, kind: str) -> None:
     check(world(library, spec(4, 2, 80, kind), [20, 9], rotary_dim=20), [20, 1])
 
 
-@pytest.mark.parametrize("kind", ATOL)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_a_sequence_does_not_depend_on_its_batch(library: Library, kind: str) -> None:
     kv_lens, owed = [CONTEXT, 270, 40, 500], [1, 3, 40, 1]
     w = world(library, spec(14, 2, 64, kind), kv_lens)
@@ -152,7 +174,7 @@ def test_a_sequence_does_not_depend_on_its_batch(library: Library, kind: str) ->
         w.q, w.k, w.v = qkv
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float32/int8", "bfloat16/int8"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float32/int8", "bfloat16/int8", *OTHERS])
 def test_chunks_equal_the_whole_prompt(library: Library, kind: str) -> None:
     w = world(library, spec(14, 2, 64, kind), [300])
     whole, (q, k, v) = ragged([300], [300], 16), (w.q[0], w.k[0], w.v[0])

@@ -9,10 +9,11 @@ from native_cpu.batches import attended, ragged, rotated
 from torch import Tensor
 
 from blade import Batch, KVSpec
+from blade_native import kv_codes
 from blade_native.attention import PagedAttention
 from blade_native.cuda.attention import CudaAttention, LayerKV
 from blade_native.cuda.attention_kernels import STORAGE, AttentionKernels, Shape
-from blade_native.kv_cache import hadamard, quantize
+from blade_native.kv_codes import hadamard
 
 NAMES = {dtype: name for name, dtype in STORAGE.items()}
 BF16, F16, F32, INT8, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
@@ -80,25 +81,31 @@ class World:
             put(self.layer_kv, 0, related(self.layer_kv, keys, slots[0]), slots[:past])
             put(self.layer_kv, 1, v[:past], slots[:past])
 
-    def step(self, query_lens: list[int], window: int | None = None, batch: Batch | None = None) -> Tensor:
+    def step(
+        self,
+        query_lens: list[int],
+        window: int | None = None,
+        batch: Batch | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
         """Store the owed tokens and attend with them."""
         batch = batch or self.owed(query_lens)
         q, k, v = (self.last(xs, query_lens) for xs in (self.q, self.k, self.v))
         q, k = self.attention.rope_and_store(q, k, v, self.cos_sin, batch, self.layer_kv)
-        return self.attention.attend(q, k, v, batch, self.layer_kv, self.scale, window)
+        return self.attention.attend(q, k, v, batch, self.layer_kv, self.scale, window, chunk)
 
     @property
     def scale(self) -> float:
         return float(self.shape.head_dim**-0.5)
 
-    def want(self, query_lens: list[int], window: int | None = None) -> Tensor:
+    def want(self, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> Tensor:
         """In float64 over the keys and values as the cache holds them."""
         parts = []
         for q, k, v, n in zip(self.q, self.k, self.v, query_lens, strict=True):
             at = torch.arange(len(k))
             q, k = (rotated(x, self.cos_sin, at).to(self.shape.dtype) for x in (q, k))
             k, v = keys_as_stored(k, self.shape.storage), stored(v, self.shape.storage)
-            parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window))
+            parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window, chunk))
         return torch.cat(parts)
 
 
@@ -106,7 +113,8 @@ def encoded(x: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """x [L, KV, D] in the cache's dtype, and int8's scales [L, KV]."""
     if storage is not INT8:
         return x.to(storage), None
-    return quantize(x)
+    codes, scales, _ = kv_codes.round_heads(x, kv_codes.INT8)
+    return codes, scales.squeeze(-1)
 
 
 def stored(x: Tensor, storage: torch.dtype) -> Tensor:
@@ -155,7 +163,9 @@ def spoil(layer_kv: LayerKV) -> None:
         layer_kv.origins.view(torch.uint8).fill_(0x7F)
 
 
-def check(world: World, query_lens: list[int], window: int | None = None) -> None:
+def check(world: World, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> None:
     world.store_past(query_lens)
-    out = world.step(query_lens, window)
-    torch.testing.assert_close(out.double(), world.want(query_lens, window), rtol=0, atol=ATOL[world.shape.dtype])
+    out = world.step(query_lens, window, chunk=chunk)
+    torch.testing.assert_close(
+        out.double(), world.want(query_lens, window, chunk), rtol=0, atol=ATOL[world.shape.dtype]
+    )

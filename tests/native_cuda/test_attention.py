@@ -69,6 +69,12 @@ def test_window_without_tensor_cores(kernels: AttentionKernels, shape: Shape, wi
     check(world(kernels, shape, (2, 1), [3, 60]), [3, 2], window)
 
 
+@pytest.mark.parametrize(("shape", "chunk"), [(PLAIN, 20), (PLAIN, 256), (SIMT[0], 20)], ids=str)
+def test_chunks_of_positions(kernels: AttentionKernels, shape: Shape, chunk: int) -> None:
+    """Queries at the end of a chunk, at the beginning of one, and of several."""
+    check(world(kernels, shape, (4, 1), [3, 90, 130, 257, 60]), [3, 1, 30, 2, 1], chunk=chunk)
+
+
 @pytest.mark.parametrize(("shape", "block_size"), each([CORES[2]], [64], [32, 64]), ids=str)
 def test_larger_blocks(kernels: AttentionKernels, shape: Shape, block_size: int) -> None:
     check(world(kernels, shape, (4, 2), [1, 50, 140], block_size=block_size), [1, 1, 40])

@@ -12,7 +12,7 @@ enum Status {
     OUT_OF_MEMORY = 1,  // for scratch
     OUT_OF_RANGE = 2,   // an expert's id
 };
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FLOAT16 = 3 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FLOAT16 = 3, INT4 = 4, E4M3 = 5, E5M2 = 6 };
 
 // How a group's scale or offset is kept: as float16 (HALF), bfloat16 (BRAIN) or float32 (SINGLE). CODES count multiples of
 // a block's float16; ZEROS are integer zero points.
@@ -84,12 +84,20 @@ struct Rounding {
     uint16_t *block_scales, *block_minima;
 };
 
+// How keys, or values, are kept: as they are, or rounded (kv_chunk.h).
+struct Kept {
+    int32_t storage;  // the cache's dtype, or INT8, INT4, E4M3, E5M2
+    int32_t group;    // channels that share a scale: the head, or with integers a part of it that is a multiple of 32
+    int32_t affine;   // integers have a middle beside their scale
+};
+
 // One layer's paged cache, [block][kv head][block_size / 16] chunks of sixteen tokens; kv_chunk.h has their layout.
-// `dtype` is that of q, k, v and the output; `storage` is the cache's: the same, or INT8.
+// `dtype` is that of q, k, v and the output.
 struct PagedKV {
-    int32_t dtype, storage, num_heads, num_kv_heads, head_dim, block_size;  // block_size and head_dim: multiples of 16
+    int32_t dtype, num_heads, num_kv_heads, head_dim, block_size;  // block_size and head_dim: multiples of 16
+    Kept keys, values;
     char *k, *v;
-    char* origins;  // [block][kv head], with INT8
+    char* origins;  // [block][kv head], where keys are rounded
 };
 
 // One ragged step (blade.types.Batch): B sequences, T tokens laid end to end.
@@ -205,7 +213,7 @@ struct AttendCall {
     const void* q;
     int64_t q_stride;
     float scale;
-    int64_t window;  // 0: none
+    int64_t window;  // last tokens that are seen; below 0 only those of one chunk of -window positions; 0: all
     void* out;
     int32_t threads;
 };

@@ -8,15 +8,33 @@
 // batch nor on the number of threads.
 #include <algorithm>
 
-#include "attention_tile.h"
+#include "attention_keys.h"
+#include "attention_values.h"
 #include "parallel.h"
 
 namespace {
 using namespace attention;
 
-template <class E, int R>
+template <int R>
+KeyKernels<R> key_kernels(const PagedKV& kv) {
+    KeyKernels<R> kernels = {load_queries<bf16, R>, score<bf16, R>};
+    if (kv.keys.storage == FLOAT32) kernels = {load_queries<float, R>, score<float, R>};
+    with_codes(kv.keys.storage, [&](auto code) {
+        kernels = {load_queries<decltype(code), R>, score<decltype(code), R>};
+    });
+    return kernels;
+}
+
+template <int R>
+ValueKernel<R> value_kernel(const PagedKV& kv) {
+    ValueKernel<R> kernel = kv.values.storage == FLOAT32 ? weigh<float, R> : weigh<bf16, R>;
+    with_codes(kv.values.storage, [&](auto code) { kernel = weigh<decltype(code), R>; });
+    return kernel;
+}
+
+template <int R>
 __attribute__((noinline)) void attend_item(const Job& job, const Item& item) {
-    Tile<E, R> tile(job, item);
+    Tile<R> tile(job, item, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv));
     Sums<R> sums, span;
     sums.clear(job.kv->head_dim);
     for (int from = item.from; from < item.to; from = (from / SPAN + 1) * SPAN) {
@@ -27,17 +45,17 @@ __attribute__((noinline)) void attend_item(const Job& job, const Item& item) {
 }
 
 // One span of an item, its sums left in `parts` for merge_parts.
-template <class E, int R>
+template <int R>
 __attribute__((noinline)) void attend_part(const Job& job, const Item& item, int part, float* parts) {
-    Tile<E, R> tile(job, item);
+    Tile<R> tile(job, item, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv));
     int start = (item.from / SPAN + part) * SPAN;
     tile.sum_span(std::max(start, item.from), std::min(start + SPAN, item.to), *(Sums<R>*)parts);
 }
 
-template <class E, int R>
+template <int R>
 __attribute__((noinline)) void merge_parts(const Job& job, const Item& item, int num_parts, const float* parts,
                                            long part_floats) {
-    Tile<E, R> tile(job, item);
+    Tile<R> tile(job, item, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv));
     Sums<R> sums;
     sums.clear(job.kv->head_dim);
     for (int part = 0; part < num_parts; part++) tile.merge(*(const Sums<R>*)(parts + part * part_floats), sums);
@@ -53,23 +71,20 @@ long cut_tiles(const Job& job, int seq, Item* items) {
     long num_rows = long(num_tokens) * group, num_tiles = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (long i = 0; items && i < num_tiles * job.kv->num_kv_heads; i++) {
         long tile = i / job.kv->num_kv_heads, row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
-        int first = base + int(row / group) + 1 - int(job.window);
-        int from = job.window ? std::max(0, first) / KEYS * KEYS : 0, to = base + int((end - 1) / group) + 1;
+        int from = int(first_key(job, base + row / group)) / KEYS * KEYS, to = base + int((end - 1) / group) + 1;
         items[i] = {seq, int32_t(i % job.kv->num_kv_heads), int32_t(row), int32_t(end - row), from, to};
     }
     return num_tiles * job.kv->num_kv_heads;
 }
 
-template <class E>
 void attend_whole(const Job& job, const Item* items, long num_items) {
     parallel_for(job.threads, num_items, 1, [&](long i, int) {
         const Item& item = items[num_items - 1 - i];  // the longest contexts of a prefill first
-        with_rows(item.num_rows, [&](auto rows) { attend_item<E, rows.value>(job, item); });
+        with_rows(item.num_rows, [&](auto rows) { attend_item<rows.value>(job, item); });
     });
 }
 
 // For few items over long contexts: the spans of all items are shared out.
-template <class E>
 int attend_split(const Job& job, const Item* items, long num_items, long max_parts) {
     constexpr long PART = sizeof(Sums<MAX_TILE_ROWS>) / sizeof(float);
     Scratch scratch(num_items * max_parts * PART * sizeof(float));
@@ -79,16 +94,15 @@ int attend_split(const Job& job, const Item* items, long num_items, long max_par
         const Item& item = items[i / max_parts];
         int part = int(i % max_parts);
         if (part < count_parts(item))
-            with_rows(item.num_rows, [&](auto rows) { attend_part<E, rows.value>(job, item, part, parts + i * PART); });
+            with_rows(item.num_rows, [&](auto rows) { attend_part<rows.value>(job, item, part, parts + i * PART); });
     });
     for (long i = 0; i < num_items; i++)
         with_rows(items[i].num_rows, [&](auto rows) {
-            merge_parts<E, rows.value>(job, items[i], count_parts(items[i]), parts + i * max_parts * PART, PART);
+            merge_parts<rows.value>(job, items[i], count_parts(items[i]), parts + i * max_parts * PART, PART);
         });
     return OK;
 }
 
-template <class E>
 int attend(const Job& job) {
     long num_items = 0, max_parts = 1;
     for (int seq = 0; seq < job.step->num_seqs; seq++) num_items += cut_tiles(job, seq, nullptr);
@@ -99,13 +113,10 @@ int attend(const Job& job) {
     for (long seq = 0, at = 0; seq < job.step->num_seqs; seq++) at += cut_tiles(job, int(seq), items + at);
     for (long i = 0; i < num_items; i++) max_parts = std::max<long>(max_parts, count_parts(items[i]));
     if (job.threads > 1 && max_parts > 1 && num_items < 4L * job.threads)
-        return attend_split<E>(job, items, num_items, max_parts);
-    attend_whole<E>(job, items, num_items);
+        return attend_split(job, items, num_items, max_parts);
+    attend_whole(job, items, num_items);
     return OK;
 }
 }  // namespace
 
-EXPORT int blade_attend(const AttendCall* call) {
-    if (call->kv->storage == INT8) return attend<Code>(*call);
-    return call->kv->storage == FLOAT32 ? attend<float>(*call) : attend<bf16>(*call);
-}
+EXPORT int blade_attend(const AttendCall* call) { return attend(*call); }

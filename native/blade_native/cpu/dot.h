@@ -38,7 +38,7 @@ struct Word<bf16> {
 #endif
 };
 template <>
-struct Word<Code> {  // exact: activations have 16 bits, and 256 products of 2^15 * 255 fit a Sum
+struct Word<Code8> {  // exact: activations have 16 bits, and 256 products of 2^15 * 255 fit a Sum
     typedef int16_t Activation;
     typedef vec::I Sum;
     static constexpr int ELEMENTS = 4, PARTS = 2;
@@ -46,12 +46,34 @@ struct Word<Code> {  // exact: activations have 16 bits, and 256 products of 2^1
     INLINE vec::W part(vec::W w) { return I ? vec::odd_bytes(w) : vec::even_bytes(w); }
     INLINE vec::I dot(vec::I c, vec::W w, vec::W a) { return vec::add_dot_shorts(c, w, a); }
 };
+template <>
+struct Word<Code4> {
+    typedef int16_t Activation;
+    typedef vec::I Sum;
+    static constexpr int ELEMENTS = 8, PARTS = 4;
+    template <int I>
+    INLINE vec::W part(vec::W w) { return vec::keep_lanes(I ? vec::shift<-4 * I>(w) : w, 0x000f000f); }
+    INLINE vec::I dot(vec::I c, vec::W w, vec::W a) { return vec::add_dot_shorts(c, w, a); }
+};
+template <int STORAGE, int EXPONENT, int TOP>
+struct Word<Code8Float<STORAGE, EXPONENT, TOP>> {  // bits are moved to where float32 has them: UNITs
+    typedef float Activation;
+    typedef vec::F Sum;
+    static constexpr int ELEMENTS = 4, PARTS = 4;
+    template <int I>
+    INLINE vec::W part(vec::W w) {
+        w = vec::shift_signed<8 - EXPONENT>(I == 3 ? w : vec::shift<24 - 8 * I>(w));
+        return vec::keep_lanes(w, 0x80000000 | 0x7f << (16 + EXPONENT));
+    }
+    INLINE vec::F dot(vec::F c, vec::W w, vec::W a) { return vec::fma(vec::as_float(w), vec::as_float(a), c); }
+};
 
 template <class E, int I, int R, int NV>
-INLINE void dot_part(const uint32_t* a, long a_row, vec::W word, int v, typename Word<E>::Sum (&c)[R][NV]) {
+INLINE void dot_parts(const uint32_t* a, long a_row, long a_step, vec::W word, int v, typename Word<E>::Sum (&c)[R][NV]) {
     vec::W part = Word<E>::template part<I>(word);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) c[r][v] = Word<E>::dot(c[r][v], part, vec::splat(a + r * a_row));
+    if constexpr (I + 1 < Word<E>::PARTS) dot_parts<E, I + 1>(a + a_step, a_row, a_step, word, v, c);
 }
 
 // c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
@@ -63,8 +85,7 @@ INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t*
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) {
             vec::W word = vec::word(w[v] + s * w_step);
-            dot_part<E, 0>(a, a_row, word, v, c);
-            if constexpr (Word<E>::PARTS == 2) dot_part<E, 1>(a + a_step, a_row, word, v, c);
+            dot_parts<E, 0>(a, a_row, a_step, word, v, c);
         }
     }
 }

@@ -1,9 +1,9 @@
 // Rotary position embedding (Su et al. 2021; halves of the rotary part pair up, as in GPT-NeoX) fused with the store of
-// K and V into the paged cache, in int8 where that is its storage.
+// K and V into the paged cache, rounded where it keeps codes.
 #include <algorithm>
 
 #include "hadamard.h"
-#include "kv_chunk.h"
+#include "kv_codes.h"
 #include "parallel.h"
 
 namespace {
@@ -27,34 +27,18 @@ void rotate(const E* in, const Angles& angles, long head_dim, E* out) {
     memcpy(out + rotary, in + rotary, (head_dim - rotary) * sizeof(E));
 }
 
-// One token's key and value, as they are.
 template <class E>
-void store(const PagedKV& kv, int64_t slot, int head, const E* k, const E* v) {
+void store_plain_key(const E* k, long d, char* chunk, long at) {
     constexpr long P = 4 / sizeof(E);
-    long d = kv.head_dim, at = slot % CHUNK;
-    uint32_t* keys = (uint32_t*)chunk_at<E>(kv, kv.k, slot / kv.block_size, head, slot % kv.block_size) + at;
-    for (long i = 0; i < d / P; i++) memcpy(keys + i * CHUNK, k + i * P, 4);
-    E* values = (E*)chunk_at<E>(kv, kv.v, slot / kv.block_size, head, slot % kv.block_size) + at / P * P * d + at % P;
-    for (long i = 0; i < d; i++) values[i * P] = v[i];
+    uint32_t* words = (uint32_t*)chunk + at;
+    for (long i = 0; i < d / P; i++) memcpy(words + i * CHUNK, k + i * P, 4);
 }
 
-// x [head_dim] as codes; returns their scale, NaN where a number is not finite.
-float quantize(const float* x, long head_dim, Code* codes) {
-    vec::F most = vec::zero(), nothing = vec::zero();
-    for (long i = 0; i < head_dim; i += vec::LANES) {
-        vec::F v = vec::load(x + i);
-        most = vec::max(most, vec::max(v, vec::sub(vec::zero(), v)));
-        nothing = vec::add(nothing, vec::mul(v, vec::zero()));  // NaN for infinity and NaN
-    }
-    float scale = vec::max_lane(most) / Code::MOST + vec::sum(nothing);
-    bool usable = scale >= 0x1p-126f;  // so that its inverse is finite
-    vec::F inverse = vec::set(usable ? 1 / scale : 0);
-    for (long i = 0; i < head_dim; i += vec::LANES) {
-        int16_t q[vec::LANES] = {};
-        if (usable) vec::store(q, vec::round_to_int(vec::mul(vec::load(x + i), inverse)));
-        for (int j = 0; j < vec::LANES; j++) codes[i + j].byte = uint8_t(q[j] + Code::ZERO);
-    }
-    return scale;
+template <class E>
+void store_plain_value(const E* v, long d, char* chunk, long at) {
+    constexpr long P = 4 / sizeof(E);
+    E* values = (E*)chunk + at / P * P * d + at % P;
+    for (long i = 0; i < d; i++) values[i * P] = v[i];
 }
 
 template <class E>
@@ -68,21 +52,30 @@ void transformed(const E* x, long head_dim, float* out) {
     hadamard(out, head_dim);
 }
 
-// In int8, the key relative to `origin`.
+char* chunk_of(const PagedKV& kv, char* cache, const Kept& kept, int64_t slot, int head) {
+    return chunk_at(kv, cache, chunk_bytes(kept, kv.head_dim), slot / kv.block_size, head, slot % kv.block_size);
+}
+
+// A rotated key; where keys are rounded, relative to `origin`.
 template <class E>
-void store(const PagedKV& kv, int64_t slot, int head, const E* k, const E* v, const Origin* origin) {
-    long d = kv.head_dim, at = slot % CHUNK;
-    char* keys = chunk_at<Code>(kv, kv.k, slot / kv.block_size, head, slot % kv.block_size);
-    char* values = chunk_at<Code>(kv, kv.v, slot / kv.block_size, head, slot % kv.block_size);
+void store_key_at(const PagedKV& kv, int64_t slot, int head, const E* k, const Origin* origin) {
+    const long d = kv.head_dim, at = slot % CHUNK;
+    char* chunk = chunk_of(kv, kv.k, kv.keys, slot, head);
+    if (!coded(kv.keys)) return store_plain_key(k, d, chunk, at);
     float x[MAX_HEAD_DIM];
-    Code codes[MAX_HEAD_DIM];
     transformed(k, d, x);
-    for (long i = 0; i < d; i++) x[i] -= origin->scale * (int(origin->codes[i].byte) - Code::ZERO);
-    chunk_scales(keys, d)[at] = quantize(x, d, codes);
-    for (long i = 0; i < d; i++) ((Code*)keys)[(i / 4 * CHUNK + at) * 4 + byte_in_word(i)] = codes[i];
-    widened(v, d, x);
-    chunk_scales(values, d)[at] = quantize(x, d, codes);
-    for (long i = 0; i < d; i++) ((Code*)values)[(at / 4 * d + i) * 4 + byte_in_word(at)] = codes[i];
+    for (long i = 0; i < d; i++) x[i] -= origin->scale * (int(origin->codes[i]) - Code8::ZERO);
+    with_codes(kv.keys.storage, [&](auto code) { store_key<decltype(code)>(x, kv.keys, d, chunk, at); });
+}
+
+template <class E>
+void store_value_at(const PagedKV& kv, int64_t slot, int head, const E* v) {
+    const long d = kv.head_dim, at = slot % CHUNK;
+    char* chunk = chunk_of(kv, kv.v, kv.values, slot, head);
+    if (!coded(kv.values)) return store_plain_value(v, d, chunk, at);
+    float x[MAX_HEAD_DIM];
+    transformed_values(kv) ? transformed(v, d, x) : widened(v, d, x);
+    with_codes(kv.values.storage, [&](auto code) { store_value<decltype(code)>(x, kv.values, d, chunk, at); });
 }
 
 Angles angles_of(const RopeAndStoreCall& c, long token) {
@@ -104,7 +97,8 @@ void store_origins(const RopeAndStoreCall& c) {
             rotate((const E*)c.k + t * c.k_stride + h * d, angles_of(c, t), d, rotated);
             transformed(rotated, d, x);
             Origin* origin = origin_of(kv, step.block_tables[seq * step.max_blocks], h);
-            origin->scale = quantize(x, d, origin->codes);
+            float middle;
+            round_group<Code8>(x, d, false, origin->codes, origin->scale, middle);
         }
     }
 }
@@ -115,36 +109,41 @@ long first_block(const Step& step, long token) {
     return step.block_tables[seq * step.max_blocks];
 }
 
-template <class E, class Stored>
+// Tokens [token, end) go to one chunk, whose values one thread stores: codes of 4 bits share bytes. For a token that is
+// not the first of them nothing is left to do.
+long end_of_chunk(const Step& step, long token) {
+    auto chunk = [&](long t) { return step.slots[t] / CHUNK; };
+    if (token > 0 && chunk(token - 1) == chunk(token)) return token;
+    long end = token + 1;
+    while (end < step.num_tokens && chunk(end) == chunk(token)) end++;
+    return end;
+}
+
+template <class E>
 void rope_and_store(const RopeAndStoreCall& c) {
     const PagedKV& kv = *c.kv;
     const Step& step = *c.step;
     long d = kv.head_dim, heads = kv.num_heads + kv.num_kv_heads;
     long grain = std::max(1L, GRAIN_ELEMENTS / (heads * d));
-    if constexpr (SCALED<Stored>) store_origins<E>(c);
+    if (coded(kv.keys)) store_origins<E>(c);
     parallel_for(c.threads, step.num_tokens, grain, [&](long t, int) {
         Angles angles = angles_of(c, t);
         const E *q = (const E*)c.q + t * c.q_stride, *k = (const E*)c.k + t * c.k_stride;
-        const E* v = (const E*)c.v + t * c.v_stride;
         for (int h = 0; h < kv.num_heads; h++)
             rotate(q + h * d, angles, d, (E*)c.q_out + (t * kv.num_heads + h) * d);
         for (int h = 0; h < kv.num_kv_heads; h++) {
             E* rotated = (E*)c.k_out + (t * kv.num_kv_heads + h) * d;
             rotate(k + h * d, angles, d, rotated);
-            if constexpr (SCALED<Stored>)
-                store(kv, step.slots[t], h, rotated, v + h * d, origin_of(kv, first_block(step, t), h));
-            else
-                store(kv, step.slots[t], h, rotated, v + h * d);
+            store_key_at(kv, step.slots[t], h, rotated, coded(kv.keys) ? origin_of(kv, first_block(step, t), h) : nullptr);
         }
+        for (long u = t, end = end_of_chunk(step, t); u < end; u++)
+            for (int h = 0; h < kv.num_kv_heads; h++)
+                store_value_at(kv, step.slots[u], h, (const E*)c.v + u * c.v_stride + h * d);
     });
 }
 }  // namespace
 
 EXPORT int blade_rope_and_store(const RopeAndStoreCall* call) {
-    bool coded = call->kv->storage == INT8;
-    if (call->kv->dtype == FLOAT32)
-        coded ? rope_and_store<float, Code>(*call) : rope_and_store<float, float>(*call);
-    else
-        coded ? rope_and_store<bf16, Code>(*call) : rope_and_store<bf16, bf16>(*call);
+    call->kv->dtype == FLOAT32 ? rope_and_store<float>(*call) : rope_and_store<bf16>(*call);
     return OK;
 }

@@ -4,7 +4,7 @@
 // Each level header defines, in namespace vec, the types F, I, W, and:
 //   zero set load store stream add sub mul div fma max min sum max_lane scale2 round_to_int keep word splat as_float
 //   to_float
-//   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits either shift store_word
+//   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits keep_lanes either shift shift_signed store_word
 //   even_bytes odd_bytes add_dot_shorts look_up
 //   FLOAT8_UNIT float8_place widen_float8
 // and dot_bytes, or BLADE_DOT_BY_PAIRS and the steps of a dot product of bytes (byte_dot.h).

@@ -119,6 +119,12 @@ INLINE W shift(W w) {
     else
         return {_mm256_slli_epi32(w.a, N), _mm256_slli_epi32(w.b, N)};
 }
+INLINE W keep_lanes(W w, uint32_t mask) { return both(w, _mm256_set1_epi32(int(mask))); }
+// Every lane shifted right by N bits, its sign coming along.
+template <int N>
+INLINE W shift_signed(W w) {
+    return {_mm256_srai_epi32(w.a, N), _mm256_srai_epi32(w.b, N)};
+}
 INLINE void store_word(void* p, W w) {
     _mm256_storeu_si256((__m256i*)p, w.a);
     _mm256_storeu_si256((__m256i*)p + 1, w.b);

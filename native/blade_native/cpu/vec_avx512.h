@@ -77,6 +77,12 @@ INLINE W shift(W w) {
     else
         return _mm512_slli_epi32(w, N);
 }
+INLINE W keep_lanes(W w, uint32_t mask) { return _mm512_and_si512(w, _mm512_set1_epi32(int(mask))); }
+// Every lane shifted right by N bits, its sign coming along.
+template <int N>
+INLINE W shift_signed(W w) {
+    return _mm512_srai_epi32(w, N);
+}
 INLINE void store_word(void* p, W w) { _mm512_storeu_si512(p, w); }
 INLINE W high_nibbles(W w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
 // Byte i of the table for each byte i < 16 of w.

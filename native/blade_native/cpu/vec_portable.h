@@ -110,6 +110,10 @@ INLINE W shift(W w) {
         QUARTERS(W, w.v[q] << N)
     }
 }
+INLINE W keep_lanes(W w, uint32_t mask) { QUARTERS(W, w.v[q] & int32_t(mask)) }
+// Every lane shifted right by N bits, its sign coming along.
+template <int N>
+INLINE W shift_signed(W w) { QUARTERS(W, w.v[q] >> N) }
 INLINE void store_word(void* p, W w) { memcpy(p, &w, sizeof w); }
 INLINE W high_nibbles(W w) { QUARTERS(W, (w.v[q] >> 4) & 0x0f0f0f0f) }
 // Byte i of the table for each byte i < 16 of w.

@@ -28,7 +28,7 @@ struct AttentionArgs {
   const int* items;           // [num_items, 2]: sequence and row tile of a block of threads in paged_prefill; null
                               // where every sequence is one tile
   long long q_stride;
-  int table_stride, num_kv_heads, group, block_size, max_chunks, window, num_tiles;  // window 0: none
+  int table_stride, num_kv_heads, group, block_size, max_chunks, reach, num_tiles;  // reach: see first_key
   float scale_log2;           // of the scores, times LOG2E
 };
 
@@ -37,9 +37,10 @@ struct Sequence {
   int first_token, num_queries, num_rows, context, begin, chunk, num_chunks;
 };
 
-// First key that the query at a position sees.
-__device__ __forceinline__ int first_key(int position, int window) {
-  return window > 0 ? max(0, position + 1 - window) : 0;
+// First key that the query at a position sees: of the last `reach` ones; below 0 of its own chunk of -reach positions.
+__device__ __forceinline__ int first_key(int position, int reach) {
+  if (reach < 0) return position - position % -reach;
+  return reach > 0 ? max(0, position + 1 - reach) : 0;
 }
 
 template <class Args>
@@ -49,7 +50,7 @@ __device__ __forceinline__ Sequence find_sequence(const Args& args, int index) {
   seq.num_queries = args.cu_seqlens[index + 1] - seq.first_token;
   seq.num_rows = seq.num_queries * args.group;
   seq.context = args.context_lens[index];
-  seq.begin = first_key(seq.context - seq.num_queries, args.window) & ~15;
+  seq.begin = first_key(seq.context - seq.num_queries, args.reach) & ~15;
   const int num_keys = max(1, seq.context - seq.begin);
   seq.chunk = seq.num_rows > SPLIT_ROWS ? num_keys : CHUNK;
   while (seq.chunk * MAX_CHUNKS < num_keys) seq.chunk *= 2;

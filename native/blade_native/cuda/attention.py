@@ -78,7 +78,7 @@ class CudaAttention:
     step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
     """
 
-    capturable = True
+    capturable = chunked = True
     kv_storages = tuple(STORAGE)
 
     def __init__(self, base: Attention, kernels: AttentionKernels, num_sms: int | None = None) -> None:
@@ -143,16 +143,25 @@ class CudaAttention:
         return q, k
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        layer_kv: Any,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
     ) -> Tensor:
         """See contracts.Attention; `scale` is positive."""
         if not isinstance(layer_kv, LayerKV):
-            return self.base.attend(q, k, v, batch, layer_kv, scale, window)
+            return self.base.attend(q, k, v, batch, layer_kv, scale, window, chunk)
         plan, spec = self._plan_for(batch, layer_kv), layer_kv.spec
         _check_heads("q", q, layer_kv.shape.dtype, (plan.num_tokens, spec.num_heads, spec.head_dim))
         if scale <= 0:
             raise ValueError(f"scale {scale} is not positive")
-        split = plan.split(window or 0)
+        reach = -chunk if chunk else window or 0
+        split = plan.split(abs(reach))
         out = q.new_empty((plan.num_tokens, spec.num_heads * spec.head_dim))
         partial_out, partial_sum = _partials(plan, split, spec, q.device)
         simt_rows = _simt_rows(plan, layer_kv.group)
@@ -174,7 +183,7 @@ class CudaAttention:
             "group": layer_kv.group,
             "block_size": spec.block_size,
             "max_chunks": split.max_chunks,
-            "window": window or 0,
+            "reach": reach,
             "num_tiles": -(-plan.max_rows // simt_rows),
             "scale_log2": scale * LOG2E,
         }

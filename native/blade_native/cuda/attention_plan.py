@@ -69,8 +69,8 @@ class Plan:
         return (of_items if len(of_items) else None), (starts if len(starts) else None)
 
     def split(self, window: int) -> Split:
-        """`window` 0 is none. Chunks are counted for the least favourable place of a window among the tiles of 16 keys,
-        so that they suffice wherever a replayed step has it."""
+        """`window`: keys that a query sees at most, or 0. Chunks are counted for the least favourable place of a window
+        among the tiles of 16 keys, so that they suffice wherever a replayed step has it."""
         if window not in self._splits:
             lens = zip(self.batch.query_lens, self.batch.kv_lens, self._split, strict=True)
             spans = [min(kv, window + query + 14) if window else kv for query, kv, split in lens if split]

@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = rows.g + h * 8, position = first_position + row / args.group;
-    from[h] = first_key(position, args.window);
+    from[h] = first_key(position, args.reach);
     to[h] = row < seq.num_rows ? position + 1 : 0;
   }
-  const int seen_by_all = first_position + 1, hidden_from_some = first_key(seq.context - 1, args.window);
+  const int seen_by_all = first_position + 1, hidden_from_some = first_key(seq.context - 1, args.reach);
 
   for (int chunk = blockIdx.x; chunk < seq.num_chunks; chunk += gridDim.x) {
     const int begin = seq.begin + chunk * seq.chunk, end = min(begin + seq.chunk, seq.context);

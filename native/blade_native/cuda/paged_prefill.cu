@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefil
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + rows.g + h * 8;
-    from[h] = first_key(position(row), args.window);
+    from[h] = first_key(position(row), args.reach);
     to[h] = row < seq.num_rows ? position(row) + 1 : 0;
   }
   // Keys seen by the block's rows, by any of the warp's, by all of the warp's.
-  const int block_from = first_key(position(block_row), args.window) & ~15;
+  const int block_from = first_key(position(block_row), args.reach) & ~15;
   const int block_to = position(block_row + WARPS * 16 - 1) + 1;
-  const int any_from = first_key(position(first_row), args.window), any_to = position(first_row + 15) + 1;
-  const int all_from = first_key(position(first_row + 15), args.window), all_to = position(first_row) + 1;
+  const int any_from = first_key(position(first_row), args.reach), any_to = position(first_row + 15) + 1;
+  const int all_from = first_key(position(first_row + 15), args.reach), all_to = position(first_row) + 1;
   const int num_rows = min(16, seq.num_rows - first_row);  // maybe none
 
   for (int chunk = blockIdx.z; chunk < seq.num_chunks; chunk += gridDim.z) {

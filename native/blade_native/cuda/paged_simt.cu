@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(c
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const int position = first_position + (first_row + r) / args.group;
-          seen |= unsigned(key < end && key <= position && key >= first_key(position, args.window)) << r;
+          seen |= unsigned(key < end && key <= position && key >= first_key(position, args.reach)) << r;
         }
         rows.attend(k[a], v[a], seen, args.scale_log2);
       }

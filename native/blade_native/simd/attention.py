@@ -10,12 +10,13 @@ from torch import Tensor
 
 from blade import Batch, KVCache, KVSpec
 from blade.contracts import Attention
-from blade_native.kv_cache import STORAGES, block_bytes, origin_bytes
-from blade_native.simd.check import DTYPES, INT8, check, check_heads
-from blade_native.simd.library import CPagedKV, CStep, Library
+from blade_native.kv_codes import MODES, Kept, block_bytes, mode_of
+from blade_native.simd.check import DTYPES, check, check_heads
+from blade_native.simd.library import CKept, CPagedKV, CStep, Library
 from blade_native.simd.memory import allocate
 
 MAX_HEAD_DIM = 256
+CODES = {(8, None): 2, (4, None): 4, (8, torch.float8_e4m3fn): 5, (8, torch.float8_e5m2): 6}  # `Dtype` of api.h
 
 
 class LayerKV:
@@ -24,16 +25,16 @@ class LayerKV:
     def __init__(self, spec: KVSpec, num_blocks: int) -> None:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        num_bytes = num_blocks * (block_bytes(spec) - origin_bytes(spec)) // 2
-        self.k, self.v = allocate(num_bytes), allocate(num_bytes)
-        self.origins = allocate(num_blocks * origin_bytes(spec))
+        self.k, self.v, self.origins = (allocate(num_blocks * num_bytes) for num_bytes in block_bytes(spec))
+        keys, values = mode_of(spec) or (None, None)
         self._struct = CPagedKV(
             DTYPES[self.dtype],
-            INT8 if spec.storage == "int8" else DTYPES[self.dtype],
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
             spec.block_size,
+            _kept(keys, spec),
+            _kept(values, spec),
             self.k.data_ptr(),
             self.v.data_ptr(),
             self.origins.data_ptr(),
@@ -41,16 +42,22 @@ class LayerKV:
         self.address = ctypes.addressof(self._struct)
 
 
+def _kept(kept: Kept | None, spec: KVSpec) -> CKept:
+    if kept is None:
+        return CKept(DTYPES[getattr(torch, spec.dtype)], spec.head_dim, 0)
+    return CKept(CODES[kept.bits, kept.floats], kept.group_of(spec.head_dim), kept.affine)
+
+
 def covers(spec: KVSpec) -> bool:
     """Whether the kernels have this shape: float32 or bfloat16, head_dim 16, 32, ... 256, block size 16, 32, ..., kept
-    in dtype or in int8."""
+    in dtype or rounded."""
     return (
         getattr(torch, spec.dtype) in DTYPES
         and spec.head_dim % 16 == 0
         and spec.head_dim <= MAX_HEAD_DIM
         and spec.block_size % 16 == 0
         and spec.num_heads % spec.num_kv_heads == 0
-        and spec.storage in (None, *STORAGES)
+        and spec.storage in (None, *MODES)
     )
 
 
@@ -90,7 +97,8 @@ class SimdAttention:
     Caches of a shape that the kernels do not cover are allocated and served by `base`.
     """
 
-    kv_storages = STORAGES
+    kv_storages = tuple(MODES)
+    chunked = True
 
     def __init__(self, base: Attention, library: Library, threads: int) -> None:
         self.base = base
@@ -99,7 +107,7 @@ class SimdAttention:
         self._step: StepArguments | None = None
 
     def block_bytes(self, spec: KVSpec) -> int:
-        return spec.num_layers * block_bytes(spec) if covers(spec) else self.base.block_bytes(spec)
+        return spec.num_layers * sum(block_bytes(spec)) if covers(spec) else self.base.block_bytes(spec)
 
     def allocate(self, spec: KVSpec, num_blocks: int) -> KVCache:
         if not covers(spec):
@@ -129,16 +137,24 @@ class SimdAttention:
         return rotated_q, rotated_k
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, layer_kv: Any, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: Batch,
+        layer_kv: Any,
+        scale: float,
+        window: int | None,
+        chunk: int | None = None,
     ) -> Tensor:
         if not isinstance(layer_kv, LayerKV):
-            return self.base.attend(q, k, v, batch, layer_kv, scale, window)
+            return self.base.attend(q, k, v, batch, layer_kv, scale, window, chunk)
         step, num_heads, head_dim = self._arguments(batch), layer_kv.num_heads, layer_kv.head_dim
         check_heads("q", q, layer_kv.dtype, (step.num_tokens, num_heads, head_dim))
         out = q.new_empty((step.num_tokens, num_heads * head_dim))
         queries = q.data_ptr(), q.stride(0)
         where = layer_kv.address, step.address
-        self.library.attend(*where, *queries, scale, window or 0, out.data_ptr(), self.threads)
+        self.library.attend(*where, *queries, scale, -chunk if chunk else window or 0, out.data_ptr(), self.threads)
         return out
 
     def _arguments(self, batch: Batch) -> StepArguments:

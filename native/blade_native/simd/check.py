@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # `Dtype` of api.h
-INT8 = 2  # another one, of a KV cache alone
 
 
 def check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -81,16 +81,23 @@ class CRounding(Structure):
     )
 
 
+class CKept(Structure):
+    """`Kept` of api.h."""
+
+    _fields_ = (("storage", c_int32), ("group", c_int32), ("affine", c_int32))
+
+
 class CPagedKV(Structure):
     """`PagedKV` of api.h."""
 
     _fields_ = (
         ("dtype", c_int32),
-        ("storage", c_int32),
         ("num_heads", c_int32),
         ("num_kv_heads", c_int32),
         ("head_dim", c_int32),
         ("block_size", c_int32),
+        ("keys", CKept),
+        ("values", CKept),
         ("k", c_void_p),
         ("v", c_void_p),
         ("origins", c_void_p),
