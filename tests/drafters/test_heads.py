@@ -29,7 +29,7 @@ from blade.nn import Loader
 from blade_eagle.architecture import Eagle3, SpeculatorsEagle3
 from blade_mtp.head import MultiTokenPrediction
 from blade_native import cpu_ops, paged_attention
-from blade_qwen.hybrid import Qwen35
+from blade_qwen.hybrid import Qwen35, Qwen35Moe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,6 +127,28 @@ def mtp() -> Case:
     return Case(MultiTokenPrediction(), QWEN35, tensors | others, reference, 1, target)
 
 
+def mtp_with_experts() -> Case:
+    """The experts in fused tensors, as Qwen3.5 has them."""
+    case, inner, num = mtp(), 48, 6
+    sizes = {"num_experts": num, "num_experts_per_tok": 3, "moe_intermediate_size": inner}
+    config = QWEN35 | sizes | {"shared_expert_intermediate_size": 32, "architectures": ["Qwen3_5MoeForCausalLM"]}
+    shapes = {
+        "gate.weight": (num, WIDTH),
+        "experts.gate_up_proj": (num, 2 * inner, WIDTH),
+        "experts.down_proj": (num, WIDTH, inner),
+        "shared_expert_gate.weight": (1, WIDTH),
+        "shared_expert.gate_proj.weight": (32, WIDTH),
+        "shared_expert.up_proj.weight": (32, WIDTH),
+        "shared_expert.down_proj.weight": (WIDTH, 32),
+    }
+    tensors = {name: x for name, x in case.tensors.items() if ".mlp." not in name}
+    tensors |= {f"mtp.layers.0.mlp.{name}": torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    reference = replace(case.reference, tensors=tensors, num_active=3)
+    return replace(
+        case, config=config, tensors=tensors, reference=reference, target_config=Qwen35Moe().configure(config)
+    )
+
+
 CASES = {
     "eagle3": lambda: eagle(eagle_config()),
     "eagle3 whose embedding is its own": lambda: eagle(
@@ -140,6 +162,7 @@ CASES = {
     ),
     "eagle3 of speculators": speculators,
     "mtp": mtp,
+    "mtp with experts": mtp_with_experts,
 }
 
 

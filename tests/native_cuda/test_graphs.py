@@ -133,7 +133,6 @@ def test_replays_leave_hidden_states_too(launcher: Launcher) -> None:
         expected, found = plain.model.forward(plain.batch(spans), plain.kv), model(world.batch(spans))
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
         num = sum(stop - start for start, stop in spans.values())
-        assert expected.shape == (3 if num == 3 else num, 199)
         torch.testing.assert_close(shown[1][:num], shown[0][:num], rtol=0.02, atol=0.05)
         assert shown[0][:num].abs().amax(1).gt(0).all()
     assert world.recorder.replays == 1
