@@ -52,7 +52,7 @@ class HiddenReader(Drafter, Protocol):
     def observe(self, seqs: Seq[Sequence], spans: Seq[range], rows: Seq[int], hidden: Tensor) -> None:
         """A step has computed tokens of `seqs`, and those at the positions spans[i] of seqs[i] are sure to stay; the
         hidden states of the first of them are hidden[rows[i]], those of the others follow. The last of them may be
-        drafts, which are output only after this call.
+        drafts, which are output only after this call. It is the runner that calls, in its own process and thread.
 
         hidden [T, len(hidden_states) * hidden_size] is overwritten by the next step. Positions may come again, with the
         same tokens (a preempted sequence), and a sequence may begin late (its prefix was cached: nobody computed

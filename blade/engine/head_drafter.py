@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from blade.config import EngineConfig
     from blade.contracts import DraftHead
 
-READ_AT = 64  # places that wait, of all sequences: together they cost less than one by one
+READ_AT, READ_EACH = 64, 8  # places that may wait, in all and for each sequence: together they cost less
 
 
 class Mirror:
@@ -78,7 +78,7 @@ class Mirror:
             parts.append(part)
             left -= len(part)
             rest = self.unread[0][len(part) :]
-            self.unread[:1] = [rest] if len(rest) else []
+            self.unread[:1] = [rest.clone()] if len(rest) else []  # the rest of the step is not to be kept for it
         self.num_unread -= num
         self.last = parts[-1][-1:].clone()
         return parts
@@ -120,7 +120,7 @@ class HeadDrafter:
                 mirror = self._mirrors[seq.id] = self._begin(seq, span.start)
             mirror.follow(seq)
             mirror.take(span, states, row)
-        if sum(mirror.num_unread for mirror in self._mirrors.values()) >= READ_AT:
+        if sum(mirror.num_unread for mirror in self._mirrors.values()) >= READ_AT + READ_EACH * len(self._mirrors):
             self._read(list(self._mirrors.values()))
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:

@@ -31,7 +31,8 @@ def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_
     seconds: dict[int, float] = {}
     started = time.monotonic()
     try:
-        _run(executor, seq, CONTEXT)
+        for seq.computed in range(0, CONTEXT, max_batch_tokens):
+            _run(executor, seq, min(max_batch_tokens, CONTEXT - seq.computed))
         for _ in range(ROUNDS):  # round by round, so that a short disturbance does not bend the curve
             for num_tokens in (num for num in NUM_TOKENS if num <= most):
                 seq.computed, seq.draft_ids = CONTEXT, _ids(num_tokens - 1, limits.vocab_size)

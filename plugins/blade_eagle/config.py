@@ -39,7 +39,7 @@ def read(whole: Keys, layer: Keys, target: ModelConfig, hidden_states: list[int]
         layer,
         draft_vocab_size=whole.integer("draft_vocab_size", target.vocab_size),
         target_hidden_size=whole.integer("target_hidden_size", hidden_size),
-        hidden_states=tuple(hidden_states) or _default_states(target.num_layers),
+        hidden_states=tuple(sorted(hidden_states or _default_states(target.num_layers))),  # as layers come
         norm_before_residual=whole.flag("norm_before_residual", norm_first),
         norm_before_fc=whole.flag("norm_before_fc", False),
         fc_norm=whole.flag("fc_norm", False),
@@ -49,8 +49,8 @@ def read(whole: Keys, layer: Keys, target: ModelConfig, hidden_states: list[int]
     return replace(found, max_context=max(found.max_context, target.max_context))  # ropes go on, as in EAGLE's own code
 
 
-def _default_states(num_layers: int) -> tuple[int, ...]:
-    return 2, num_layers // 2, num_layers - 3
+def _default_states(num_layers: int) -> list[int]:
+    return [2, num_layers // 2, num_layers - 3]
 
 
 def _check_target(keys: Keys, found: EagleConfig, target: ModelConfig) -> None:

@@ -49,6 +49,18 @@ def swiglu(x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
     return (F.silu(gate) * up) @ tensors[f"{name}.down_proj.weight"].T
 
 
+def mixture(x: Tensor, tensors: dict[str, Tensor], name: str, num_active: int) -> Tensor:
+    """Experts in fused tensors, weighed by the router's softmax over those chosen, and one that all tokens go to."""
+    weights, chosen = (x @ tensors[f"{name}.gate.weight"].T).softmax(-1).topk(num_active)
+    weights = weights / weights.sum(-1, keepdim=True)
+    y = swiglu(x, tensors, f"{name}.shared_expert") * (x @ tensors[f"{name}.shared_expert_gate.weight"].T).sigmoid()
+    for row in range(len(x)):
+        for weight, expert in zip(weights[row], chosen[row], strict=True):
+            gate, up = (tensors[f"{name}.experts.gate_up_proj"][expert] @ x[row]).chunk(2)
+            y[row] += weight * (tensors[f"{name}.experts.down_proj"][expert] @ (F.silu(gate) * up))
+    return y
+
+
 @dataclass
 class EagleReference:
     """A head under the names of EAGLE's own code."""
@@ -97,6 +109,7 @@ class MTPReference:
     head_dim: int
     share: float  # of a head's channels that turn
     theta: float
+    num_active: int = 0  # experts of a token; 0: there are none
 
     def enter(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -115,7 +128,12 @@ class MTPReference:
         q, k = (rotated(y, self.share, self.theta) for y in (q, k))
         x = attention(q, k, v) * gate.flatten(1).sigmoid()
         x = residual + x @ t[f"{layer}.self_attn.o_proj.weight"].T
-        x = x + swiglu(rms_norm(x, t[f"{layer}.post_attention_layernorm.weight"], 1), t, f"{layer}.mlp")
+        normed = rms_norm(x, t[f"{layer}.post_attention_layernorm.weight"], 1)
+        x = x + (
+            mixture(normed, t, f"{layer}.mlp", self.num_active)
+            if self.num_active
+            else swiglu(normed, t, f"{layer}.mlp")
+        )
         said = rms_norm(x, t["mtp.norm.weight"], 1)
         return said @ self.output_matrix.T, said
 

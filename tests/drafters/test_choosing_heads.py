@@ -52,7 +52,7 @@ def test_eagles_own_checkpoints_are_read_where_the_drafter_is_named(tiny_llama: 
 
 def test_where_the_states_come_from(tiny_llama: Path, tmp_path: Path) -> None:
     for given, states in (
-        ({"eagle_aux_hidden_state_layer_ids": [2, 0, 1]}, (2, 0, 1)),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 0, 1]}, (0, 1, 2)),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 0, 1]}}, (1, 1, 2)),  # SGLang's way of counting
     ):
         config = eagle_config(eagle_aux_hidden_state_layer_ids=None) | given
@@ -63,7 +63,7 @@ def test_where_the_states_come_from(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_the_published_default_needs_enough_layers(tiny_llama: Path, tmp_path: Path) -> None:
     head = write_head(tmp_path / "h", eagle_config(eagle_aux_hidden_state_layer_ids=None), eagle_tensors())
-    with pytest.raises(BladeError, match="states after 2, 1, -1 layers, and LlamaForCausalLM has 2"):
+    with pytest.raises(BladeError, match="states after -1, 1, 2 layers, and LlamaForCausalLM has 2"):
         chosen(tiny_llama, head)
 
 

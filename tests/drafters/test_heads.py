@@ -29,7 +29,7 @@ from blade.nn import Loader
 from blade_eagle.architecture import Eagle3, SpeculatorsEagle3
 from blade_mtp.head import MultiTokenPrediction
 from blade_native import cpu_ops, paged_attention
-from blade_qwen.hybrid import Qwen35
+from blade_qwen.hybrid import Qwen35, Qwen35Moe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from blade.contracts import Head
 
-BLOCK_SIZE, NUM_BLOCKS = 4, 200
+BLOCK_SIZE, NUM_BLOCKS = 16, 50
+OPS = cpu_ops(1)
 SPECULATORS = {
     "architectures": ["Eagle3Speculator"],
     "speculators_model_type": "eagle3",
@@ -89,16 +90,15 @@ class Case:
     target_config: Any
 
     def build(self) -> Head:
-        ops = cpu_ops(1)
         reference = self.reference
         output = getattr(reference, "output_matrix", reference.embedding)
         target: Any = SimpleNamespace(
-            embed=ops.embedding(reference.embedding.clone()),
-            lm_head=ops.linear(output.clone(), None),
+            embed=OPS.embedding(reference.embedding.clone()),
+            lm_head=OPS.linear(output.clone(), None),
             hidden_size=WIDTH,
         )
         weights = self.architecture.weights(self.config, DictWeights(self.tensors))
-        loader = Loader(weights, ops, paged_attention(ops), torch.float32)
+        loader = Loader(weights, OPS, paged_attention(OPS), torch.float32)
         config = replace(self.architecture.configure(self.config, self.target_config), max_context=200)
         head: Head = self.architecture.build(config, loader, target)
         return head
@@ -127,6 +127,28 @@ def mtp() -> Case:
     return Case(MultiTokenPrediction(), QWEN35, tensors | others, reference, 1, target)
 
 
+def mtp_with_experts() -> Case:
+    """The experts in fused tensors, as Qwen3.5 has them."""
+    case, inner, num = mtp(), 48, 6
+    sizes = {"num_experts": num, "num_experts_per_tok": 3, "moe_intermediate_size": inner}
+    config = QWEN35 | sizes | {"shared_expert_intermediate_size": 32, "architectures": ["Qwen3_5MoeForCausalLM"]}
+    shapes = {
+        "gate.weight": (num, WIDTH),
+        "experts.gate_up_proj": (num, 2 * inner, WIDTH),
+        "experts.down_proj": (num, WIDTH, inner),
+        "shared_expert_gate.weight": (1, WIDTH),
+        "shared_expert.gate_proj.weight": (32, WIDTH),
+        "shared_expert.up_proj.weight": (32, WIDTH),
+        "shared_expert.down_proj.weight": (WIDTH, 32),
+    }
+    tensors = {name: x for name, x in case.tensors.items() if ".mlp." not in name}
+    tensors |= {f"mtp.layers.0.mlp.{name}": torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    reference = replace(case.reference, tensors=tensors, num_active=3)
+    return replace(
+        case, config=config, tensors=tensors, reference=reference, target_config=Qwen35Moe().configure(config)
+    )
+
+
 CASES = {
     "eagle3": lambda: eagle(eagle_config()),
     "eagle3 whose embedding is its own": lambda: eagle(
@@ -140,6 +162,7 @@ CASES = {
     ),
     "eagle3 of speculators": speculators,
     "mtp": mtp,
+    "mtp with experts": mtp_with_experts,
 }
 
 
@@ -150,9 +173,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def allocate(head: Head) -> Any:
-    config, ops = head.config, cpu_ops(1)
+    config = head.config
     spec = KVSpec(1, config.num_heads, config.num_kv_heads, config.head_dim, "float32", BLOCK_SIZE)
-    return paged_attention(ops).allocate(spec, NUM_BLOCKS)
+    return paged_attention(OPS).allocate(spec, NUM_BLOCKS)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -164,7 +187,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("cuts", [[50], [1] * 50, [17, 1, 1, 3, 20, 8]], ids=["whole", "one by one", "chunks"])
 def test_the_formula(case: Case, cuts: list[int]) -> None:
-    head, ops = case.build(), cpu_ops(1)
+    head = case.build()
     kv, blocks = allocate(head), BlockPool(NUM_BLOCKS, BLOCK_SIZE)
     ids, hidden = torch.randint(VOCAB, (50,)), torch.randn(50, case.num_states * WIDTH)
     expected_logits, expected_left = case.reference(ids, case.reference.enter(hidden))
@@ -172,7 +195,7 @@ def test_the_formula(case: Case, cuts: list[int]) -> None:
     for num in cuts:
         span = slice(seq.computed, seq.computed + num)
         assert blocks.grow(seq, num)
-        batch = build_batch(Step([seq], [num]), BLOCK_SIZE, ops.to_device)
+        batch = build_batch(Step([seq], [num]), BLOCK_SIZE, OPS.to_device)
         batch = replace(batch, logits_rows=torch.arange(num))
         own, left = head.forward(batch, head.enter(hidden[span]), kv)
         logits = torch.full((num, VOCAB), -torch.inf)
@@ -190,9 +213,9 @@ class World:
         self.case, self.kv = case, allocate(head)
         self.blocks = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
         options = CaptureOptions(enabled=captured, block_size=BLOCK_SIZE)
-        runner = HeadRunner(head, self.kv, cpu_ops(1), options, 0, max_batch_tokens)
+        self.runner = HeadRunner(head, self.kv, OPS, options, 0, max_batch_tokens)
         config = EngineConfig(max_batch_tokens=max_batch_tokens, max_num_seqs=8)
-        self.drafter = HeadDrafter(config, DraftHead(runner, self.blocks, 200))
+        self.drafter = HeadDrafter(config, DraftHead(self.runner, self.blocks, 200))
         self.hidden = {seed: self.states(seed) for seed in range(4)}
 
     def states(self, seed: int) -> Tensor:
@@ -242,6 +265,8 @@ def test_drafts_are_the_head_applied_again_and_again(case: Case, captured: bool,
             said = [*draft[: turn % 3], 30 + turn]
             world.show([seq], [range(start, start + len(said))], [seed])  # before they are output
             seq.output_ids += said
+    forward: Any = world.runner._forward  # replays, where there are compiled kernels
+    assert bool(getattr(forward, "captures", True)) == (captured or not hasattr(forward, "captures"))
     for seq in (a, b):
         world.drafter.forget(seq)
     world.blocks.check()
@@ -271,7 +296,7 @@ def test_states_that_come_again_or_too_late(case: Case) -> None:
 
 def test_blocks_that_are_short_are_taken_from_those_not_asked_for(case: Case) -> None:
     world = World(case)
-    world.blocks = world.drafter._blocks = BlockPool(12, BLOCK_SIZE)
+    world.blocks = world.drafter._blocks = BlockPool(4, BLOCK_SIZE)
     seqs = [world.seq(i, [i + 1] * 30) for i in range(3)]
     for seq in seqs:
         world.show([seq], [range(30)], [seq.id])

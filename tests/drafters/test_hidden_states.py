@@ -10,9 +10,10 @@ import pytest
 import torch
 from generation import PROMPTS, SETTINGS, WAYS, generate, ids
 
-from blade import Config, ConfigError, Draft, EngineConfig, ModelOptions, hookimpl
+from blade import Config, ConfigError, Draft, EngineConfig, ModelOptions, SamplingParams, Sequence, Step, hookimpl
 from blade.assembly import Assembly, choose, load_model
 from blade.contracts import NORMED
+from blade.engine.batch import build_batch
 from blade.plugins import Plugins, load
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade import Sequence
     from blade.contracts import Model
 
 WIDTH = 64
@@ -142,6 +142,21 @@ def test_the_state_after_the_last_norm_and_several_readers(assembly: Assembly, m
     assert ids(said) == ids(plain)
     assert check(spies[0], expected) == check(spies[1], expected) > 500
     assert stats.drafters[1].seconds > 0
+
+
+def test_steps_that_leave_states_are_replayed(assembly: Assembly, model: Model, expected: Any) -> None:
+    spec = assembly.kv_spec
+    forward: Any = assembly.ops.capture(model, assembly.attention.allocate(spec, 4), assembly.capture)
+    shown, seq = torch.zeros(64, 2 * WIDTH), Sequence(1, list(range(20, 60)), SamplingParams(max_tokens=1))
+    model.show_hidden((1, NORMED), shown)  # type: ignore[attr-defined]
+    seq.blocks, wanted = [2, 0, 3], expected(seq.prompt_ids)
+    for seq.computed in range(39):
+        batch = build_batch(Step([seq], [1]), spec.block_size, assembly.ops.to_device)
+        forward(replace(batch, logits_rows=torch.tensor([0])))
+        scale = 1e-4 * float(wanted[1].abs().max())
+        torch.testing.assert_close(shown[0, :WIDTH], wanted[1][seq.computed], rtol=0, atol=scale)
+        torch.testing.assert_close(shown[0, WIDTH:], wanted[NORMED][seq.computed], rtol=0, atol=1e-3)
+    assert len(getattr(forward, "captures", "a")) == 1
 
 
 def test_nobody_reads_nothing(assembly: Assembly, model: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import blade_qwen
 from blade import CaptureOptions, KVSpec
+from blade.contracts import NORMED
 from blade.nn import Loader
 from blade.plugins import Plugins
 from blade.testing.attention import make_batch
@@ -117,6 +118,24 @@ def test_replays_are_the_steps_they_stand_for(launcher: Launcher) -> None:
     assert counts == [0, 1, 2, 3, 4]
     for layer, other in zip(world.kv, plain.kv, strict=True):
         torch.testing.assert_close(layer.kv, other.kv, rtol=0.02, atol=0.02)  # padding rows stored nothing
+
+
+@torch.inference_mode()
+def test_replays_leave_hidden_states_too(launcher: Launcher) -> None:
+    """In memory of the reader's: what a padded replay leaves behind its sequences' rows is of no meaning."""
+    plain, world = World(launcher), World(launcher)
+    shown = []
+    for each in (plain, world):
+        shown.append(torch.zeros(64, 3 * 64, dtype=torch.bfloat16))
+        each.model.show_hidden((0, 1, NORMED), shown[-1])
+    model = world.graphed()
+    for spans in ({i: (0, length) for i, length in enumerate(PROMPTS)}, decodes(2, 0, 1, after=0)):
+        expected, found = plain.model.forward(plain.batch(spans), plain.kv), model(world.batch(spans))
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        num = sum(stop - start for start, stop in spans.values())
+        torch.testing.assert_close(shown[1][:num], shown[0][:num], rtol=0.02, atol=0.05)
+        assert shown[0][:num].abs().amax(1).gt(0).all()
+    assert world.recorder.replays == 1
 
 
 @torch.inference_mode()
