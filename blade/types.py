@@ -258,6 +258,7 @@ class LowRank:
     a: Tensor  # [r, K]
     b: Tensor  # [N, r]
     scale: float
+    of_table: bool = False  # of an embedding's K rows of N numbers instead
 
 
 @dataclass(slots=True, frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.nn.grouped import Dequantized
+from blade.nn.lora import AdaptedLinear
 from blade.nn.row_order import RowOrder, as_ops
 from blade.nn.tensors import check_shape, loaded_bytes, split_name, stacked_bias
 
@@ -71,9 +72,11 @@ class Loader:
     def embedding(
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
     ) -> Callable[[Tensor], Tensor]:
+        tied = tied.base if isinstance(tied, AdaptedLinear) else tied
         table = tied or self._quantized((prefix,), [shape], self.ops)
         rows = self.ops.embedding_of(table, self.dtype) if table else None
-        return rows or self.ops.embedding(self._table(prefix, shape))
+        rows = rows or self.ops.embedding(self._table(prefix, shape))
+        return rows if self._adapters is None or shape is None else self._adapters.wrap_embedding(prefix, shape, rows)
 
     def _table(self, prefix: str, shape: tuple[int, int] | None) -> Tensor:
         """An embedding's plain numbers; it is in already where it is quantised, and nothing is told of it."""
@@ -118,5 +121,7 @@ class Loader:
 
 
 def _is_adaptable(prefix: str) -> bool:
-    """Of the layers' linears; experts are called by their mixture, not one by one."""
-    return ".layers." in prefix and ".experts." not in prefix
+    """The output head, which may be an embedding's tensors, and the layers' linears; experts are called by their
+    mixture, not one by one."""
+    inside = re.search(r"\.(layers|h)\.", prefix) is not None
+    return ".experts." not in prefix and (inside or prefix.rpartition(".")[2] in ("lm_head", "embed_tokens"))

@@ -1,7 +1,7 @@
 """Makes the checkpoints in fixtures/ with the tools that people make theirs with, and notes what they stand for.
 
     pip install llmcompressor==0.14.0.1 bitsandbytes==0.50.2 'mlx[cpu]==0.32.4'   # in an environment of their own
-    pip install --no-deps mlx-lm==0.32.2 sentencepiece
+    pip install --no-deps mlx-lm==0.32.2 sentencepiece torchao==0.18.0
     python tests/formats/make_fixtures.py
 
 Of each quantised matrix the tool's own dequantisation is kept as its product with fixed numbers, and of each model the
@@ -285,7 +285,93 @@ def mlx(bits: int) -> Callable[[Path], Dense]:
     return make
 
 
+# torchao, by transformers
+
+
+def torchao(make_config: Callable[[], Any], **settings: Any) -> Callable[[Path], Dense]:
+    def make(folder: Path) -> Dense:
+        lend_kernels()
+        config = transformers.TorchAoConfig(quant_type=make_config(), **settings)
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            plain_folder(), quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+        model.save_pretrained(folder)
+        names = [*MODULES, *(["model.embed_tokens"] if settings.get("include_input_output_embeddings") else [])]
+        return {name: dense_of_object(model.get_submodule(name).weight) for name in names}
+
+    return make
+
+
+def dense_of_object(weight: Any) -> Tensor:
+    """float32 by torchao itself; its Int4Tensor can only multiply, on a GPU: q * scale + zero, as that is defined."""
+    from torchao.quantization import Int4Tensor, IntxUnpackedToInt8Tensor
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    if isinstance(weight, IntxUnpackedToInt8Tensor):  # by the same function as itself, but not in bfloat16
+        scale, zero = weight.scale.float(), weight.zero_point
+        return dequantize_affine(weight.qdata, weight.block_size, scale, zero, torch.int8, output_dtype=torch.float32)
+    if not isinstance(weight, Int4Tensor):
+        return weight.dequantize(output_dtype=torch.float32)
+    n, half = weight.qdata.shape
+    q = torch.stack([weight.qdata << 4 >> 4, weight.qdata >> 4], dim=2).view(n, 2 * half)
+    scale, zero = (x.T.float().repeat_interleave(weight.block_size[1], 1) for x in (weight.scale, weight.zero_point))
+    return q * scale + zero
+
+
+def lend_kernels() -> None:
+    """What torchao has others do that are to be had with a GPU alone: rounding to 4 bits (mslk's), as those define it,
+    and the question whether the activations could be multiplied in 8-bit floats."""
+    from torchao.float8 import inference
+    from torchao.quantization.quantize_.workflows.int4 import int4_tensor
+
+    def round_rows(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        groups = w.float().view(len(w), -1, group)
+        low, high = groups.amin(2), groups.amax(2)
+        scale = (high - low).clamp(min=1e-6) / 15
+        q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15) - 8
+        return q.to(torch.int8).view(w.shape), scale.T.contiguous(), (low + 8 * scale).T.contiguous()
+
+    int4_tensor.int4_row_quantize_zp = round_rows
+    int4_tensor.pack_int4 = lambda q: (q[:, ::2] & 15 | q[:, 1::2] << 4).contiguous()
+    inference.is_MI300 = lambda: True
+
+
+def in_many_ways() -> Any:
+    from torchao import quantization as ao
+
+    integers = ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), mapping_type=ao.MappingType.ASYMMETRIC)
+    few = ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int3, weight_granularity=ao.PerGroup(32))
+    return ao.FqnToConfig(
+        {
+            "model.layers.0.self_attn.v_proj": ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerTensor()),
+            r"re:model\.layers\..*\.[qk]_proj": integers,
+            r"re:.*mlp.*": few,
+            "_default": ao.Float8WeightOnlyConfig(),
+        }
+    )
+
+
+def with_embeddings() -> Any:
+    from torchao import quantization as ao
+
+    config = ao.IntxWeightOnlyConfig(torch.int8, ao.PerAxis(0))
+    return ao.FqnToConfig({"model.embed_tokens": config, "_default": config})
+
+
+def torchao_config(name: str, **settings: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        from torchao import quantization
+
+        return getattr(quantization, f"{name}Config")(**settings)
+
+    return make
+
+
 CASES: dict[str, Callable[[Path], Dense]] = {
+    "torchao-int4": torchao(torchao_config("Int4WeightOnly", group_size=32)),
+    "torchao-int8": torchao(torchao_config("Int8DynamicActivationInt8Weight")),
+    "torchao-many": torchao(in_many_ways),
+    "torchao-embeddings": torchao(with_embeddings, include_input_output_embeddings=True),
     "mlx": mlx(4),
     "mlx-3": mlx(3),
     "gptq": auto_round("auto_gptq", 4, sym=True),

@@ -10,6 +10,7 @@ from format_cases import dense, make
 from tensors import fp8, gptq, pack, seeded
 
 from blade import Float8Weight, GroupedWeight
+from blade.nn import dequantize
 from blade.nn.packing import unpack
 from blade.testing import TensorWeights
 
@@ -195,3 +196,45 @@ def test_a_group_is_found_by_name_pattern_or_class() -> None:
     schemes = Schemes(Keys(settings), settings)
     names = ("model.x.up_proj", "model.y.down_proj", "model.x.down_proj")
     assert [schemes.of(name).bits for name in names] == [4, 8, 5]
+
+
+def test_torchao_integers_are_as_wide_as_the_settings_of_their_module_say() -> None:
+    def config(dtype: str) -> dict[str, Any]:
+        return {"_type": "IntxWeightOnlyConfig", "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": dtype}}}
+
+    configs = {"x.b.weight": config("int5"), "re:x\\..": config("int3"), "re:y": None, "_default": config("int8")}
+    settings = {"quant_type": {"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": configs}}}}
+    settings["quant_method"] = "torchao"  # type: ignore[assignment]
+    for prefix, bits in (("x.a", 4), ("x.b", 5), ("x.bc", 8), ("y", 8)):
+        q = torch.randint(-4, 4, (8, 64), generator=seeded(), dtype=torch.int8)
+        zeros = torch.randint(-4, 4, (8, 2), generator=seeded(1), dtype=torch.int8)
+        scales = torch.rand(8, 2, generator=seeded(2)).bfloat16()
+        tensors = TensorWeights(
+            {f"{prefix}._weight_qdata": q, f"{prefix}._weight_scale": scales, f"{prefix}._weight_zero_point": zeros}
+        )
+        weight = make(settings).weight(prefix, tensors)
+        assert isinstance(weight, GroupedWeight)
+        assert weight.bits == bits
+        w = (q - zeros.repeat_interleave(32, 1)) * scales.float().repeat_interleave(32, 1)
+        assert dense(settings, tensors, prefix).equal(w)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (160, 1), (2, 4)])
+def test_torchao_floats_by_blocks_rows_and_matrices(shape: tuple[int, ...]) -> None:
+    block = (160, 256) if len(shape) < 2 else (160 // shape[0], 256 // shape[1])
+    q, scales, w = fp8(160, 256, block)
+    tensors = TensorWeights({"a._weight_qdata": q, "a._weight_scale": scales.view(shape)})
+    settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig", "_data": {}}}}
+    assert dense(settings, tensors, "a").equal(w)
+
+
+def test_torchao_integers_without_zero_points() -> None:
+    """Packed ones that are rounded for activations in 8-bit floats have zeros that are all 0."""
+    q = torch.randint(16, (8, 64), generator=seeded())
+    scales = torch.rand(2, 8, generator=seeded(1)).bfloat16()
+    tensors = {"a._weight_qdata": pack(q ^ 8, 4).view(torch.int8), "a._weight_scale": scales}
+    settings = {"quant_method": "torchao", "quant_type": "int4_weight_only"}
+    weight = make(settings).weight("a", TensorWeights(tensors | {"a._weight_zero_point": torch.zeros(2, 8)}))
+    assert isinstance(weight, GroupedWeight)
+    assert weight.minima is None
+    assert dequantize(weight, torch.float32).equal((q - 8) * scales.T.float().repeat_interleave(32, 1))

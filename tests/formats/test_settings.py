@@ -24,6 +24,13 @@ MLX = {"quant_method": "mlx", "model_type": "qwen3", "bits": 4, "group_size": 64
 CT = settings_of(F / "ct-w4a16")
 
 
+def torchao(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_data": fields}}}
+
+
+AO = torchao("Int8WeightOnlyConfig")
+
+
 def with_weights(**settings: Any) -> dict[str, Any]:
     group = CT["config_groups"]["group_0"]
     return CT | {"config_groups": {"group_0": group | {"weights": group["weights"] | settings}}}
@@ -64,6 +71,20 @@ def with_weights(**settings: Any) -> dict[str, Any]:
         (MLX | {"model_type": "qwen3_next"}, "quantization_config.model_type is 'qwen3_next'"),
         (MLX | {"lm_head": {"bits": 7}}, "quantization_config.lm_head.bits must be one of 2, 3, 4, 5, 6, 8, not 7"),
         (OPT | {"quant_algo": "W4A8_AWQ"}, "quantization_config.quant_algo is 'W4A8_AWQ'"),
+        (torchao("GemliteUIntXWeightOnlyConfig"), "quant_type.default is 'GemliteUIntXWeightOnlyConfig', which blade"),
+        (
+            torchao("Int4WeightOnlyConfig", int4_packing_format={"_type": "x", "_data": "TILE_PACKED_TO_4D"}),
+            "quant_type.default.int4_packing_format is 'TILE_PACKED_TO_4D', which blade does not serve",
+        ),
+        (
+            torchao("Float8WeightOnlyConfig", weight_dtype={"_type": "torch.dtype", "_data": "float8_e5m2"}),
+            "quant_type.default.weight_dtype is 'float8_e5m2'",
+        ),
+        (
+            torchao("FqnToConfig", fqn_to_config={"re:(": {"_type": "Int8WeightOnlyConfig", "_data": {}}}),
+            "quant_type.default.re:(: '(' is no regular expression",
+        ),
+        (AO | {"quant_type": {"default": 3}}, "quantization_config.quant_type.default is 3, which blade does not"),
     ],
 )
 def test_what_would_change_the_weights_is_refused_by_name(settings: dict[str, Any], words: str) -> None:
@@ -90,6 +111,8 @@ def weight_of(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
 
 
 FP8_WEIGHT = torch.zeros(8, 32).to(torch.float8_e4m3fn)
+BYTES = torch.full((8, 32), 9, dtype=torch.int8)
+PLAIN_INT8 = {"a._weight_qdata": BYTES, "a._weight_scale": torch.ones(8, 1)}
 INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale": torch.ones(8, 2)}
 
 
@@ -117,6 +140,11 @@ INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale":
         (CT, INT4 | {"a.weight_shape": torch.tensor([8, 128])}, "Tensor a.weight_shape says (8, 128)"),
         (MLX, {"a.scales": torch.ones(8, 1)}, "Tensor a.weight is of float32, not uint32 or int32."),
         (BNB, {"a.weight": FP8_WEIGHT}, "has neither a.weight.absmax nor a.SCB, without which a.weight means nothing."),
+        (AO, {"a._weight_qdata": BYTES}, "no tensor a._weight_scale, without which a._weight_qdata means nothing."),
+        (AO, PLAIN_INT8 | {"a._weight_scale": torch.ones(3, 1)}, "has shape (3, 1), which is none for 8 rows of 32."),
+        (AO, PLAIN_INT8 | {"a._weight_zero_point": BYTES}, "has shape (8, 32); to those beside it belongs (8, 1)."),
+        (AO, PLAIN_INT8 | {"a._weight_act_pre_scale": torch.ones(32)}, "a._weight_act_pre_scale is not served: the"),
+        (torchao("IntxWeightOnlyConfig", weight_dtype="int4"), PLAIN_INT8, "holds numbers that 4 bits cannot."),
         (BNB, {"a.weight.absmax": torch.ones(1)}, "no tensor a.weight.quant_state.bitsandbytes__nf4"),
     ],
 )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from checkpoints import Reference
     from torch import Tensor
 
-    from blade.contracts import Ops
+    from blade.contracts import Ops, Quantization
 
 Span = tuple[int, int]  # tokens [start, stop) of a prompt
 ARCHITECTURES = Plugins({"llama": blade_llama, "qwen": blade_qwen}).registry("register_models")
@@ -38,6 +38,7 @@ class Stepper:
         ops: Ops | None = None,
         storage: str | None = None,
         captured: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         """`ops`: those of this machine's CPU, unless others are given. `storage`: of the KV cache. `captured`: steps of
         a shape that came before are replayed, where that can be."""
@@ -47,7 +48,7 @@ class Stepper:
         config = architecture.configure(reference.config)
         seen = getattr(architecture, "weights", lambda config, weights: weights)
         weights = seen(reference.config, reference.weights)
-        self.model = architecture.build(config, Loader(weights, self.ops, attention, dtype))
+        self.model = architecture.build(config, Loader(weights, self.ops, attention, dtype, quantization))
         sizes = [-(-len(prompt) // block_size) for prompt in reference.prompts]
         order = random.Random(0).sample(range(sum(sizes)), sum(sizes))
         self.tables = [[order.pop() for _ in range(size)] for size in sizes]

@@ -1,0 +1,110 @@
+"""Every family in every weight format that can hold it computes what it does with the numbers that are stored."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from checkpoints import Reference, make_reference
+from quantised import FORMATS, quantised
+from stepper import ARCHITECTURES, Stepper, one_by_one
+from test_qwen1 import CONFIG as QWEN1
+from test_qwen1 import make_tensors
+
+import blade_auto_round
+import blade_awq
+import blade_bitsandbytes
+import blade_compressed_tensors
+import blade_fp8
+import blade_gptq
+import blade_mlx
+import blade_modelopt
+import blade_rtn
+import blade_torchao
+from blade.nn import GroupedQuantization, dequantize
+from blade.nn.tensors import loaded_bytes
+from blade.plugins import Plugins
+from blade.testing import TensorWeights
+from blade_native import cpu_ops
+from blade_native.reference import TorchOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade.contracts import Ops
+
+FAMILIES = [
+    "llama grouped untied", "llama4", "qwen1", "qwen2 tied", "qwen2 moe", "qwen3", "qwen3 moe", "qwen3 next",
+    "qwen3.5", "qwen3.5 vision", "qwen3.5 moe",
+]  # fmt: skip
+OF_MLX = {"llama grouped untied", "qwen2 tied", "qwen3"}  # whose tensors MLX leaves as they are
+PLUGINS = Plugins(
+    {
+        "gptq": blade_gptq, "awq": blade_awq, "auto-round": blade_auto_round, "fp8": blade_fp8, "mlx": blade_mlx,
+        "compressed-tensors": blade_compressed_tensors, "bitsandbytes": blade_bitsandbytes, "rtn": blade_rtn,
+        "modelopt": blade_modelopt, "torchao": blade_torchao,
+    }
+)  # fmt: skip
+IN_HALF = {"bnb-nf4"}  # whose scales lose something in float16
+PAIRS = [
+    (family, kind) for family in FAMILIES for kind in (*FORMATS, "int8", "int4") if kind != "mlx" or family in OF_MLX
+]
+
+
+class QuantizedTorch(TorchOps):
+    """Without kernels that round activations."""
+
+    quantized_dtypes = (torch.float32,)
+
+
+@cache
+def source(family: str) -> Reference:
+    """With the tensors that its model asks for, experts one by one."""
+    if family == "qwen1":
+        return Reference(QWEN1, TensorWeights(make_tensors()), [], [])
+    found = make_reference(family)
+    architecture = ARCHITECTURES.create(found.config["architectures"][0])
+    seen = getattr(architecture, "weights", lambda config, weights: weights)(found.config, found.weights)
+    return Reference(found.config, TensorWeights({name: seen.get(name) for name in seen.names()}), [], [])
+
+
+def logits(family: str, tensors: dict[str, Tensor], quantization: GroupedQuantization | None, ops: Ops) -> Tensor:
+    config = source(family).config
+    prompts = [torch.arange(13).tolist(), torch.arange(40, 45).tolist()]
+    stepper = Stepper(Reference(config, TensorWeights(tensors), prompts, []), ops=ops, quantization=quantization)
+    return torch.cat(stepper.run(one_by_one([len(prompt) for prompt in prompts], 9)))
+
+
+def prepared(family: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], GroupedQuantization, set[str]]:
+    """A checkpoint, the plain one that it stands for, its reader, and what is quantised in it."""
+    plain, registry = dict(source(family).weights.tensors), PLUGINS.registry("register_quantizations")
+    if kind in FORMATS:
+        config, written = source(family).config, FORMATS[kind]
+        settings = written.settings | ({"model_type": config["model_type"]} if kind == "mlx" else {})
+        made, prefixes = quantised(plain, written.write)
+        return made, plain, registry.create(settings["quant_method"], settings), prefixes
+    quantization, made = registry.create(kind, {}), dict(plain)
+    weights = TensorWeights(made)
+    found = {name.removesuffix(".weight") for name in made if name.endswith(".weight")}
+    prefixes = {prefix for prefix in found if quantization.find(prefix, weights)[1]} - {"transformer.wte"}
+    for prefix in prefixes:
+        plain[f"{prefix}.weight"] = dequantize(quantization.weight(prefix, weights), torch.float32)
+    return made, plain, quantization, prefixes
+
+
+@pytest.mark.parametrize(("family", "kind"), PAIRS)
+def test_it_computes_what_is_stored(family: str, kind: str) -> None:
+    made, plain, quantization, prefixes = prepared(family, kind)
+    weights, ops = TensorWeights(made), QuantizedTorch()
+    assert len(prefixes) >= 10
+    assert all(quantization.find(prefix, weights)[1] for prefix in prefixes)
+    exact = logits(family, plain, None, ops)
+    found = logits(family, made, quantization, ops)
+    assert float((found - exact).norm() / exact.norm()) < (2e-3 if kind in IN_HALF else 2e-5)
+    rounded = logits(family, made, quantization, cpu_ops(None))
+    errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+    assert float(errors.median()) < 0.05  # few tokens change their experts
+    smaller = sum(loaded_bytes(name, weights, ops, torch.float32, quantization) for name in made)
+    assert smaller < 0.75 * sum(tensor.nbytes for tensor in plain.values())
