@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.contracts import Head
+    from blade.contracts import Head, Ops
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 50
-OPS = cpu_ops(1)
 SPECULATORS = {
     "architectures": ["Eagle3Speculator"],
     "speculators_model_type": "eagle3",
@@ -57,6 +57,12 @@ QWEN35 = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
+
+
+@cache
+def ops() -> Ops:
+    """One op set for all: what is captured is what its own kernels are asked for."""
+    return cpu_ops(1)
 
 
 class DictWeights:
@@ -93,12 +99,12 @@ class Case:
         reference = self.reference
         output = getattr(reference, "output_matrix", reference.embedding)
         target: Any = SimpleNamespace(
-            embed=OPS.embedding(reference.embedding.clone()),
-            lm_head=OPS.linear(output.clone(), None),
+            embed=ops().embedding(reference.embedding.clone()),
+            lm_head=ops().linear(output.clone(), None),
             hidden_size=WIDTH,
         )
         weights = self.architecture.weights(self.config, DictWeights(self.tensors))
-        loader = Loader(weights, OPS, paged_attention(OPS), torch.float32)
+        loader = Loader(weights, ops(), paged_attention(ops()), torch.float32)
         config = replace(self.architecture.configure(self.config, self.target_config), max_context=200)
         head: Head = self.architecture.build(config, loader, target)
         return head
@@ -175,7 +181,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def allocate(head: Head) -> Any:
     config = head.config
     spec = KVSpec(1, config.num_heads, config.num_kv_heads, config.head_dim, "float32", BLOCK_SIZE)
-    return paged_attention(OPS).allocate(spec, NUM_BLOCKS)
+    return paged_attention(ops()).allocate(spec, NUM_BLOCKS)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -195,7 +201,7 @@ def test_the_formula(case: Case, cuts: list[int]) -> None:
     for num in cuts:
         span = slice(seq.computed, seq.computed + num)
         assert blocks.grow(seq, num)
-        batch = build_batch(Step([seq], [num]), BLOCK_SIZE, OPS.to_device)
+        batch = build_batch(Step([seq], [num]), BLOCK_SIZE, ops().to_device)
         batch = replace(batch, logits_rows=torch.arange(num))
         own, left = head.forward(batch, head.enter(hidden[span]), kv)
         logits = torch.full((num, VOCAB), -torch.inf)
@@ -213,7 +219,7 @@ class World:
         self.case, self.kv = case, allocate(head)
         self.blocks = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
         options = CaptureOptions(enabled=captured, block_size=BLOCK_SIZE)
-        self.runner = HeadRunner(head, self.kv, OPS, options, 0, max_batch_tokens)
+        self.runner = HeadRunner(head, self.kv, ops(), options, 0, max_batch_tokens)
         config = EngineConfig(max_batch_tokens=max_batch_tokens, max_num_seqs=8)
         self.drafter = HeadDrafter(config, DraftHead(self.runner, self.blocks, 200))
         self.hidden = {seed: self.states(seed) for seed in range(4)}
