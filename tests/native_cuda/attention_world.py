@@ -166,4 +166,6 @@ def spoil(layer_kv: LayerKV) -> None:
 def check(world: World, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> None:
     world.store_past(query_lens)
     out = world.step(query_lens, window, chunk=chunk)
-    torch.testing.assert_close(out.double(), world.want(query_lens, window, chunk), rtol=0, atol=ATOL[world.shape.dtype])
+    torch.testing.assert_close(
+        out.double(), world.want(query_lens, window, chunk), rtol=0, atol=ATOL[world.shape.dtype]
+    )
