@@ -133,8 +133,12 @@ def test_what_is_counted(target: Any) -> None:
 
 @pytest.mark.parametrize(
     ("way", "quant"),
-    [*((way, "int8") for way in ("together", "small steps", "little memory", "no prefix cache"))]
-    + [("little memory", "int4"), ("together", "fp8_e4m3"), ("small steps", "int4_affine")],
+    [
+        *((way, "int8") for way in ("together", "small steps", "little memory", "no prefix cache")),
+        ("little memory", "int4"),
+        ("together", "fp8_e4m3"),
+        ("small steps", "int4_affine"),
+    ],
 )
 def test_nor_do_they_over_a_rounded_kv_cache(target: Any, way: str, quant: str) -> None:
     """Nor does how its steps are made: a token's KV is rounded once, whoever computes it."""
