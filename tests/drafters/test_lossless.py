@@ -88,10 +88,18 @@ def test_what_is_counted(target: Any) -> None:
     assert stats.steps < stats.generated_tokens
 
 
-@pytest.mark.parametrize("way", ["together", "small steps", "little memory", "no prefix cache"])
-def test_nor_do_they_over_a_kv_cache_in_int8(target: Any, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "quant"),
+    [
+        *((way, "int8") for way in ("together", "small steps", "little memory", "no prefix cache")),
+        ("little memory", "int4"),
+        ("together", "fp8_e4m3"),
+        ("small steps", "int4_affine"),
+    ],
+)
+def test_nor_do_they_over_a_rounded_kv_cache(target: Any, way: str, quant: str) -> None:
     """Nor does how its steps are made: a token's KV is rounded once, whoever computes it."""
-    expected, _ = generate(target, None, SETTINGS["plain"], kv_cache_quant="int8")
-    said, stats = generate(target, "suffix+model, all verified", SETTINGS["plain"], kv_cache_quant="int8", **WAYS[way])
+    expected, _ = generate(target, None, SETTINGS["plain"], kv_cache_quant=quant)
+    said, stats = generate(target, "suffix+model, all verified", SETTINGS["plain"], kv_cache_quant=quant, **WAYS[way])
     assert said == expected
     assert stats.draft_tokens > 0

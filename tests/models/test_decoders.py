@@ -76,18 +76,20 @@ def test_bfloat16_comes_close(qwen3_reference: Reference) -> None:
     assert 1e-4 < error(logits, qwen3_reference) < spread / 4
 
 
-@pytest.mark.parametrize(("storage", "part"), [("int8", 8), ("fp8_e4m3", 4), ("mix_i8i4", 2), ("int4_affine", 1)])
+@pytest.mark.parametrize(
+    ("storage", "share"), [("int8", 0.02), ("fp8_e4m3", 0.1), ("mix_i8i4", 0.2), ("int4_affine", 0.25)]
+)
 @pytest.mark.parametrize("make_ops", [lambda: cpu_ops(None), TorchOps], ids=["cpu", "torch"])
 def test_a_rounded_kv_cache_comes_close_however_steps_are_cut(
-    qwen3_reference: Reference, make_ops: Callable[[], Ops], storage: str, part: int
+    qwen3_reference: Reference, make_ops: Callable[[], Ops], storage: str, share: float
 ) -> None:
-    spread = float(qwen3_reference.logits[0].std())
+    """Within a share of what logits differ by anyway; random models feel rounding more than trained ones."""
+    exact = torch.cat(qwen3_reference.logits)
     runs = [
-        Stepper(qwen3_reference, ops=make_ops(), storage=storage).run(steps)
+        torch.cat(Stepper(qwen3_reference, ops=make_ops(), storage=storage).run(steps))
         for steps in (one_by_one(lengths(qwen3_reference), chunk=7), all_together(lengths(qwen3_reference), seed=5))
     ]
-    assert 1e-6 < error(runs[0], qwen3_reference) < spread / part
+    for logits in runs:
+        assert 1e-4 < float((logits - exact).std() / exact.std()) < share
     if isinstance(make_ops(), SimdOps):
-        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    else:
-        assert error(runs[1], qwen3_reference) < spread / part
+        assert torch.equal(*runs)
