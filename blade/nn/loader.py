@@ -123,5 +123,5 @@ class Loader:
 def _is_adaptable(prefix: str) -> bool:
     """The output head, which may be an embedding's tensors, and the layers' linears; experts are called by their
     mixture, not one by one."""
-    inside = re.search(r"\.(layers|h)\.", prefix) is not None
+    inside = ".layers." in prefix or ".h." in prefix
     return ".experts." not in prefix and (inside or prefix.rpartition(".")[2] in ("lm_head", "embed_tokens"))
