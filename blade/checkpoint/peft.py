@@ -1,11 +1,14 @@
 """LoRA adapters as PEFT saves them: adapter_config.json beside adapter_model.safetensors.
 
-Layout after https://huggingface.co/docs/peft/developer_guides/checkpoint: the update of a linear W is
-scale * B A, its tensors `base_model.model.{the linear's prefix}.lora_A.weight` [r, K] and `.lora_B.weight` [N, r].
+Layout after https://huggingface.co/docs/peft/developer_guides/checkpoint: the update of a linear W is scale * B A, its
+tensors `base_model.model.{the linear's prefix}.lora_A.weight` [r, K] and `.lora_B.weight` [N, r]; of an embedding's
+table, transposed, `.lora_embedding_A` [r, V] and `.lora_embedding_B` [N, r]. Where embedding or head are changed the
+model's own tensor is there too, as `.base_layer.weight`; it is the model's, and not read.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -20,9 +23,14 @@ from blade.types import LowRank
 if TYPE_CHECKING:
     from pathlib import Path
 
+log = logging.getLogger("blade.lora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1024
-_NAME = re.compile(r"base_model\.model\.(?P<prefix>[\w.]+)\.lora_(?P<side>[AB])(\.default)?\.weight", re.ASCII)
+_NAME = re.compile(
+    r"base_model\.model\.(?P<prefix>[\w.]+)\.lora_((?P<side>[AB])(\.default)?\.weight|embedding_(?P<table>[AB]))",
+    re.ASCII,
+)
+_BASE = re.compile(r"base_model\.model\.(?P<prefix>[\w.]*(lm_head|embed_tokens|wte))(\.base_layer)?\.weight", re.ASCII)
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)  # of a pattern: a module's name, or how it ends
 
 
@@ -56,13 +64,17 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
         raise CheckpointError(f"{folder} has no {WEIGHTS}.", remedy)
     file, halves = MappedFile(path), dict[str, dict[str, Any]]()
     for name, header in file.headers.items():
+        if _BASE.fullmatch(name):
+            log.info("%s: %r is taken for the model's own, and not read", path, name)
+            continue
         match = _NAME.fullmatch(name)
         if match is None or len(header.shape) != 2 or not header.dtype.startswith(("F", "BF")):
             what = f"{name!r} of {header.dtype} {list(header.shape)}"
             raise CheckpointError(f"{path}: {what} is no part of a linear's update.")
-        if match["side"] in (half := halves.setdefault(match["prefix"], {})):
+        side = match["side"] or f"embedding_{match['table']}"
+        if side in (half := halves.setdefault(match["prefix"], {})):
             raise CheckpointError(f"{path}: the update of {match['prefix']!r} comes twice.")
-        half[match["side"]] = file.tensor(header)
+        half[side] = file.tensor(header)
     if not halves:
         raise CheckpointError(f"{path} holds no tensor.")
     return {prefix: _update(path, prefix, half, config) for prefix, half in halves.items()}
@@ -84,20 +96,23 @@ def _read_config(folder: Path) -> AdapterConfig:
         f"modules_to_save {config.modules_to_save}": bool(config.modules_to_save),
     }
     if reason := next((what for what, is_so in wrong.items() if is_so), None):
-        raise CheckpointError(f"{path}: {reason} is not served.", "blade serves LoRA updates of linears.")
+        raise CheckpointError(
+            f"{path}: {reason} is not served.", "blade serves LoRA updates of linears and embeddings."
+        )
     if odd := next((key for key in config.alpha_pattern or {} if not _PLAIN.fullmatch(key)), None):
         raise CheckpointError(f"{path}: the pattern {odd!r} in alpha_pattern is not served.", "Name modules in full.")
     return config
 
 
 def _update(path: Path, prefix: str, half: dict[str, Any], config: AdapterConfig) -> LowRank:
-    if half.keys() != {"A", "B"}:
+    of_table = half.keys() == {"embedding_A", "embedding_B"}
+    if half.keys() != {"A", "B"} and not of_table:
         raise CheckpointError(f"{path}: {prefix!r} has lora_{next(iter(half))} alone.")
-    a, b = half["A"], half["B"]
+    a, b = (half[f"embedding_{side}" if of_table else side] for side in "AB")
     rank = a.shape[0]
     if b.shape[1] != rank or not 1 <= rank <= MOST_RANK:
         raise CheckpointError(f"{path}: {prefix!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}.")
     scale = config.scale(prefix, rank)
     if not math.isfinite(scale):
         raise CheckpointError(f"{path}: the scale of {prefix!r} is {scale}.")
-    return LowRank(a, b, scale)
+    return LowRank(a, b, scale, of_table)

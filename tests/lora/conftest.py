@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 def write_adapter(
     folder: Path, shapes: dict[str, tuple[int, int]], rank: int = 4, seed: int = 0, **settings: Any
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Updates of linears by prefix, of shapes (N, K); returns their A and B."""
+    """Updates of linears by prefix, of shapes (N, K), and of an embedding's table, transposed; returns their A and
+    B."""
     generator = torch.Generator().manual_seed(seed)
     updates = {
         prefix: (torch.randn(rank, k, generator=generator) * 0.3, torch.randn(n, rank, generator=generator) * 0.3)
         for prefix, (n, k) in shapes.items()
     }
     tensors = {
-        f"base_model.model.{prefix}.lora_{side}.weight": matrix
+        f"base_model.model.{prefix}."
+        + (f"lora_embedding_{side}" if "embed" in prefix else f"lora_{side}.weight"): matrix
         for prefix, pair in updates.items()
         for side, matrix in zip("AB", pair, strict=True)
     }

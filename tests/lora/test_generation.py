@@ -32,6 +32,7 @@ MLP = {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (6
 TARGETS = {
     "attention": {LAYER.format(i, name): shape for i in range(2) for name, shape in ATTENTION.items()},
     "all of one": {LAYER.format(1, name): shape for name, shape in (ATTENTION | MLP).items()},
+    "tables": {"lm_head": (272, 64), "model.embed_tokens": (64, 272), LAYER.format(0, "self_attn.q_proj"): (64, 64)},
 }
 
 
@@ -46,7 +47,9 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         shutil.copytree(tiny_llama, merged)
         tensors = load_file(merged / "model.safetensors")
         for prefix, (a, b) in updates.items():
-            tensors[f"{prefix}.weight"] += 8 / (3 + seed) * b @ a
+            tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+            delta = 8 / (3 + seed) * b @ a
+            tensors[f"{prefix}.weight"] += delta.T if "embed" in prefix else delta
         save_file(tensors, merged / "model.safetensors")
         folders |= {name: root / name, f"{name} merged": merged}
     return folders
@@ -96,9 +99,9 @@ def test_a_mixed_batch_says_what_the_merged_models_say(folders: dict[str, Path],
     loaded = {name: adapters.make(name, read_adapter(folders[name])) for name in TARGETS}
     expected = {name: generate(prepare(folders[f"{name} merged"]), [None]) for name in TARGETS}
     expected["none"] = generate(prepare(folders["none"]), [None])
-    assert len({str(said) for said in expected.values()}) == 3  # they do not say the same
+    assert len({str(said) for said in expected.values()}) == 4  # they do not say the same
     found = generate(prepared, [loaded.get(name) for name in names], **engine)
-    assert found == [expected[names[i % 3]][i] for i in range(len(PROMPTS))]
+    assert found == [expected[names[i % 4]][i] for i in range(len(PROMPTS))]
     assert generate(prepared, [loaded["attention"]]) == expected["attention"]
     assert generate(prepared, [None]) == expected["none"]
 
@@ -106,8 +109,9 @@ def test_a_mixed_batch_says_what_the_merged_models_say(folders: dict[str, Path],
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"lm_head": (272, 64)}, "changes lm_head, which is no linear of the model that can be adapted"),
-        ({"model.layers.2.mlp.up_proj": (128, 64)}, r"changes model\.layers\.2\.mlp\.up_proj, which is no linear"),
+        ({"lm_head": (272, 32)}, r"has a \(272, 32\) update of .*, which is \(272, 64\)"),
+        ({"model.embed_tokens": (272, 64)}, r"has a \(272, 64\) update of model\.embed_tokens, which is \(64, 272\)"),
+        ({"model.layers.2.mlp.up_proj": (128, 64)}, r"changes model\.layers\.2\.mlp\.up_proj, which is nothing"),
         ({"model.layers.0.mlp.up_proj": (64, 64)}, r"has a \(64, 64\) update of .*up_proj, which is \(128, 64\)"),
     ],
 )

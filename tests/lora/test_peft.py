@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from blade.checkpoint.peft import read_adapter
 from blade.errors import CheckpointError
@@ -60,6 +60,24 @@ def test_kinds_that_are_more_than_updates_of_linears(tmp_path: Path, settings: d
         read_adapter(tmp_path)
 
 
+def test_updates_of_the_embedding_and_the_head(tmp_path: Path) -> None:
+    """Beside them PEFT saves the model's own tensors."""
+    shapes = {"model.embed_tokens": (8, 30), "lm_head": (30, 8)}
+    written = write_adapter(tmp_path, shapes)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for prefix in shapes:
+        tensors[f"base_model.model.{prefix}.base_layer.weight"] = torch.ones(30, 8)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = read_adapter(tmp_path)
+    assert {prefix: update.of_table for prefix, update in found.items()} == {
+        "model.embed_tokens": True,
+        "lm_head": False,
+    }
+    for prefix, (a, b) in written.items():
+        assert torch.equal(found[prefix].a, a)
+        assert torch.equal(found[prefix].b, b)
+
+
 def matrix(*shape: int) -> torch.Tensor:
     return torch.ones(shape)
 
@@ -73,6 +91,8 @@ def matrix(*shape: int) -> torch.Tensor:
         ({f"base_model.model.{Q}.lora_A.weight": matrix(2, 8).int()}, "is no part of a linear's update"),
         ({f"base_model.model.{Q}.lora_magnitude_vector": matrix(2, 8)}, "is no part of a linear's update"),
         ({f"{Q}.weight": matrix(2, 8)}, "is no part of a linear's update"),
+        ({f"base_model.model.{Q}.base_layer.weight": matrix(2, 8)}, "is no part of a linear's update"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": matrix(2, 8)}, "has lora_embedding_A alone"),
         (
             {
                 f"base_model.model.{Q}.lora_A.weight": matrix(2, 8),

@@ -31,6 +31,8 @@ from blade_native import cpu_ops
 from blade_native.reference import TorchOps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from blade.contracts import Ops
@@ -47,10 +49,21 @@ PLUGINS = Plugins(
         "modelopt": blade_modelopt, "torchao": blade_torchao,
     }
 )  # fmt: skip
+PROMPT = [3, 1, 4, 15, 9, 26, 5, 35]
+WITH_KERNELS = {"ct-int4", "ct-w8a8", "fp8", "int4"}  # whose activations are rounded too
 IN_HALF = {"bnb-nf4"}  # whose scales lose something in float16
 PAIRS = [
     (family, kind) for family in FAMILIES for kind in (*FORMATS, "int8", "int4") if kind != "mlx" or family in OF_MLX
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More only wait for each other, in models of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class QuantizedTorch(TorchOps):
@@ -72,9 +85,8 @@ def source(family: str) -> Reference:
 
 def logits(family: str, tensors: dict[str, Tensor], quantization: GroupedQuantization | None, ops: Ops) -> Tensor:
     config = source(family).config
-    prompts = [torch.arange(13).tolist(), torch.arange(40, 45).tolist()]
-    stepper = Stepper(Reference(config, TensorWeights(tensors), prompts, []), ops=ops, quantization=quantization)
-    return torch.cat(stepper.run(one_by_one([len(prompt) for prompt in prompts], 9)))
+    stepper = Stepper(Reference(config, TensorWeights(tensors), [PROMPT], []), ops=ops, quantization=quantization)
+    return stepper.run(one_by_one([len(PROMPT)], len(PROMPT)))[0]
 
 
 def prepared(family: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], GroupedQuantization, set[str]]:
@@ -98,13 +110,14 @@ def prepared(family: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Tenso
 def test_it_computes_what_is_stored(family: str, kind: str) -> None:
     made, plain, quantization, prefixes = prepared(family, kind)
     weights, ops = TensorWeights(made), QuantizedTorch()
-    assert len(prefixes) >= 10
+    assert len(prefixes) >= 8
     assert all(quantization.find(prefix, weights)[1] for prefix in prefixes)
     exact = logits(family, plain, None, ops)
     found = logits(family, made, quantization, ops)
     assert float((found - exact).norm() / exact.norm()) < (2e-3 if kind in IN_HALF else 2e-5)
-    rounded = logits(family, made, quantization, cpu_ops(None))
-    errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
-    assert float(errors.median()) < 0.05  # few tokens change their experts
+    if kind in WITH_KERNELS:
+        rounded = logits(family, made, quantization, cpu_ops(1))
+        errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
+        assert float(errors.median()) < 0.1  # few tokens change their experts
     smaller = sum(loaded_bytes(name, weights, ops, torch.float32, quantization) for name in made)
     assert smaller < 0.75 * sum(tensor.nbytes for tensor in plain.values())
