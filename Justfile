@@ -32,6 +32,11 @@ docs:
     python docs/generate_hooks.py
     python docs/generate_bladellm.py
 
+# The AVX-512 kernels on a machine without AVX-512, through SIMDe (many minutes; Debian: libsimde-dev)
+avx512-check:
+    python -m blade_native.simd.emulated
+    BLADE_CPU_EMULATE=1 pytest tests/native_cpu -k avx512 -o timeout=3600
+
 # The CUDA kernels without a device: limits on all architectures, sanitizers, injected faults (many minutes)
 cuda-check:
     python -m blade_native.emulator.nvrtc --sass

@@ -93,19 +93,20 @@ def build(cxx: str) -> list[Path]:
     Does nothing when they are current. Raises CompileError."""
     wanted = wanted_levels(cxx)
     if not all(is_current(level) for level in wanted):
-        compile_levels(cxx, wanted)
+        compile_levels(cxx, {level: levels()[level] for level in wanted})
     return [library_path(level) for level in wanted]
 
 
-def compile_levels(cxx: str, wanted: list[str]) -> None:
+def compile_levels(cxx: str, wanted: Mapping[str, list[str]]) -> None:
+    """Libraries by name, with the flags of each."""
     define = f'-DBLADE_SOURCE_HASH="{source_hash()}"'
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     LIBRARIES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=LIBRARIES) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {level: [Path(scratch, f"{level}-{source.stem}.o") for source in sources] for level in wanted}
         compiles = [
-            [cxx, *FLAGS, *levels()[level], define, "-c", str(source), "-o", str(target)]
-            for level in wanted
+            [cxx, *FLAGS, *flags, define, "-c", str(source), "-o", str(target)]
+            for level, flags in wanted.items()
             for source, target in zip(sources, objects[level], strict=True)
         ]
         list(pool.map(run, compiles))
