@@ -1,7 +1,8 @@
 """From a Config to an engine: what was asked for by name is chosen first, then loaded and put together."""
 
 from blade.assembly.building import build_engine, load_draft, load_model, make_adapters
-from blade.assembly.choosing import DRAFT_MODEL, Assembly, choose, own_heads
+from blade.assembly.choosing import choose, own_heads
+from blade.assembly.chosen import DRAFT_MODEL, Assembly
 from blade.assembly.text import load_text
 
 __all__ = [

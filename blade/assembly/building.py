@@ -12,7 +12,7 @@ from blade.types import Limits
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blade.assembly.choosing import Assembly
+    from blade.assembly.chosen import Assembly
     from blade.contracts import Architecture, DraftHead, DraftModel, Executor, Head, Model, ReadableModel
     from blade.engine.blocks import BlockPool
     from blade.engine.drafting import GuardedDrafter

@@ -9,7 +9,7 @@ from blade.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from blade.assembly.choosing import Assembly
+    from blade.assembly.chosen import Assembly
     from blade.text.chat_template import ChatTemplate
     from blade.text.tokenizer import HFTokenizer
 
