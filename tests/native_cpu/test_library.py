@@ -98,11 +98,15 @@ def test_small_buffers_lie_side_by_side_and_never_overlap() -> None:
     assert all((buffer == i + 1).all() for i, buffer in enumerate(buffers))
 
 
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 14, 40])
 @pytest.mark.parametrize("threads", [1, 2, 5, 70])
-def test_results_do_not_depend_on_the_number_of_threads(library: Library, threads: int, rows: int) -> None:
-    weight, x = torch.randn(200, 4096), torch.randn(rows, 4096)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(
+    library: Library, dtype: torch.dtype, threads: int, rows: int
+) -> None:
+    weight, x = torch.randn(1000, 512).to(dtype), torch.randn(rows, 512).to(dtype)
     want = pack_dense(library, weight, None, 1)(x)
+    torch.testing.assert_close(want, x @ weight.T, rtol=1e-2, atol=0.5)
     torch.testing.assert_close(pack_dense(library, weight, None, threads)(x), want, rtol=0, atol=0)
 
 

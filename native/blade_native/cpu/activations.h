@@ -4,14 +4,14 @@
 
 #include "linear_tile.h"
 
-// float or bf16 rows [R][k] -> floats [padded][R], zeros from k on.
+// float or bf16 rows [R][k], times a factor -> floats [padded][R], zeros from k on.
 template <class X>
-void pack_floats(const X* x, long k, int rows, float* out, long padded) {
+void pack_floats(const X* x, long k, int rows, float factor, float* out, long padded) {
     std::fill(out + k * rows, out + padded * rows, 0.0f);
     for (int r = 0; r < rows; r++)
         vec::for_lanes(k, [&](long i, int lanes) {
             float values[vec::LANES];
-            vec::store(values, vec::load_some(x + r * k + i, lanes));
+            vec::store(values, vec::mul(vec::load_some(x + r * k + i, lanes), vec::set(factor)));
             for (int j = 0; j < lanes; j++) out[(i + j) * rows + r] = values[j];
         });
 }

@@ -17,7 +17,6 @@
 
 namespace {
 constexpr long TOKENS_AT_ONCE = 1024;  // bounds the scratch; the weights are worth reading again for the next ones
-constexpr long PANELS_AT_ONCE = 4;     // of an expert's second matrix: a longer run of memory is read faster
 constexpr long FETCHED_BYTES = 2048;   // of what comes next
 constexpr long PACK_GRAIN = 4;         // tiles; fewer are not worth another thread
 
@@ -190,27 +189,34 @@ private:
 
     void down() {
         const long num_panels = experts_[0].down.num_panels;
-        long chunk = std::clamp(num_panels / (c_.threads * 8), 1L, PANELS_AT_ONCE);
+        long chunk = 1;
         for (const Expert& expert : experts_) chunk = std::max(chunk, expert.down.chunk);
-        parallel_parts(c_.threads, (num_panels + chunk - 1) / chunk, [&](long item, int thread) {
-            long from = item * chunk, to = std::min(from + chunk, num_panels);
-            long column = from * PANEL, width = std::min(to * PANEL, long(c_.d)) - column;
-            for (long row = 0; row < m_; row++) memset(sums_ + row * c_.d + column, 0, width * 4);
+        const Cut cut(c_.threads, num_panels, chunk);
+        parallel_parts(c_.threads, cut.num_items(), [&](long item, int thread) {
+            const Strided panels = cut.item(item);
+            for_columns(panels, [&](float* sums, void*, long width) { memset(sums, 0, width * 4); });
             for (size_t i = 0; i < experts_.size(); i++) {
-                if (i + 1 < experts_.size()) fetch(experts_[i + 1].down.panel(from));
-                multiply_panels(experts_[i].down, from, to, scratch_of(thread));
+                if (i + 1 < experts_.size() && panels.num) fetch(experts_[i + 1].down.panel(panels.first));
+                multiply_panels(experts_[i].down, panels, scratch_of(thread));
             }
-            if (c_.dtype == BFLOAT16) round(column, width);
+            if (c_.dtype == BFLOAT16)
+                for_columns(panels, [](float* sums, void* y, long width) { round(sums, width, (bf16*)y); });
         });
     }
 
-    void round(long column, long width) {
-        for (long row = 0; row < m_; row++) {
-            long at = row * c_.d + column;
-            vec::for_lanes(width, [&](long i, int lanes) {
-                vec::store_some((bf16*)y_ + at + i, vec::load_some(sums_ + at + i, lanes), lanes);
-            });
+    // Calls body(sums, y, width) for the columns of each panel and row.
+    template <class Body>
+    void for_columns(Strided panels, Body body) {
+        for (long i = 0; i < panels.num; i++) {
+            long column = panels.at(i) * PANEL, width = std::min<long>(PANEL, c_.d - column);
+            for (long at = column; at < m_ * c_.d; at += c_.d) body(sums_ + at, y_ + at * element(), width);
         }
+    }
+
+    static void round(const float* sums, long width, bf16* y) {
+        vec::for_lanes(width, [&](long i, int lanes) {
+            vec::store_some(y + i, vec::load_some(sums + i, lanes), lanes);
+        });
     }
 
     const ExpertsCall& c_;

@@ -11,12 +11,18 @@
 namespace {
 constexpr long FEW_TILES = 4;               // up to here the weights are read once, in short slices
 constexpr long FEW_BYTES = 4 * 1024;        // of such a slice
+constexpr long FEW_AHEAD = 2 * 1024;        // bytes between what is read and what is prefetched
+constexpr long FEW_ITEMS = 4;               // of a thread, at least, for others to help it
 constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
 constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
 
 template <int R>
 struct F32Tile {
     static constexpr Tile tile = dense_tile<F32, R>;
+};
+template <int R>
+struct Float8Tile {
+    static constexpr Tile tile = float8_tile<R>;
 };
 template <int R>
 struct BF16Tile {
@@ -33,6 +39,7 @@ struct ByteTile {
 Tile find_tile(const Layout& layout, int rows) {
     int bits = layout.format.bits;
     Tile tile;
+    if (layout.format.coding == FLOATS) return tile_of<Float8Tile, Tile>(rows);
     if (layout.floats) return tile_of<F32Tile, Tile>(rows);
     if constexpr (!WIDENS_BF16)
         if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
@@ -71,23 +78,22 @@ StreamTile find_stream(const Layout& layout, int rows) {
 
 int words_per_step(int width) { return width == 8 ? ByteDot<8>::WORDS : 1; }
 
+// How many panels are read side by side: fewer where their units are long, and one where slices of it are unpacked.
+long places(const Layout& layout, bool stream) { return !stream ? 1 : layout.unit_bytes > STREAM_RUN ? 2 : STREAM_PANELS; }
+
 // Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
 bool is_streamed(const Layout& layout, const Tiling& tiling) {
     int bits = layout.format.bits;
     return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
-           (tiling.num_tiles == 1 || bits == 4 || bits == 16);
-}
-
-// Whether a panel's weights pass through the registers once, not for each of several tiles or half by half.
-bool reads_once(const Tiling& tiling) {
-    return tiling.num_tiles == 1 && (NARROW_TILE_ROWS == 0 || tiling.m <= NARROW_TILE_ROWS);
+           (tiling.num_tiles == 1 || bits == 4 || layout.floats);
 }
 }  // namespace
 
 Job::Job(const LinearCall& c)
     : call(c), linear(*c.linear), layout(linear.format, linear.k),
       tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
-      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)) {
+      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)),
+      cut(c.threads, num_panels, std::clamp(num_panels / (c.threads * FEW_ITEMS), 1L, places(layout, stream))) {
     int bits = linear.format.bits;
     unpacked = 4L * PANEL * (layout.floats ? layout.columns : layout.steps);
     row_bytes = layout.floats ? 4 * layout.columns
@@ -95,10 +101,10 @@ Job::Job(const LinearCall& c)
                               : activation_bytes(layout.steps, words_per_step(layout.width));
     long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
-    if (stream && reads_once(tiling)) slice = layout.units;
+    if (stream && tiling.num_tiles == 1) slice = layout.units;
     long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
     block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
-    chunk = few ? 1 : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
+    chunk = few ? cut.runs : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
     per_thread = aligned(sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL)));
 }
 
@@ -108,20 +114,31 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     const Layout& layout = job.layout;
     const char* packed = job.panel(panel);
     int bits = layout.format.bits;
-    Slice slice{packed + layout.offset_of(from), layout.unit_bytes, nullptr, nullptr, to - from, layout.steps};
-    if (layout.floats && bits < 32) {
-        if (bits == 16) widen_bf16((const uint32_t*)slice.words, to - from, (float*)scratch);
-        for (long u = from; bits == 8 && u < to; u++)
-            widen_float8(layout, packed + layout.offset_of(u), (float*)(scratch + (u - from) * job.unpacked));
+    Slice slice{packed + layout.offset_of(from), layout.unit_bytes, nullptr, nullptr, to - from, layout.steps,
+                layout.columns};
+    float* scales = (float*)(scratch + job.slice * job.unpacked);
+    if (layout.format.coding == FLOATS) {
+        for (long u = from; u < to; u++) {
+            const char* unit = packed + layout.offset_of(u);
+            widen_float8(layout, unit, (float*)(scratch + (u - from) * job.unpacked));
+            memcpy(scales + (u - from) * PANEL, unit, 4 * PANEL);
+        }
+        slice.words = scratch, slice.stride = job.unpacked, slice.scales = scales;
+        return slice;
+    }
+    if (layout.floats && bits == 16) {
+        widen_bf16((const uint32_t*)slice.words, to - from, (float*)scratch);
         slice.words = scratch;
         slice.units *= layout.columns;
     }
     if (layout.floats || bits == 16) return slice;
-    float* scales = (float*)(scratch + job.slice * job.unpacked);
     float* offsets = layout.format.offsets == NONE ? nullptr : scales + job.slice * PANEL;
-    for (long u = from; u < to; u++)
-        unpack_scales(layout, packed + layout.offset_of(u), packed + layout.header_of(u), scales + (u - from) * PANEL,
+    BlockUnits block;
+    for (long u = from; u < to; u++) {
+        if (u == from || u % layout.block == 0) block.set(layout.format, packed + layout.header_of(u));
+        unpack_scales(layout, packed + layout.offset_of(u), block, scales + (u - from) * PANEL,
                       offsets + (u - from) * PANEL);
+    }
     slice.scales = scales, slice.offsets = offsets;
     slice.words += layout.quants;  // of 8 bits, in place
     with_packing(layout, [&](auto p) {
@@ -189,31 +206,35 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
     }
 }
 
-// All of K of one panel times the tiles, slice by slice.
-void stream(const Job& job, long panel, float* sums) {
-    auto sums_of = [&](long tile) { return sums + tile * MAX_TILE_ROWS * PANEL; };
+// All of K of some panels times the tiles, slice by slice.
+void stream(const Job& job, Strided panels, float* sums) {
     const Tiling& tiling = job.tiling;
-    for (long tile = 0; tile < tiling.num_tiles; tile++) start_sums(job, panel, tiling.height(tile), sums_of(tile));
+    auto sums_of = [&](long i, long tile) { return sums + (tile * job.chunk + i) * MAX_TILE_ROWS * PANEL; };
+    for (long tile = 0; tile < tiling.num_tiles; tile++)
+        for (long i = 0; i < panels.num; i++) start_sums(job, panels.at(i), tiling.height(tile), sums_of(i, tile));
     for (long from = 0; from < job.layout.units; from += job.slice)
         for (long tile = 0; tile < tiling.num_tiles; tile++) {
             int rows = tiling.height(tile);
-            find_stream(job.layout, rows)(
-                job.layout, job.panel(panel), from, std::min(from + job.slice, job.layout.units),
-                job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, sums_of(tile), tile == 0);
+            Streams streams{{}, {}, panels.num, tile == 0};
+            for (long i = 0; i < panels.num; i++)
+                streams.packed[i] = job.panel(panels.at(i)), streams.sums[i] = sums_of(i, tile);
+            find_stream(job.layout, rows)(job.layout, streams, from, std::min(from + job.slice, job.layout.units),
+                                          job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes);
         }
     for (long tile = 0; tile < tiling.num_tiles; tile++)
-        store_sums(job, panel, tiling.start(tile), tiling.height(tile), sums_of(tile));
+        for (long i = 0; i < panels.num; i++)
+            store_sums(job, panels.at(i), tiling.start(tile), tiling.height(tile), sums_of(i, tile));
 }
 
-void multiply_block(const Job& job, long first_tile, long first_panel, long last_panel, char* scratch) {
+void multiply_block(const Job& job, long first_tile, Strided panels, char* scratch) {
     float* sums = (float*)scratch;
     long panel_sums = job.block * MAX_TILE_ROWS * PANEL;
-    long ahead = job.few ? STREAM_AHEAD : job.layout.panel_bytes();
+    long ahead = job.few ? FEW_AHEAD : panels.stride * job.layout.panel_bytes();
     for (long from = 0; from < job.layout.units; from += job.slice) {
         long to = std::min(from + job.slice, job.layout.units);
-        for (long panel = first_panel; panel < last_panel; panel++) {
-            Slice slice = unpack(job, panel, from, to, scratch + job.sums_bytes());
-            multiply(job, slice, panel, from, to, first_tile, sums + (panel - first_panel) * panel_sums, ahead);
+        for (long i = 0; i < panels.num; i++) {
+            Slice slice = unpack(job, panels.at(i), from, to, scratch + job.sums_bytes());
+            multiply(job, slice, panels.at(i), from, to, first_tile, sums + i * panel_sums, ahead);
         }
     }
 }
@@ -225,7 +246,7 @@ void pack_rows(const Job& job, long tile, const X* x) {
     long k = job.linear.k;
     char* out = job.tiles + tile * job.tile_bytes();
     if (job.layout.floats)
-        pack_floats(x, k, rows, (float*)out, job.layout.units * job.layout.columns);
+        pack_floats(x, k, rows, f.coding == FLOATS ? vec::FLOAT8_X : 1, (float*)out, job.layout.units * job.layout.columns);
     else if (f.bits == 16)
         pack_words((const bf16*)x, k, rows, (uint32_t*)out);
     else if (job.layout.width == 8)
@@ -243,17 +264,20 @@ void pack_tile(const Job& job, long tile, const void* x) {
 }
 
 void multiply_item(const Job& job, long item, char* scratch) {
-    if (job.stream) return stream(job, item, (float*)scratch);
-    long first = item % job.num_chunks() * job.chunk, last = std::min(first + job.chunk, job.num_panels);
-    multiply_block(job, item / job.num_chunks() * job.block, first, last, scratch);
+    if (job.stream) return stream(job, job.cut.item(item), (float*)scratch);
+    if (job.few) return multiply_block(job, 0, job.cut.item(item), scratch);
+    long first = item % job.num_chunks() * job.chunk, num = std::min(job.chunk, job.num_panels - first);
+    multiply_block(job, item / job.num_chunks() * job.block, {first, num, 1}, scratch);
 }
 
-void multiply_panels(const Job& job, long first, long last, char* scratch) {
-    if (job.few)
-        for (long panel = first; panel < last; panel++) multiply_item(job, panel, scratch);
-    else
-        for (long tile = 0; tile < job.tiling.num_tiles; tile += job.block)
-            multiply_block(job, tile, first, last, scratch);
+void multiply_panels(const Job& job, Strided panels, char* scratch) {
+    for (long i = 0; i < panels.num; i += job.chunk) {
+        Strided some{panels.at(i), std::min(job.chunk, panels.num - i), panels.stride};
+        if (job.stream)
+            stream(job, some, (float*)scratch);
+        else
+            for (long tile = 0; tile < job.tiling.num_tiles; tile += job.block) multiply_block(job, tile, some, scratch);
+    }
 }
 
 EXPORT int blade_linear(const LinearCall* call) {

@@ -5,7 +5,7 @@
 //                       else: [steps / 2][32] words of nibbles, the low ones of a word are one step, the high the next
 //            high bits  5-bit weights: [steps / 8][32] words, bit i of a byte belongs to step i of eight
 //                       6-bit weights: [steps / 4][32] words, two bits for each of four steps
-//            floats     [group / 2][2][16] pairs of bytes, a channel's at float8_place, scales times FLOAT8_UNIT (vec.h);
+//            floats     [group / 2][2][16] pairs of bytes, a channel's at float8_place, scales times FLOAT8_SCALE (vec.h);
 //                       zeros beyond K
 //            Where scales or offsets are codes, each block of units is preceded by {[32] halves, [32] halves} of those.
 #pragma once

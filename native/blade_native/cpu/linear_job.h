@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "linear_format.h"
+#include "parallel.h"
 #include "tile_shape.h"
 
 // Rows [0, m) cut into tiles whose heights differ by at most one.
@@ -28,7 +29,8 @@ struct Job {
     long num_panels;
     bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
     long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
-    long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once
+    long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once, at most
+    Cut cut;                        // of the panels into items, where tiles are few
     long per_thread;                // bytes of scratch
     char *tiles = nullptr, *scratch = nullptr;
     const Target* targets = nullptr;  // [m], or null: rows are stored in order. With them y is float32
@@ -39,7 +41,7 @@ struct Job {
     const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
     long num_blocks() const { return (tiling.num_tiles + block - 1) / block; }
     long num_chunks() const { return (num_panels + chunk - 1) / chunk; }
-    long num_items() const { return num_blocks() * num_chunks(); }
+    long num_items() const { return few ? cut.num_items() : num_blocks() * num_chunks(); }
     long packed_bytes() const {  // of all tiles, whose last one need not be whole
         return (tiling.num_tiles - 1) * tile_bytes() + tiling.height(tiling.num_tiles - 1) * layout.units * row_bytes;
     }
@@ -48,10 +50,10 @@ struct Job {
 // Packs the rows of one tile, which lie side by side at x, in x_dtype.
 void pack_tile(const Job& job, long tile, const void* x);
 
-// The product of item i: a chunk of panels times a block of tiles. Items of few tiles follow each other in memory.
+// The product of item i: some panels times a block of tiles, or times all of few tiles.
 void multiply_item(const Job& job, long item, char* scratch);
 
-// The product of panels [first, last) and all tiles; no more panels than job.chunk, unless the tiles are few.
-void multiply_panels(const Job& job, long first, long last, char* scratch);
+// The product of panels and all tiles.
+void multiply_panels(const Job& job, Strided panels, char* scratch);
 
 INLINE long aligned(long bytes) { return (bytes + 63) / 64 * 64; }

@@ -7,12 +7,28 @@
 
 // Units of one panel, ready to be multiplied.
 struct Slice {
-    const char* words;     // dense: [units][32] floats or bf16 words. Grouped: [steps][32] words of bytes per unit
+    // dense: [units][32] floats or bf16 words. Per unit, grouped: [steps][32] words of bytes; 8-bit: [columns][32] floats
+    const char* words;
     long stride;           // bytes from unit to unit
-    const float *scales, *offsets;  // grouped: [units][32]; offsets may be null
+    const float *scales, *offsets;  // grouped and 8-bit floats: [units][32]; offsets may be null
     long units;
     int steps;
+    long columns;  // 8-bit floats: of a unit
 };
+
+// c[r][v] += scale * sum.
+template <int R, int NV>
+INLINE void add_scaled(const vec::F (&sums)[R][NV], const float* scales, float* c) {
+    for (int v = 0; v < NV; v++) {
+        vec::F scale = vec::load(scales + v * vec::LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            float* to = c + r * PANEL + v * vec::LANES;
+            vec::store(to, vec::fma(sums[r][v], scale, vec::load(to)));
+        }
+    }
+}
+
 typedef void (*Tile)(const Slice& slice, const char* activations, float* c);
 
 // Activations [units][R] words.
@@ -38,6 +54,28 @@ void dense_tile(const Slice& slice, const char* activations, float* c) {
         for (int r = 0; r < R; r++)
             for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
     }
+}
+
+// 8-bit floats widened, activations [units][columns][R]: each unit's sum is scaled as a whole.
+template <int R>
+void float8_tile(const Slice& slice, const char* activations, float* c) {
+    constexpr int NV = TILE_VECTORS<R>;
+    for (long u = 0; u < slice.units; u++, activations += 4L * R * slice.columns)
+        for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+            const float *w = (const float*)(slice.words + u * slice.stride) + first, *a = (const float*)activations;
+            vec::F sums[R][NV];
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < NV; v++) sums[r][v] = vec::zero();
+            for (long i = 0; i < slice.columns; i++, w += PANEL, a += R) {
+                vec::F weights[NV];
+                for (int v = 0; v < NV; v++) weights[v] = vec::load(w + v * vec::LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++)
+                    for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(weights[v], vec::set(a[r]), sums[r][v]);
+            }
+            add_scaled(sums, slice.scales + u * PANEL + first, c + first);
+        }
 }
 
 // What one group of a tile's rows looks like: {[R] scales, [R] starts of the sum, [R] factors of the offsets,

@@ -45,7 +45,7 @@ void put_float8(const Layout& layout, const uint8_t* q, long columns, float scal
         has_nan |= (q[i] & 0x7f) == 0x7f;
         pairs[2 * PANEL * (i / 2) + i % 2] = char(q[i]);
     }
-    ((float*)unit)[lane] = has_nan ? NAN : scale * vec::FLOAT8_UNIT;
+    ((float*)unit)[lane] = has_nan ? NAN : scale * vec::FLOAT8_SCALE;
 }
 
 template <class E>
@@ -58,11 +58,13 @@ void copy_dense(const Layout& layout, const char* panel, int lane, E* out) {
 template <class E>
 void dequantize(const Layout& layout, const char* panel, int lane, const int32_t* order, E* out) {
     const Format& f = layout.format;
+    BlockUnits block;
     for (long u = 0; u < layout.units; u++) {
         uint32_t words[PANEL * MAX_GROUP / 4];
         float scales[PANEL], offsets[PANEL] = {};
         const char* unit = panel + layout.offset_of(u);
-        unpack_scales(layout, unit, panel + layout.header_of(u), scales, offsets);
+        if (u % layout.block == 0) block.set(f, panel + layout.header_of(u));
+        unpack_scales(layout, unit, block, scales, offsets);
         const uint32_t *quants = (const uint32_t*)(unit + layout.quants), *q = words;
         with_packing(layout, [&](auto p) {
             if constexpr (p.BITS == 8)
@@ -83,7 +85,7 @@ void dequantize_float8(const Layout& layout, const char* panel, int lane, long k
     for (long i = 0; i < k; i++) {
         const char* unit = panel + layout.offset_of(i / layout.columns);
         const char* pair = unit + layout.quants + 2 * (i % layout.columns / 2 * PANEL + pair_of(lane));
-        float scale = ((const float*)unit)[lane] / vec::FLOAT8_UNIT;
+        float scale = ((const float*)unit)[lane] / vec::FLOAT8_SCALE;
         vec::from_float(vec::float8_to_float(uint8_t(pair[i % 2])) * scale, out[i]);
     }
 }

@@ -15,7 +15,6 @@ constexpr uint64_t EPOCH = 1 << 17, OPEN = 1 << 16, ACTIVE = OPEN - 1;
 constexpr int SPINS = 8000;  // some 100 us of pauses
 constexpr int SPINS_BEFORE_YIELD = 200;
 constexpr long FETCHED_BYTES = 256 * 1024;  // of a part, at most: half of a small L2
-constexpr int LINES_AT_ONCE = 4;            // fetched between two looks at the state
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -28,18 +27,20 @@ inline void pause() {
 // What expect_parts tells. Its fields may be torn when they change: a thread then fetches some lines in vain.
 class Expected {
 public:
-    void set(const char* data, long item_bytes, const Parts& parts) {
+    void set(const char* data, long bytes, const Cut& cut) {
         data_.store(data, std::memory_order_relaxed);
-        item_bytes_.store(item_bytes, std::memory_order_relaxed);
-        count_.store(parts.count, std::memory_order_relaxed);
-        num_.store(parts.num, std::memory_order_relaxed);
+        bytes_.store(bytes, std::memory_order_relaxed);
+        count_.store(cut.parts.count, std::memory_order_relaxed);
+        runs_.store(cut.runs, std::memory_order_relaxed);
+        num_.store(cut.parts.num, std::memory_order_relaxed);
         version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     }
 
-    // How far one thread has come with fetching.
+    // How far one thread has come with fetching: `at` bytes of each run.
     struct Progress {
         uint64_t version = 0;
-        const char *at = nullptr, *end = nullptr;
+        const char* start = nullptr;
+        long run_bytes = 0, runs = 1, at = 0, end = 0;
     };
 
     // Fetches the next lines of a thread's part; false where there are none.
@@ -47,23 +48,26 @@ public:
         if (uint64_t version = version_.load(std::memory_order_acquire); version != progress.version)
             progress = start(thread, version);
         if (progress.at >= progress.end) return false;
-        for (int i = 0; i < LINES_AT_ONCE; i++, progress.at += 64) __builtin_prefetch(progress.at, 0, 2);
+        for (long run = 0; run < progress.runs; run++)
+            __builtin_prefetch(progress.start + run * progress.run_bytes + progress.at, 0, 2);
+        progress.at += 64;
         return true;
     }
 
 private:
     Progress start(int thread, uint64_t version) const {
         long num = num_.load(std::memory_order_relaxed), count = count_.load(std::memory_order_relaxed);
+        long bytes = bytes_.load(std::memory_order_relaxed), runs = runs_.load(std::memory_order_relaxed);
         if (thread >= num) return {version};
-        long item_bytes = item_bytes_.load(std::memory_order_relaxed);
-        const char* data = data_.load(std::memory_order_relaxed);
-        const char *at = data + thread * count / num * item_bytes, *end = data + (thread + 1) * count / num * item_bytes;
-        return {version, at, std::min(end, at + FETCHED_BYTES)};
+        long from = thread * count / num, length = (thread + 1) * count / num - from;
+        long run_bytes = (length + runs - 1) / runs * bytes;
+        const char* at = data_.load(std::memory_order_relaxed) + from * bytes;
+        return {version, at, run_bytes, runs, 0, std::min(run_bytes, FETCHED_BYTES / runs)};
     }
 
     alignas(64) std::atomic<uint64_t> version_{0};
     std::atomic<const char*> data_{nullptr};
-    std::atomic<long> item_bytes_{0}, count_{0};
+    std::atomic<long> bytes_{0}, count_{0}, runs_{1};
     std::atomic<int> num_{0};
 };
 
@@ -152,6 +156,4 @@ Pool& pool() {
 
 void run_parallel(int threads, void (*body)(void*, int), void* context) { pool().run(threads, body, context); }
 
-void expect_parts(const char* data, long item_bytes, int threads, long count) {
-    pool().expected.set(data, item_bytes, Parts(threads, count));
-}
+void expect_parts(const char* data, long bytes, const Cut& cut) { pool().expected.set(data, bytes, cut); }

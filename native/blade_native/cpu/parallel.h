@@ -38,6 +38,26 @@ struct Parts {
     long start(int part) const { return part * count / num; }
 };
 
+// Items of work out of [0, count), each of them a few numbers that lie far apart. A thread's part is cut into runs, and
+// its items take one number of each run: what lies there is read faster from several places of memory at once.
+struct Strided {
+    long first, num, stride;
+    long at(long i) const { return first + i * stride; }
+};
+struct Cut {
+    Parts parts;
+    long runs, per_part;  // runs of a part, at most, and its items
+    Cut(int threads, long count, long runs)
+        : parts(threads, count), runs(runs), per_part(run_length((count + parts.num - 1) / parts.num)) {}
+    long num_items() const { return parts.num * per_part; }
+    long run_length(long part) const { return (part + runs - 1) / runs; }
+    Strided item(long i) const {
+        long start = parts.start(int(i / per_part)), length = parts.start(int(i / per_part) + 1) - start;
+        long run = run_length(length), first = i % per_part;
+        return {start + first, first < run ? (length - first + run - 1) / run : 0, run};
+    }
+};
+
 // As parallel_for with items that follow each other in memory: each thread takes those of its own part in order, and
 // then helps the others with what is left of theirs.
 template <class Body>
@@ -69,6 +89,6 @@ void parallel_parts(int threads, long count, Body body) {
     run_parallel(parts.num, Loop::run, &loop);
 }
 
-// Tells that the next parallel_parts of this many threads will read data [count][item_bytes], so that threads which
-// wait until then may fetch what begins their parts. A guess will do, and a count of 0 takes it back.
-void expect_parts(const char* data, long item_bytes, int threads, long count);
+// Tells that the next parallel_parts will read data [count][bytes] in the items of a cut, so that threads which wait until
+// then may fetch what begins the runs of their parts. A guess will do, and no bytes take it back.
+void expect_parts(const char* data, long bytes, const Cut& cut);

@@ -1,5 +1,5 @@
 // A recorded step: its kernel calls in order, run without returning to Python in between.
-#include "linear_format.h"
+#include "linear_job.h"
 #include "parallel.h"
 
 struct Instruction {
@@ -14,10 +14,8 @@ bool is_linear(const Instruction& instruction) { return (const void*)instruction
 
 // Threads that wait for their next work fetch weights meanwhile: those of the linear that comes next.
 void expect(const Instruction& instruction) {
-    const LinearCall& call = *(const LinearCall*)instruction.call;
-    const Linear& linear = *call.linear;
-    long panel_bytes = Layout(linear.format, linear.k).panel_bytes();
-    expect_parts(linear.weights, panel_bytes, call.threads, (linear.n + PANEL - 1) / PANEL);
+    const Job job(*(const LinearCall*)instruction.call);
+    expect_parts(job.linear.weights, job.layout.panel_bytes(), job.cut);
 }
 }  // namespace
 
@@ -31,6 +29,6 @@ EXPORT int blade_replay(const Instruction* program, int64_t length) {
         }
         status = program[i].kernel(program[i].call);
     }
-    expect_parts(nullptr, 0, 1, 0);
+    expect_parts(nullptr, 0, Cut(1, 1, 1));
     return status;
 }

@@ -1,5 +1,7 @@
 // The inner loops of linears over few rows, as in decoding: weights are unpacked in registers on their way from memory,
-// for each is used only once, or once for each of a few tiles. The arithmetic, and its order, are those of linear_tile.h.
+// for each is used only once, or once for each of a few tiles. They come from several places at once, a little from one
+// after the other: of a single stream a core does not keep enough lines on their way to use the memory's bandwidth. The
+// arithmetic, and its order, are those of linear_tile.h.
 #pragma once
 #include <algorithm>
 
@@ -7,87 +9,116 @@
 #include "unpack.h"
 
 constexpr int STREAM_ROWS = 4;       // taller tiles are worth unpacking a slice for
-constexpr long STREAM_AHEAD = 2048;  // bytes between what is read and what is prefetched
+constexpr long STREAM_AHEAD = 1024;  // bytes between what is read and what is prefetched
+constexpr long STREAM_RUN = 1024;    // bytes of a panel before the next one has its turn, or a unit
+constexpr long STREAM_PANELS = 3;    // side by side, at most
 
-// Units [from, to) of a panel's packed weights times R rows of their activations, onto floats c [R][32]. `fetch`: what
-// lies STREAM_AHEAD is to be prefetched.
-typedef void (*StreamTile)(const Layout& layout, const char* packed, long from, long to, const char* activations,
-                           float* c, bool fetch);
+// Panels that are read side by side, and what their products are added to.
+struct Streams {
+    const char* packed[STREAM_PANELS];
+    float* sums[STREAM_PANELS];  // [R][32] each
+    long num;
+    bool fetch;  // what lies STREAM_AHEAD is to be prefetched
+};
+
+// Units [from, to) of the panels' packed weights times R rows of their activations.
+typedef void (*StreamTile)(const Layout& layout, const Streams& streams, long from, long to, const char* activations);
 
 INLINE void prefetch_lines(const char* at, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
+template <int R, int NV>
+INLINE void load_sums(const float* c, vec::F (&sums)[R][NV]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + v * vec::LANES);
+}
+template <int R, int NV>
+INLINE void keep_sums(float* c, const vec::F (&sums)[R][NV]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + v * vec::LANES, sums[r][v]);
+}
+
 // bf16 words [units][32], activations floats [2 units][R]. Only where no instruction multiplies bf16.
 template <int R>
-void stream_bf16(const Layout&, const char* packed, long from, long to, const char* activations, float* c,
-                 bool fetch) {
+void stream_bf16(const Layout&, const Streams& streams, long from, long to, const char* activations) {
+    constexpr int NV = TILE_VECTORS<R>;
+    constexpr long RUN = STREAM_RUN / (4 * PANEL);
+    const long ahead = streams.fetch ? STREAM_AHEAD : 0;
+    for (const float* a = (const float*)activations; from < to; from += RUN, a += 2 * R * RUN)
+        for (long i = 0; i < streams.num; i++)
+            for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+                const uint32_t* words = (const uint32_t*)streams.packed[i] + from * PANEL + first;
+                const uint32_t* end = words + std::min(RUN, to - from) * PANEL;
+                const float* x = a;
+                vec::F sums[R][NV];
+                load_sums(streams.sums[i] + first, sums);
+                for (; words < end; words += PANEL, x += 2 * R)
+                    for (int v = 0; v < NV; v++) {
+                        prefetch_lines((const char*)(words + v * vec::LANES) + ahead, 64);
+                        vec::W word = vec::word(words + v * vec::LANES);
+                        vec::F even = vec::as_float(vec::shift<16>(word)), odd = vec::as_float(vec::high_halves(word));
+#pragma GCC unroll 16
+                        for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(x[r]), sums[r][v]);
+#pragma GCC unroll 16
+                        for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(x[R + r]), sums[r][v]);
+                    }
+                keep_sums(streams.sums[i] + first, sums);
+            }
+}
+
+// Pairs of columns of 8-bit floats, all channels of one panel, onto c [R][32].
+template <int R>
+INLINE void stream_pairs(const uint16_t* pairs, long num, const float* a, long ahead, float* c) {
     constexpr int NV = TILE_VECTORS<R>;
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
-        const uint32_t *words = (const uint32_t*)packed + from * PANEL + first, *end = words + (to - from) * PANEL;
-        const float* a = (const float*)activations;
-        // Half by half, each half fetches its own lines of the next slice.
-        const long ahead = !fetch ? 0 : NV * vec::LANES == PANEL ? STREAM_AHEAD : (to - from) * 4 * PANEL;
+        const uint16_t *at = pairs + first, *end = at + num * PANEL;
+        const float* x = a;
         vec::F sums[R][NV];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
-        for (; words < end; words += PANEL, a += 2 * R)
+        load_sums(c + first, sums);
+        for (; at < end; at += PANEL, x += 2 * R) {
+            __builtin_prefetch((const char*)at + ahead, 0, 2);
             for (int v = 0; v < NV; v++) {
-                prefetch_lines((const char*)(words + v * vec::LANES) + ahead, 64);
-                vec::W word = vec::word(words + v * vec::LANES);
-                vec::F even = vec::as_float(vec::shift<16>(word)), odd = vec::as_float(vec::high_halves(word));
+                vec::F even, odd;
+                vec::widen_float8(at + v * vec::LANES, even, odd);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(a[r]), sums[r][v]);
+                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(x[r]), sums[r][v]);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(a[R + r]), sums[r][v]);
+                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(x[R + r]), sums[r][v]);
             }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
+        }
+        keep_sums(c + first, sums);
     }
 }
 
-// Units of 8-bit floats, activations floats [units][columns][R]. What widen_float8 makes is what is multiplied here too.
+// Units of 8-bit floats, activations floats [units][columns][R].
 template <int R>
-void stream_float8(const Layout& layout, const char* packed, long from, long to, const char* activations, float* c,
-                   bool fetch) {
-    constexpr int NV = TILE_VECTORS<R>;
-    const long ahead = fetch ? STREAM_AHEAD : 0;
-    for (int first = 0; first < PANEL; first += NV * vec::LANES) {
-        const float* a = (const float*)activations;
-        vec::F sums[R][NV], scales[NV];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
-        for (long u = from; u < to; u++) {
-            const char* unit = packed + layout.offset_of(u);
-            for (int v = 0; v < NV; v++) scales[v] = vec::load((const float*)unit + first + v * vec::LANES);
-            const uint16_t *pairs = (const uint16_t*)(unit + layout.quants) + first,
-                           *end = pairs + layout.columns / 2 * PANEL;
-            for (; pairs < end; pairs += PANEL, a += 2 * R) {
-                __builtin_prefetch((const char*)pairs + ahead, 0, 2);
-                for (int v = 0; v < NV; v++) {
-                    vec::F even, odd;
-                    vec::widen_float8(pairs + v * vec::LANES, even, odd);
-                    even = vec::mul(even, scales[v]), odd = vec::mul(odd, scales[v]);
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(a[r]), sums[r][v]);
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(a[R + r]), sums[r][v]);
-                }
+void stream_float8(const Layout& layout, const Streams& streams, long from, long to, const char* activations) {
+    const float* a = (const float*)activations;
+    const long ahead = streams.fetch ? STREAM_AHEAD : 0, unit_pairs = layout.columns / 2;
+    const long run = std::min(STREAM_RUN / (2 * PANEL), unit_pairs);  // pairs of columns, which divides a unit's
+    for (long u = from; u < to; u++) {
+        float sums[STREAM_PANELS][R * PANEL] = {};
+        const long unit = layout.offset_of(u);
+        for (long pair = 0; pair < unit_pairs; pair += run, a += 2 * R * run)
+            for (long i = 0; i < streams.num; i++) {
+                const uint16_t* pairs = (const uint16_t*)(streams.packed[i] + unit + layout.quants);
+                stream_pairs<R>(pairs + pair * PANEL, run, a, ahead, sums[i]);
             }
+        for (long i = 0; i < streams.num; i++) {
+            vec::F unscaled[R][2];
+            load_sums(sums[i], unscaled);
+            add_scaled(unscaled, (const float*)(streams.packed[i] + unit), streams.sums[i]);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
     }
 }
 
 // sums[r][v] += q of 16 NV channels of one group . q of the activations x; `low` and `high` are the channels' bits.
 template <class P, int R, int NV>
-INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint32_t* high, const uint32_t* x, int steps,
-                       vec::I (&sums)[R][NV]) {
+INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint32_t* high, const uint32_t* x,
+                       int steps, long ahead, vec::I (&sums)[R][NV]) {
     typedef ByteDot<P::WIDTH> Dot;
     constexpr int BITS = P::BITS;
     constexpr int SPAN = SPAN_STEPS<BITS>, CHUNK = std::max({SPAN, Dot::FIT, 4});
@@ -96,6 +127,9 @@ INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint
         typename Dot::Partial partial[R][NV];
         for_constants(std::make_integer_sequence<int, CHUNK>{}, [&](auto i) {
             for (int v = 0; v < NV; v++) {
+                const uint32_t* word = low + (BITS == 8 ? 0 : i % SPAN / 2 * PANEL) + v * vec::LANES;
+                if constexpr (BITS == 8 || i % 2 == 0)  // little by little: many at a time would hold up the loads
+                    prefetch_lines((const char*)word + ahead, 64);
                 auto weights = Dot::weights(
                     unpacked.template step<i % SPAN>(low + v * vec::LANES, high + v * vec::LANES));
 #pragma GCC unroll 16
@@ -116,39 +150,57 @@ INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint
     }
 }
 
+// One unit times R rows of the group's activations, onto c [R][32]. The format comes by value: as no store can change it,
+// it stays in registers.
 template <class P, int R>
-void stream_groups(const Layout& layout, const char* packed, long from, long to, const char* activations, float* c,
-                   bool fetch) {
-    constexpr int WORDS = ByteDot<P::WIDTH>::WORDS, NV = TILE_VECTORS<R>;
-    const Format& f = layout.format;
-    const Steps<P> unpacked(f);
-    const char *header = packed + layout.header_of(from), *unit = packed + layout.offset_of(from);
-    const long group_bytes = R * activation_bytes(layout.steps, WORDS);
-    long left = layout.block - from % layout.block;  // units of the block
-    for (long u = from; u < to; u++, left--, unit += layout.unit_bytes, activations += group_bytes) {
-        if (left == 0) left = layout.block, header = unit, unit += layout.block_header;
-        if (fetch) prefetch_lines(unit + STREAM_AHEAD, layout.unit_bytes);
-        ActivationGroup<R, WORDS> group(activations);
-        for (int first = 0; first < PANEL; first += NV * vec::LANES) {
-            vec::I sums[R][NV];
+INLINE void stream_group(const Format f, const Steps<P> unpacked, const char* numbers, const char* offsets,
+                         const char* quants, const BlockUnits& block,
+                         const ActivationGroup<R, ByteDot<P::WIDTH>::WORDS>& group, int steps, long ahead, float* c) {
+    constexpr int NV = TILE_VECTORS<R>;
+    for (int first = 0; first < PANEL; first += NV * vec::LANES) {
+        vec::I sums[R][NV];
 #pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
-            const uint32_t* low = (const uint32_t*)(unit + layout.quants) + first;
-            stream_dot(unpacked, low, low + layout.steps / 2 * PANEL, group.words, layout.steps, sums);
-            for (int v = 0; v < NV; v++) {
-                int channel = first + v * vec::LANES;
-                vec::F scale = numbers_at(f.scales, unit, header, channel);
-                vec::F offset = f.offsets == NONE ? vec::zero() : offset_at(layout, unit, header, channel, scale);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
+        const uint32_t* low = (const uint32_t*)quants + first;
+        stream_dot(unpacked, low, low + steps / 2 * PANEL, group.words, steps, ahead, sums);
+        for (int v = 0; v < NV; v++) {
+            int channel = first + v * vec::LANES;
+            vec::F scale = numbers_at(f.scales, numbers, block.scales, channel);
+            vec::F offset = f.offsets == NONE ? vec::zero() : offset_at(f, offsets, block, channel, scale);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
-                    float* to = c + r * PANEL + channel;
-                    vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
-                    vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to));
-                    if (f.offsets != NONE) sum = vec::fma(offset, vec::set(group.factors[r]), sum);
-                    vec::store(to, sum);
-                }
+            for (int r = 0; r < R; r++) {
+                float* to = c + r * PANEL + channel;
+                vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
+                vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to));
+                if (f.offsets != NONE) sum = vec::fma(offset, vec::set(group.factors[r]), sum);
+                vec::store(to, sum);
             }
+        }
+    }
+}
+
+template <class P, int R>
+void stream_groups(const Layout& layout, const Streams& streams, long from, long to, const char* activations) {
+    constexpr int WORDS = ByteDot<P::WIDTH>::WORDS;
+    const Layout l = layout;
+    const Streams s = streams;
+    const Steps<P> unpacked(l.format);
+    const long group_bytes = R * activation_bytes(l.steps, WORDS), ahead = s.fetch ? STREAM_AHEAD : 0;
+    BlockUnits blocks[STREAM_PANELS];
+    auto start_block = [&](long header) {
+        for (long i = 0; i < s.num; i++) blocks[i].set(l.format, s.packed[i] + header);
+    };
+    start_block(l.header_of(from));
+    long unit = l.offset_of(from), left = l.block - from % l.block;  // units of the block
+    for (long u = from; u < to; u++, left--, unit += l.unit_bytes, activations += group_bytes) {
+        if (left == 0) left = l.block, start_block(unit), unit += l.block_header;
+        ActivationGroup<R, WORDS> group(activations);
+        for (long i = 0; i < s.num; i++) {
+            const char* at = s.packed[i] + unit;
+            __builtin_prefetch(at + ahead, 0, 2);
+            stream_group<P, R>(l.format, unpacked, at, at + l.offsets, at + l.quants, blocks[i], group, l.steps,
+                               ahead, s.sums[i]);
         }
     }
 }

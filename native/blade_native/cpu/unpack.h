@@ -20,15 +20,15 @@ INLINE void widen_bf16(const uint32_t* words, long units, float* out) {
         }
 }
 
-// One unit of 8-bit floats -> floats [columns][32].
+// One unit of 8-bit floats -> floats [columns][32], which its scales have still to be multiplied by.
 INLINE void widen_float8(const Layout& layout, const char* unit, float* out) {
     for (int v = 0; v < PANEL; v += vec::LANES) {
         const uint16_t* pairs = (const uint16_t*)(unit + layout.quants) + v;
-        vec::F scale = vec::load((const float*)unit + v), first, second;
+        vec::F first, second;
         for (long u = 0; u < layout.columns; u += 2, pairs += PANEL) {
             vec::widen_float8(pairs, first, second);
-            vec::store(out + u * PANEL + v, vec::mul(first, scale));
-            vec::store(out + (u + 1) * PANEL + v, vec::mul(second, scale));
+            vec::store(out + u * PANEL + v, first);
+            vec::store(out + (u + 1) * PANEL + v, second);
         }
     }
 }
@@ -81,31 +81,43 @@ INLINE void unpack_bits(const Format& f, const uint32_t* low, int steps, uint32_
             });
 }
 
-// Sixteen scales or minima of `numbers`' kind; the block's halves are those that codes count.
-INLINE vec::F numbers_at(int numbers, const char* unit, const char* block, int channel) {
+// What a block's codes count, in floats: those of scales, then those of offsets; unset for what has no codes.
+struct BlockUnits {
+    float scales[PANEL], offsets[PANEL];
+
+    INLINE void widen(const void* halves, float* out) {
+        for (int v = 0; v < PANEL; v += vec::LANES) vec::store(out + v, vec::half_to_float((const char*)halves + 2 * v));
+    }
+    inline void set(const Format& f, const char* header) {
+        if (block_bytes_of(f.scales)) widen(header, scales);
+        if (block_bytes_of(f.offsets)) widen(header + block_bytes_of(f.scales), offsets);
+    }
+};
+
+// Sixteen scales or minima of `numbers`' kind; `counted` is what codes count.
+INLINE vec::F numbers_at(int numbers, const char* unit, const float* counted, int channel) {
     if (numbers == HALF) return vec::half_to_float(unit + 2 * channel);
     if (numbers >= BRAIN)
         return numbers == BRAIN ? vec::load((const bf16*)unit + channel) : vec::load((const float*)unit + channel);
     vec::F codes = numbers == UNSIGNED_CODES ? vec::load((const uint8_t*)unit + channel)
                                              : vec::load((const int8_t*)unit + channel);
-    return vec::mul(codes, vec::half_to_float(block + 2 * channel));
+    return vec::mul(codes, vec::load(counted + channel));
 }
 
 // Sixteen offsets of a format that has them, given the scales.
-INLINE vec::F offset_at(const Layout& layout, const char* unit, const char* block, int channel, vec::F scale) {
-    const Format& f = layout.format;
-    const char* at = unit + layout.offsets;
-    if (f.offsets == ZEROS) return vec::mul(vec::sub(vec::zero(), scale), vec::load((const uint8_t*)at + channel));
-    return numbers_at(f.offsets, at, block + block_bytes_of(f.scales), channel);
+INLINE vec::F offset_at(const Format& f, const char* offsets, const BlockUnits& block, int channel, vec::F scale) {
+    if (f.offsets == ZEROS) return vec::mul(vec::sub(vec::zero(), scale), vec::load((const uint8_t*)offsets + channel));
+    return numbers_at(f.offsets, offsets, block.offsets, channel);
 }
 
 // One unit's scales [32] and offsets [32], for w = scale * q + offset; without offsets those are left alone.
-INLINE void unpack_scales(const Layout& layout, const char* unit, const char* block, float* scales, float* offsets) {
+INLINE void unpack_scales(const Layout& layout, const char* unit, const BlockUnits& block, float* scales,
+                          float* offsets) {
     const Format& f = layout.format;
     for (int v = 0; v < PANEL; v += vec::LANES) {
-        vec::F scale = numbers_at(f.scales, unit, block, v);
+        vec::F scale = numbers_at(f.scales, unit, block.scales, v);
         vec::store(scales + v, scale);
-        if (f.offsets != NONE) vec::store(offsets + v, offset_at(layout, unit, block, v, scale));
+        if (f.offsets != NONE) vec::store(offsets + v, offset_at(f, unit + layout.offsets, block, v, scale));
     }
 }
 

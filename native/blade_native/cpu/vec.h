@@ -6,7 +6,7 @@
 //   to_float
 //   dot_bf16 half_to_float low_halves high_halves low_nibbles high_nibbles keep_bits keep_lanes either shift shift_signed store_word
 //   even_bytes odd_bytes add_dot_shorts look_up
-//   FLOAT8_UNIT float8_place widen_float8
+//   FLOAT8_UNIT FLOAT8_X float8_place widen_float8
 // and dot_bytes, or BLADE_DOT_BY_PAIRS and the steps of a dot product of bytes (byte_dot.h).
 // What can be said in those terms for all levels is below.
 #pragma once
@@ -82,6 +82,10 @@ INLINE float float8_to_float(uint8_t b) { return half_to_float(uint16_t((b & 0x8
 #endif
 
 namespace vec {
+// Activations times FLOAT8_X meet 8-bit floats divided by FLOAT8_UNIT, so that products are far from both ends of what
+// float32 holds; scales make good the rest.
+constexpr float FLOAT8_SCALE = FLOAT8_UNIT / FLOAT8_X;
+
 // The first n < 16 elements; the other lanes are 0 and are not touched in memory.
 template <class E>
 INLINE F load_n(const E* p, long n) {

@@ -142,7 +142,7 @@ INLINE F half_to_float(const void* p) {
 }
 // Sixteen pairs of 8-bit floats (float8_to_float), divided by FLOAT8_UNIT: the first ones, and the second ones. Bits are
 // moved to where float32 has them, which takes fewer steps than float16, whose conversion is slow on some machines.
-constexpr float FLOAT8_UNIT = 0x1p120f;
+constexpr float FLOAT8_UNIT = 0x1p120f, FLOAT8_X = 0x1p60f;
 INLINE int float8_place(int channel) { return channel % 8 * 2 + channel / 8; }  // of its pair among the sixteen
 INLINE F widen_halves(__m256i h) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(h, 16)),

@@ -93,7 +93,7 @@ INLINE F as_float(W w) { return _mm512_castsi512_ps(w); }
 INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 INLINE F half_to_float(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 // Sixteen pairs of 8-bit floats (float8_to_float), divided by FLOAT8_UNIT: the first ones, and the second ones.
-constexpr float FLOAT8_UNIT = 0x1p8f;
+constexpr float FLOAT8_UNIT = 0x1p8f, FLOAT8_X = 1;
 INLINE int float8_place(int channel) { return channel; }  // of its pair among the sixteen
 INLINE void widen_float8(const uint16_t* p, F& first, F& second) {
     __m256i pairs = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi16((short)0xbf80);

@@ -136,7 +136,7 @@ INLINE F half_to_float(const void* p) {
     return load(lanes);
 }
 // Sixteen pairs of 8-bit floats (float8_to_float), divided by FLOAT8_UNIT: the first ones, and the second ones.
-constexpr float FLOAT8_UNIT = 0x1p8f;
+constexpr float FLOAT8_UNIT = 0x1p8f, FLOAT8_X = 1;
 INLINE int float8_place(int channel) { return channel; }  // of its pair among the sixteen
 INLINE void widen_float8(const uint16_t* p, F& first, F& second) {
     float lanes[2][LANES];

@@ -19,7 +19,7 @@ from blade_native.simd.linear import Matrix
 
 MAX_GROUP = 128  # numbers of a row for which the scale is read once
 MIN_GROUP = 16
-MAX_SCALE = 2.0**7  # times 2^120 it is a float32
+MAX_SCALE = 2.0**7  # a bound with room: times what it makes good it must be a float32
 CODING = 2  # `Coding` of api.h
 
 
