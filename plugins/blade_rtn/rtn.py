@@ -22,7 +22,7 @@ log = logging.getLogger("blade.rtn")
 
 INT4_GROUP = 32
 INT8_GROUPS = (64, 32)  # the first that divides a row
-TABLES = {"lm_head", "embed_tokens"}  # whose errors reach every logit
+TABLES = {"lm_head", "embed_tokens", "wte"}  # whose errors reach every logit
 GATES = {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba"}  # small, and they decide
 
 

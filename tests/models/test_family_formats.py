@@ -100,7 +100,7 @@ def prepared(family: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Tenso
     quantization, made = registry.create(kind, {}), dict(plain)
     weights = TensorWeights(made)
     found = {name.removesuffix(".weight") for name in made if name.endswith(".weight")}
-    prefixes = {prefix for prefix in found if quantization.find(prefix, weights)[1]} - {"transformer.wte"}
+    prefixes = {prefix for prefix in found if quantization.find(prefix, weights)[1]}
     for prefix in prefixes:
         plain[f"{prefix}.weight"] = dequantize(quantization.weight(prefix, weights), torch.float32)
     return made, plain, quantization, prefixes
@@ -121,3 +121,14 @@ def test_it_computes_what_is_stored(family: str, kind: str) -> None:
         assert float(errors.median()) < 0.1  # few tokens change their experts
     smaller = sum(loaded_bytes(name, weights, ops, torch.float32, quantization) for name in made)
     assert smaller < 0.75 * sum(tensor.nbytes for tensor in plain.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "tables"), [("qwen1", {"transformer.wte", "lm_head"}), ("qwen3", {"model.embed_tokens"})]
+)
+def test_int4_keeps_the_tables_in_8_bits(family: str, tables: set[str]) -> None:
+    made, _, quantization, prefixes = prepared(family, "int4")
+    weights = TensorWeights(made)
+    bits = {prefix: quantization.weight(prefix, weights).bits for prefix in prefixes}
+    assert {prefix for prefix, width in bits.items() if width == 8} >= tables
+    assert {width for prefix, width in bits.items() if ".layers." in prefix or ".h." in prefix} == {4}
