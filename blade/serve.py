@@ -27,6 +27,7 @@ from blade.api.server import Address, reserve, serve_http
 from blade.assembly import build_engine, choose, load_draft, load_model, load_text, make_adapters
 from blade.banner import command_line, describe, ready
 from blade.checkpoint.progress import console_progress
+from blade.engine.memory import size
 from blade.errors import ConfigError
 from blade.plugins import Plugins, load
 
@@ -81,6 +82,7 @@ def run(config: Config) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     plugins = load(config.plugins)
     assembly = choose(config, plugins, to_load=True)
+    _check_memory(assembly)
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(load_text, assembly)
         engine, memory, adapters = _load_engine(assembly)
@@ -136,6 +138,21 @@ def _api_keys(config: Config) -> tuple[str, ...]:
         if not any(map(str.strip, keys)):
             raise ConfigError(f"--api-key-file {path} holds no key.", "Write one key a line.")
     return tuple(filter(None, map(str.strip, keys)))
+
+
+def _check_memory(assembly: Assembly) -> None:
+    """Refuse what cannot fit before it is loaded for minutes: the weights, or a context even without them."""
+    weights, available = assembly.weight_bytes, assembly.ops.available_memory()
+    if weights > available:
+        raise ConfigError(
+            f"The weights take {size(weights)}, and {size(available)} are free on {assembly.ops.name}.",
+            "Use --quantize int4, or a smaller model.",
+        )
+    try:
+        assembly.plan_memory()
+    except ConfigError:
+        assembly.plan_memory(reserved=weights)  # its remedy is the one that works
+        raise
 
 
 def _load_engine(assembly: Assembly) -> tuple[Engine, MemoryPlan, Adapters | None]:

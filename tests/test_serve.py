@@ -275,3 +275,13 @@ def test_a_draft_model_of_another_vocabulary_stops_the_start(
     done = run_blade("serve", "--model", str(tiny_llama), "--draft.model", str(other), "--kv-cache-memory", "4194304")
     assert done.returncode == 2
     assert re.search(r"--draft.model other has another vocabulary than tiny-llama0?: token \d+ is", done.stderr)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "endless"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**9}))
+    done = run_blade("serve", "--model", str(folder))
+    assert done.returncode == 2
+    assert re.search(r"fewer than the context of 1000000000\. .*--max-model-len \d+", done.stderr), done.stderr

@@ -72,6 +72,10 @@ inline __m512i add_pairs(__m512i a, __m512i b) {
     Vector x(a), y(b);
     return Vector(_mm256_madd_epi16(x.words[0], y.words[0]), _mm256_madd_epi16(x.words[1], y.words[1])).i;
 }
+inline __m512i shift_signed(__m512i x, unsigned count) {
+    Vector v(x);
+    return Vector(_mm256_srai_epi32(v.words[0], count), _mm256_srai_epi32(v.words[1], count)).i;
+}
 inline void stream(void* p, __m512 x) {
     Vector v(x);
     _mm256_stream_ps((float*)p, v.halves[0]);
@@ -150,6 +154,7 @@ inline __m256i narrow(__m512 x) {
 #undef _mm512_scalef_ps
 #undef _mm512_dpbf16_ps
 #undef _mm512_madd_epi16
+#undef _mm512_srai_epi32
 #define _mm512_cvtepi32_ps(x) emulated::from_int(x)
 #define _mm512_cvtps_epi32(x) emulated::to_int(x)
 #define _mm512_cvtepu16_epi32(x) emulated::widen_shorts(x)
@@ -164,3 +169,4 @@ inline __m256i narrow(__m512 x) {
 #define _mm512_dpbf16_ps(c, a, b) emulated::dot_bf16(c, (__m512i)(a), (__m512i)(b))
 #define _mm512_cvtneps_pbh(x) emulated::narrow(x)
 #define _mm512_madd_epi16(a, b) emulated::add_pairs(a, b)
+#define _mm512_srai_epi32(x, count) emulated::shift_signed(x, count)
