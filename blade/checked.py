@@ -17,7 +17,7 @@ class CheckedValues(ABC):
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = self._get(key, default)
         if type(value) is not int or not minimum <= value <= MAX_INTEGER:
-            self.refuse(key, f"an integer of at least {minimum}")
+            self.refuse(key, f"an integer from {minimum} to {MAX_INTEGER}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

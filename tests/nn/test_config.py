@@ -75,7 +75,7 @@ def test_windows() -> None:
     ("settings", "words"),
     [
         ({"hidden_size": None}, "config.json has no hidden_size"),
-        ({"hidden_size": "64"}, "hidden_size must be an integer of at least 1, not '64'"),
+        ({"hidden_size": "64"}, "hidden_size must be an integer from 1 to 2147483647, not '64'"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers must be"),
         ({"vocab_size": True}, "vocab_size must be"),
