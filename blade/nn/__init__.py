@@ -12,7 +12,7 @@ from blade.nn.loader import Loader
 from blade.nn.mixture import Mixture, MixtureConfig, SharedExpert, load_experts
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
 from blade.nn.rope_config import read_rope
-from blade.nn.selected_weights import SelectedWeights
+from blade.nn.selected_weights import NamedWeights, SelectedWeights
 
 __all__ = [
     "ChannelMixer",
@@ -30,6 +30,7 @@ __all__ = [
     "Matrix",
     "Mixture",
     "MixtureConfig",
+    "NamedWeights",
     "Norm",
     "Rope",
     "SelectedWeights",

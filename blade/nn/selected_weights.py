@@ -17,23 +17,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("blade.checkpoint")
 
 
-class SelectedWeights:
-    """contracts.Weights without the parts that are none of the model's; the log says which of them there were."""
+class NamedWeights:
+    """contracts.Weights of a checkpoint, those of some names alone."""
 
-    def __init__(self, weights: Weights, unread: Mapping[str, str]) -> None:
-        """`unread`: how the names of a part's tensors begin, and what the part is."""
+    def __init__(self, weights: Weights, names: Iterable[str]) -> None:
         self._weights = weights
-        self._names: dict[str, None] = {}
-        found: Counter[str] = Counter()
-        for name in weights.names():
-            part = next((part for start, part in unread.items() if name.startswith(start)), None)
-            if part is None:
-                self._names[name] = None
-            else:
-                found[part] += 1
-        if found:
-            parts = ", ".join(f"{part} ({n} tensors)" for part, n in found.items())
-            log.info("no part of the model that is served: %s", parts)
+        self._names = dict.fromkeys(names)
 
     def names(self) -> Collection[str]:
         return self._names.keys()
@@ -46,3 +35,22 @@ class SelectedWeights:
 
     def release(self, names: Iterable[str]) -> None:
         self._weights.release(names)
+
+
+class SelectedWeights(NamedWeights):
+    """contracts.Weights without the parts that are none of the model's; the log says which of them there were."""
+
+    def __init__(self, weights: Weights, unread: Mapping[str, str]) -> None:
+        """`unread`: how the names of a part's tensors begin, and what the part is."""
+        names: list[str] = []
+        found: Counter[str] = Counter()
+        for name in weights.names():
+            part = next((part for start, part in unread.items() if name.startswith(start)), None)
+            if part is None:
+                names.append(name)
+            else:
+                found[part] += 1
+        if found:
+            parts = ", ".join(f"{part} ({n} tensors)" for part, n in found.items())
+            log.info("no part of the model that is served: %s", parts)
+        super().__init__(weights, names)

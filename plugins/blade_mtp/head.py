@@ -13,11 +13,9 @@ import torch
 
 from blade import CheckpointError, ModelConfig
 from blade.contracts import NORMED
-from blade.nn import DecoderConfig, FeedForward, Keys, Layer, Mixture, Norm, SelfAttention, SplitExperts
+from blade.nn import DecoderConfig, FeedForward, Keys, Layer, Mixture, NamedWeights, Norm, SelfAttention, SplitExperts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
     from torch import Tensor
 
     from blade import Batch, KVCache
@@ -48,29 +46,15 @@ class MultiTokenPrediction:
         return MTPHead(config, loader, target)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
-        return SplitExperts(HeadWeights(weights))
+        return SplitExperts(_own_weights(weights))
 
 
-class HeadWeights:
-    """contracts.Weights of the head alone. Raises CheckpointError for a tensor that is not known."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self._names = dict.fromkeys(name for name in weights.names() if name.startswith(PREFIX))
-        if unknown := next((name for name in self._names if not MODULES.match(name)), None):
-            raise CheckpointError(f"The checkpoint has a tensor {unknown}, which --drafter mtp does not know.")
-
-    def names(self) -> Collection[str]:
-        return self._names.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights.shape(name)
-
-    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._weights.get(name, dtype)
-
-    def release(self, names: Iterable[str]) -> None:
-        self._weights.release(names)
+def _own_weights(weights: Weights) -> Weights:
+    """The head's alone. Raises CheckpointError for a tensor that is not known."""
+    names = [name for name in weights.names() if name.startswith(PREFIX)]
+    if unknown := next((name for name in names if not MODULES.match(name)), None):
+        raise CheckpointError(f"The checkpoint has a tensor {unknown}, which --drafter mtp does not know.")
+    return NamedWeights(weights, names)
 
 
 class MTPHead:

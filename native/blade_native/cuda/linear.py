@@ -93,7 +93,7 @@ class PackedLinear:
     """y = x W^T + b over matrices stacked along N, each packed in its own format."""
 
     def __init__(self, kernels: LinearKernels, parts: Seq[Packed], bias: Tensor | None, dtype: torch.dtype) -> None:
-        """`dtype`: of the activations that the kernels are compiled for now, another one's when it comes."""
+        """`dtype`: of activations whose kernels are compiled here; those of another dtype at the first call with it."""
         self.kernels = kernels
         self.dtype = dtype
         self.parts = parts
