@@ -32,7 +32,7 @@ def quantize(
     threads: int | None = None,
     open_model: Annotated[Callable[..., Any], Parameter(parse=False)],
 ) -> None:
-    """Round a model's weights and write them as a checkpoint (compressed-tensors) that blade serves and transformers loads.
+    """Round a model's weights and write a checkpoint (compressed-tensors) that blade serves and transformers loads.
 
     Parameters
     ----------
