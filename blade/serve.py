@@ -78,6 +78,11 @@ def run(config: Config) -> None:
     logs.set_up(config.server.log_level, config.server.log_format)
     keys = _api_keys(config)
     address = reserve(config.server, has_key=bool(keys))
+    with address.holder:  # whatever fails lets the port go
+        _load_and_serve(config, keys, address, started)
+
+
+def _load_and_serve(config: Config, keys: tuple[str, ...], address: Address, started: float) -> None:
     # The threads of torch's own pool spin for milliseconds after each op, on cores that others wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     plugins = load(config.plugins)
