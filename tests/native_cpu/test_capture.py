@@ -148,3 +148,8 @@ def test_buffers_that_live_at_once_lie_apart() -> None:
             for b in buffers:
                 if a is not b and a.since <= b.until and b.since <= a.until:
                     assert a.end <= b.offset or b.end <= a.offset
+
+
+def test_watching_does_not_import_torch_s_compiler() -> None:
+    """Two seconds of the first request: torch wraps what a mode defines itself."""
+    assert capture.Watch.__torch_dispatch__ is capture.Seen.__torch_dispatch__

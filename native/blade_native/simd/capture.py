@@ -53,11 +53,11 @@ class Hidden(list[int]):
     __iter__ = __getitem__ = __len__ = _refuse
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what torch itself does: allocations and views are fine."""
+class Seen:
+    """What torch itself was asked to do: allocations and views are fine."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.buffers: list[Tensor] = []  # kept, so that no two of them have the same address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,6 +67,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not is_view(func, args, result):
             raise Uncapturable(f"it calls {func}")
         return result
+
+
+class Watch(Seen, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Seen as a mode. It does not define __torch_dispatch__ itself, or torch would wrap it in what imports its
+    compiler: two seconds, in the middle of the first request."""
 
 
 def is_view(func: Any, args: Any, result: Any) -> bool:
