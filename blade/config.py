@@ -107,6 +107,9 @@ class EngineConfig:
     """Verify only as many draft tokens as are expected to pay, by what is measured; else always all."""
     max_batch_tokens: int = 2048
     """Most tokens in one step: the chunk size of chunked prefill."""
+    max_step_seconds: float = 0.5
+    """Take fewer tokens of prompts into a step if it would take longer, so that nobody waits long for the next token;
+    256 it may always have. 0 bounds them by --max-batch-tokens alone."""
     max_num_seqs: int = 256
     """Most sequences running at once."""
     block_size: int = 16
@@ -141,6 +144,7 @@ class EngineConfig:
         _within(self, "max_gpu_memory_utilization", 0.01, 1)
         _within(self, "kv_cache_memory", 1)
         _within(self, "max_queue_time", 0)
+        _within(self, "max_step_seconds", 0)
         _within(self, "stall_seconds", 1)
         if not all(size >= 1 for size in self.cuda_graph_batch_sizes):
             raise ConfigError(f"--cuda-graph-batch-sizes must be at least 1, not {min(self.cuda_graph_batch_sizes)}.")

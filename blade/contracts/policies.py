@@ -48,6 +48,7 @@ class Scheduler(Protocol):
 
     waiting: Seq[Sequence]
     running: Seq[Sequence]
+    max_prompt_tokens: int  # the engine sets it before each step: more of prompts would take longer than is wanted
 
     def add(self, seq: Sequence) -> None: ...
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from blade.engine.pace import Pace
 from blade.engine.stream import OutputStream
 from blade.errors import Overloaded, RequestError
 from blade.types import EngineStats, Output, Step
@@ -80,6 +81,7 @@ class Engine:
         self._stats = EngineStats(blocks_total=blocks.num_blocks, blocks_free=blocks.num_blocks)
         # The engine thread's own; the loop thread reads the last:
         self._seqs: dict[int, Sequence] = {}
+        self._pace = Pace(config.max_step_seconds, config.max_batch_tokens)
         self._counters: Counter[str] = Counter()  # by the names of EngineStats
         self._step_seconds = 0.0
         self._num_received = 0  # sequences taken in since the last delivery
@@ -219,6 +221,7 @@ class Engine:
         if not self._seqs:
             return []
         self._draft()
+        self.scheduler.max_prompt_tokens = self._pace.num_tokens
         step = self.scheduler.schedule()
         if not len(step):
             raise RuntimeError("sequences are waiting, yet the scheduler runs none")
@@ -231,8 +234,7 @@ class Engine:
                 self._counters["prompt_tokens"] += len(seq.prompt_ids)
                 self._counters["prompt_tokens_cached"] += seq.num_cached
         results = self._run(step)
-        if self.speculator is not None and all(seq.num_owed == 1 + len(seq.draft_ids) for seq in step.seqs):
-            self.speculator.stepped(len(step), sum(step.num_tokens), time.monotonic() - started)
+        self._learn(step, time.monotonic() - started)
         outputs = []
         for seq, num_tokens, result in zip(step.seqs, step.num_tokens, results, strict=True):
             if isinstance(result, Exception):
@@ -242,6 +244,15 @@ class Engine:
         self._counters["steps"] += 1
         self._step_seconds += time.monotonic() - started
         return outputs
+
+    def _learn(self, step: Step, seconds: float) -> None:
+        """From what a step has taken; its results are not booked yet."""
+        owed = zip(step.seqs, step.num_tokens, strict=True)
+        num_prompt_tokens = sum(num for seq, num in owed if seq.num_owed > 1 + len(seq.draft_ids))
+        if num_prompt_tokens:
+            self._pace.learn(num_prompt_tokens, sum(step.num_tokens), seconds)
+        elif self.speculator is not None:
+            self.speculator.stepped(len(step), sum(step.num_tokens), seconds)
 
     def _draft(self) -> None:
         """Have drafts made for those that only owe their next token."""

@@ -28,7 +28,7 @@ class OrderedScheduler:
 
     def __init__(self, blocks: Blocks, config: EngineConfig) -> None:
         self.blocks = blocks
-        self.max_batch_tokens = config.max_batch_tokens
+        self.max_batch_tokens = self.max_prompt_tokens = config.max_batch_tokens
         self.max_num_seqs = config.max_num_seqs
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -53,6 +53,7 @@ class OrderedScheduler:
             # A draft is shortened, never cut off by the budget: unverified it would be work for nothing.
             del seq.draft_ids[max(0, budget - num_later - 1) :]
             budget = self._run(seq, step, budget)
+        budget = min(budget, self.max_prompt_tokens)
         prompts = [seq for seq in self.running if seq not in step.seqs and seq not in decoding]
         if prompts:  # a long prompt must hold up neither everybody's next token nor who comes before it
             budget = self._admit(step, budget, before=prompts[0])

@@ -70,6 +70,7 @@ class _Run:
         for seq in self.scheduler.running:
             room = seq.params.max_tokens - len(seq.output_ids) - 1
             seq.draft_ids = [9] * self.rng.randint(0, min(2, room)) if seq.num_owed == 1 and room > 0 else []
+        self.scheduler.max_prompt_tokens = self.rng.choice([1, 8, self.config.max_batch_tokens])
         step = self.scheduler.schedule()
         require(len(step) > 0, "sequences are waiting, yet the step is empty")
         self._check_step(step)

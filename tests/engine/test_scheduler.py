@@ -51,6 +51,17 @@ def test_a_long_prompt_is_cut_into_chunks_and_decodes_go_first() -> None:
     assert (step.seqs, step.num_tokens) == ([short, long], [1, 15])
 
 
+def test_prompts_are_held_to_what_there_is_time_for_and_next_tokens_are_not() -> None:
+    scheduler, blocks = make_scheduler(budget=16, max_num_seqs=6)
+    for i in range(5):
+        scheduler.add(make_seq(3, first=100 * i))
+    advance(scheduler.schedule(), blocks)
+    scheduler.add(make_seq(40, first=900))
+    scheduler.max_prompt_tokens = 4
+    step = scheduler.schedule()
+    assert step.num_tokens == [1, 1, 1, 1, 1, 4]
+
+
 def test_the_budget_and_the_number_of_sequences_are_bounds() -> None:
     scheduler, blocks = make_scheduler(budget=16, max_num_seqs=3)
     for i in range(6):
