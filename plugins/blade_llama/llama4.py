@@ -184,7 +184,8 @@ class InputWeighedMixture:
         self.ops, self.num_active = loader.ops, config.num_active
         self.router = loader.linear(f"{name}.router", shapes=[(config.num_experts, hidden_size)])
         inner = config.intermediate_size
-        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader)
+        once = config.num_active == 1  # or a token is there several times
+        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader, once)
         self.shared = FeedForward(f"{name}.shared_expert", inner, hidden_size, loader)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
