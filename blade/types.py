@@ -259,6 +259,8 @@ class LowRank:
     b: Tensor  # [N, r]
     scale: float
     of_table: bool = False  # of an embedding's K rows of N numbers instead
+    magnitude: Tensor | None = None  # [N]: what the rows' lengths are to be after the update (DoRA, Liu et al. 2024)
+    num_experts: int = 0  # of as many experts' W in one: a [E r, K], b [N, r E]; see blade.nn.lora_experts
 
 
 @dataclass(slots=True, frozen=True)

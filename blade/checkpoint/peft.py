@@ -3,7 +3,9 @@
 Layout after https://huggingface.co/docs/peft/developer_guides/checkpoint: the update of a linear W is scale * B A, its
 tensors `base_model.model.{the linear's prefix}.lora_A.weight` [r, K] and `.lora_B.weight` [N, r]; of an embedding's
 table, transposed, `.lora_embedding_A` [r, V] and `.lora_embedding_B` [N, r]. Where embedding or head are changed the
-model's own tensor is there too, as `.base_layer.weight`; it is the model's, and not read.
+model's own tensor is there too, as `.base_layer.weight`; it is the model's, and not read. DoRA adds
+`.lora_magnitude_vector` [N]. What has an update as a parameter and not as a linear, as all experts of a layer have, is
+named by its module alone: see blade.nn.lora_experts.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("blade.lora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1024
+UNSERVED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "kasa_config", "arrow_config")
 _NAME = re.compile(
-    r"base_model\.model\.(?P<prefix>[\w.]+)\.lora_((?P<side>[AB])(\.default)?\.weight|embedding_(?P<table>[AB]))",
+    r"base_model\.model\.(?P<prefix>[\w.]+)\."
+    r"lora_((?P<side>[AB])(\.default)?\.weight|embedding_(?P<table>[AB])|(?P<length>magnitude_vector))",
     re.ASCII,
 )
 _BASE = re.compile(r"base_model\.model\.(?P<prefix>[\w.]*(lm_head|embed_tokens|wte))(\.base_layer)?\.weight", re.ASCII)
+_EXPERTS = re.compile(r".+\.experts(\.base_layer)?", re.ASCII)
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)  # of a pattern: a module's name, or how it ends
 
 
@@ -46,6 +51,13 @@ class AdapterConfig(msgspec.Struct, frozen=True):
     bias: str = "none"
     modules_to_save: list[str] | None = None
     alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    layer_replication: list[Any] | None = None
+    use_qalora: bool = False
+    use_bdlora: Any = None
+    kasa_config: Any = None
+    arrow_config: Any = None
 
     def scale(self, prefix: str, rank: int) -> float:
         """By what B A is multiplied (rsLoRA: Kalajdzievski 2023)."""
@@ -68,10 +80,11 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
             log.info("%s: %r is taken for the model's own, and not read", path, name)
             continue
         match = _NAME.fullmatch(name)
-        if match is None or len(header.shape) != 2 or not header.dtype.startswith(("F", "BF")):
+        dims = 1 if match and match["length"] else 2
+        if match is None or len(header.shape) != dims or not header.dtype.startswith(("F", "BF")):
             what = f"{name!r} of {header.dtype} {list(header.shape)}"
             raise CheckpointError(f"{path}: {what} is no part of a linear's update.")
-        side = match["side"] or f"embedding_{match['table']}"
+        side = match["side"] or match["length"] or f"embedding_{match['table']}"
         if side in (half := halves.setdefault(match["prefix"], {})):
             raise CheckpointError(f"{path}: the update of {match['prefix']!r} comes twice.")
         half[side] = file.tensor(header)
@@ -90,10 +103,10 @@ def _read_config(folder: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} is not sound: {error}.") from None
     wrong = {
         f"peft_type {config.peft_type!r}": config.peft_type != "LORA",
-        "use_dora": config.use_dora,
         "fan_in_fan_out": config.fan_in_fan_out,
         f"bias {config.bias!r}": config.bias != "none",
         f"modules_to_save {config.modules_to_save}": bool(config.modules_to_save),
+        **{key: bool(getattr(config, key)) for key in UNSERVED},
     }
     if reason := next((what for what, is_so in wrong.items() if is_so), None):
         raise CheckpointError(
@@ -105,14 +118,35 @@ def _read_config(folder: Path) -> AdapterConfig:
 
 
 def _update(path: Path, prefix: str, half: dict[str, Any], config: AdapterConfig) -> LowRank:
+    magnitude = half.pop("magnitude_vector", None)
     of_table = half.keys() == {"embedding_A", "embedding_B"}
     if half.keys() != {"A", "B"} and not of_table:
-        raise CheckpointError(f"{path}: {prefix!r} has lora_{next(iter(half))} alone.")
+        raise CheckpointError(f"{path}: {prefix!r} has lora_{next(iter(half), 'magnitude_vector')} alone.")
     a, b = (half[f"embedding_{side}" if of_table else side] for side in "AB")
-    rank = a.shape[0]
-    if b.shape[1] != rank or not 1 <= rank <= MOST_RANK:
+    num_experts = _num_experts(path, prefix, len(a), config)
+    rank = len(a) // (num_experts or 1)
+    if b.shape[1] != len(a) or not 1 <= rank <= MOST_RANK:
         raise CheckpointError(f"{path}: {prefix!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}.")
     scale = config.scale(prefix, rank)
     if not math.isfinite(scale):
         raise CheckpointError(f"{path}: the scale of {prefix!r} is {scale}.")
-    return LowRank(a, b, scale, of_table)
+    if config.use_dora is not (magnitude is not None):
+        has = "no" if magnitude is None else "a"
+        raise CheckpointError(f"{path}: {prefix!r} has {has} lora_magnitude_vector; use_dora is {config.use_dora}.")
+    if magnitude is not None and (of_table or num_experts or magnitude.shape != b.shape[:1]):
+        raise CheckpointError(
+            f"{path}: {prefix!r} has lora_magnitude_vector {list(magnitude.shape)}, and lora_B {list(b.shape)}.",
+            "blade serves DoRA of linears alone.",
+        )
+    return LowRank(a, b, scale, of_table, magnitude, num_experts)
+
+
+def _num_experts(path: Path, prefix: str, num_rows: int, config: AdapterConfig) -> int:
+    """Of what has all experts of a layer in one: how many, each of the rank in the configuration. 0 for a linear."""
+    if not _EXPERTS.fullmatch(prefix):
+        return 0
+    if config.rank_pattern:
+        raise CheckpointError(f"{path}: rank_pattern is not served where experts are changed.", "Give all one rank.")
+    if config.r < 1 or num_rows % config.r:
+        raise CheckpointError(f"{path}: lora_A of {prefix!r} has {num_rows} rows, no multiple of r, {config.r}.")
+    return num_rows // config.r

@@ -105,6 +105,11 @@ class Loader(Protocol):
         memory of `tied`, the linear over the same tensor; else in a quantised format if the tensor has one."""
         ...
 
+    def experts(self, prefix: str, gate_up: Seq[Linear], down: Seq[Linear], shape: tuple[int, int]) -> Experts:
+        """The op set's experts over the linears of those under `prefix`.0, `prefix`.1 ..., of `shape` (I, D), which
+        adapters may change."""
+        ...
+
 
 class Quantization(Protocol):
     """A weight format, chosen by the checkpoint's `quantization_config.quant_method`, or made of plain weights as

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class AdaptedForward:
     """The model's forward with adapters. A step in which all have the same one is replayed like any other, each adapter
     from captures of its own; what is captured would know nothing of how a mixed step is mixed, so that one is not.
-    Nor is any where captures are made beforehand, for batches that are padded, as on a GPU."""
+    Nor is one of an adapter that is more than updates of linears, nor any where captures are made beforehand, for
+    batches that are padded, as on a GPU."""
 
     def __init__(self, model: Model, kv: KVCache, ops: Ops, options: CaptureOptions, adapters: Adapters) -> None:
         self._model, self._kv, self._ops, self._options, self._adapters = model, kv, ops, options, adapters
@@ -32,7 +33,8 @@ class AdaptedForward:
 
     def _forward(self, tokens: Seq[Any]) -> Callable[[Batch], Tensor]:
         adapter = tokens[0]
-        if self._ops.device.type != "cpu" or any(other is not adapter for other in tokens):
+        plain = adapter is None or adapter.replayable
+        if self._ops.device.type != "cpu" or not plain or any(other is not adapter for other in tokens):
             return lambda batch: self._model.forward(batch, self._kv)
         if adapter not in self._forwards:
             self._forwards[adapter] = self._ops.capture(self._model, self._kv, self._options)

@@ -10,7 +10,7 @@ from blade.nn.grouped import GroupedQuantization, Matrix
 from blade.nn.keys import Keys
 from blade.nn.loader import Loader
 from blade.nn.mixture import Mixture, MixtureConfig, SharedExpert, load_experts
-from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 from blade.nn.rope_config import read_rope
 from blade.nn.selected_weights import NamedWeights, SelectedWeights
 
@@ -27,6 +27,7 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "Loader",
+    "LongRope",
     "Matrix",
     "Mixture",
     "MixtureConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,8 @@ from blade.types import ModelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+log = logging.getLogger("blade.models")
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,7 +53,7 @@ class DecoderConfig(ModelConfig):
         rope = read_rope(keys, head_dim)
         found: dict[str, Any] = {
             "vocab_size": keys.integer("vocab_size"),
-            "max_context": rope.max_context,
+            "max_context": min(rope.max_context, _undivided(keys, rope.max_context)),
             "num_layers": num_layers,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
@@ -68,6 +71,22 @@ class DecoderConfig(ModelConfig):
         if "windows" not in settings:
             found["windows"] = _windows(keys, num_layers)
         return cls(**found | settings)
+
+
+def _undivided(keys: Keys, max_context: int) -> int:
+    """Tokens within which dual chunk attention (An et al. 2024; Qwen2.5-1M) is attention as usual: beyond its first
+    chunk, less what is local, positions would be folded back."""
+    if not keys.has("dual_chunk_attention_config"):
+        return max_context
+    chunks = keys.section("dual_chunk_attention_config")
+    size, local = chunks.integer("chunk_size"), chunks.integer("local_size", minimum=0)
+    if local >= size:
+        chunks.refuse("local_size", f"less than chunk_size, {size}")
+    if size - local < max_context:
+        log.warning(
+            "config.json: dual_chunk_attention_config is served within its first chunk, %d tokens", size - local
+        )
+    return size - local
 
 
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:

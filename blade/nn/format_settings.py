@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import TYPE_CHECKING, Any
 
 from blade.errors import CheckpointError
@@ -53,11 +52,3 @@ def group_of(keys: Keys, key: str = "group_size") -> int | None:
     if group == 0:
         keys.refuse(key, "a positive integer, or -1 for whole rows")
     return None if group == -1 else group
-
-
-def compiled(path: str, pattern: str) -> re.Pattern[str]:
-    """Raises CheckpointError for what is no regular expression."""
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"config.json: {path}: {pattern!r:.60} is no regular expression: {error}.") from None

@@ -57,6 +57,13 @@ class Keys(CheckedValues):
             self.refuse(key, "a list of positive integers")
         return value
 
+    def numbers(self, key: str) -> list[float]:
+        """At least one, each finite and above 0."""
+        value = self._get(key, None)
+        if type(value) is not list or not value or not all(map(_is_positive, value)):
+            self.refuse(key, "a list of positive numbers")
+        return [float(item) for item in value]
+
     def section(self, key: str) -> Keys:
         """The object under `key`, empty when absent."""
         value = self._get(key, {})
@@ -90,3 +97,7 @@ class Keys(CheckedValues):
         if value is None:
             raise CheckpointError(f"config.json has no {self._path}{key}.")
         return value
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf

@@ -8,6 +8,7 @@ import torch
 
 from blade.nn.grouped import Dequantized
 from blade.nn.lora import AdaptedLinear
+from blade.nn.lora_experts import ExpertShapes
 from blade.nn.row_order import RowOrder, as_ops
 from blade.nn.tensors import check_shape, loaded_bytes, split_name, stacked_bias
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.contracts import Attention, Linear, Ops, Quantization, Weights
+    from blade.contracts import Attention, Experts, Linear, Ops, Quantization, Weights
     from blade.nn.lora import Adapters
 
 
@@ -51,6 +52,8 @@ class Loader:
         self._progress = progress
         self._adapters = adapters
         self._loaded: set[str] = set()
+        if adapters is not None:
+            adapters.base = self._base
 
     def has(self, name: str) -> bool:
         prefix, tensor = split_name(name)
@@ -68,6 +71,20 @@ class Loader:
         if self._adapters is None or shapes is None or not all(map(_is_adaptable, prefixes)):
             return linear
         return self._adapters.wrap(prefixes, shapes, linear, order)
+
+    def experts(self, prefix: str, gate_up: Seq[Linear], down: Seq[Linear], shape: tuple[int, int]) -> Experts:
+        experts = self.ops.experts(gate_up, down)
+        if self._adapters is None:
+            return experts
+        return self._adapters.wrap_experts(prefix, ExpertShapes(len(down), *shape), experts, gate_up, down)
+
+    def _base(self, prefix: str) -> tuple[Tensor, Tensor | None]:
+        """What the matrix under a prefix stands for, and its bias, read once more: float32."""
+        numbers = getattr(self._quantization, "numbers", None)
+        exact = torch.float32
+        weight = numbers(prefix, self._weights, exact) if numbers else self._weights.get(f"{prefix}.weight", exact)
+        bias = self._weights.get(f"{prefix}.bias", exact) if self.has(f"{prefix}.bias") else None
+        return weight, bias
 
     def embedding(
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
@@ -121,7 +138,7 @@ class Loader:
 
 
 def _is_adaptable(prefix: str) -> bool:
-    """The output head, which may be an embedding's tensors, and the layers' linears; experts are called by their
+    """The output head, which may be an embedding's tensors, and the layers' linears; experts are adapted as a
     mixture, not one by one."""
     inside = ".layers." in prefix or ".h." in prefix
     return ".experts." not in prefix and (inside or prefix.rpartition(".")[2] in ("lm_head", "embed_tokens"))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from blade.errors import CheckpointError
+from blade.nn.dora import Gain, read_gain
+from blade.nn.lora_experts import AdaptedExperts, ExpertShapes, split_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.contracts import Linear, Ops
+    from blade.contracts import Experts, Linear, Ops
+    from blade.nn.dora import Base
+    from blade.nn.lora_experts import Updates
     from blade.types import LowRank
 
 Prefixes: TypeAlias = tuple[str, ...]
@@ -32,9 +36,12 @@ class Update:
 
     down: Linear  # [R, K]: the A of all of them
     up: Linear  # [N, R]: their B, scaled, each in the place of its own
+    gain: Gain | None = None
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        return self.up(self.down(x), out_dtype)
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [T, K] and what the stack makes of it, y [T, N] -> what is to be added to y."""
+        added = self.up(self.down(x), y.dtype)
+        return added if self.gain is None else added + self.gain.added(y)
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,6 +63,12 @@ class Adapter:
     namespace: bytes  # of the prefix cache: no other adapter has it, not even a later one of the same name
     updates: Mapping[Prefixes, Update] = field(repr=False)
     tables: Mapping[str, TableUpdate] = field(repr=False)
+    experts: Mapping[str, Updates] = field(repr=False, default_factory=dict)  # by the mixture's prefix
+
+    @property
+    def replayable(self) -> bool:
+        """Whether it is made of ops alone, so that a step may be captured."""
+        return not self.experts and all(update.gain is None for update in self.updates.values())
 
 
 class Adapters:
@@ -64,7 +77,9 @@ class Adapters:
 
     def __init__(self, ops: Ops, dtype: torch.dtype) -> None:
         self.ops, self.dtype = ops, dtype
+        self.base: Base | None = None  # the loader's, who sets it
         self._stacks: dict[Prefixes, tuple[Shapes, Tensor | None]] = {}
+        self._experts: dict[str, ExpertShapes] = {}
         self._tables: dict[str, tuple[int, int]] = {}
         self._rows: dict[int, list[tuple[Adapter, Tensor | None]]] = {}
 
@@ -74,6 +89,13 @@ class Adapters:
         self._stacks[prefixes] = shapes, order
         return AdaptedLinear(linear, prefixes, self)
 
+    def wrap_experts(
+        self, prefix: str, shapes: ExpertShapes, experts: Experts, gate_up: Seq[Linear], down: Seq[Linear]
+    ) -> Experts:
+        """The experts under `prefix`.0, `prefix`.1 ..., over these linears, open to adapters."""
+        self._experts[prefix] = shapes
+        return AdaptedExperts(experts, gate_up, down, prefix, self)
+
     def wrap_embedding(self, prefix: str, shape: tuple[int, int], rows: Callable[[Tensor], Tensor]) -> AdaptedEmbedding:
         """The embedding under `prefix`, of V rows of N numbers, open to adapters."""
         self._tables[prefix] = shape
@@ -81,7 +103,7 @@ class Adapters:
 
     def make(self, name: str, updates: Mapping[str, LowRank]) -> Adapter:
         """Raises CheckpointError for an update of what is no linear or embedding of the model, or of another shape."""
-        left, made, tables = dict(updates), {}, {}
+        left, made, tables, experts = dict(updates), {}, {}, {}
         for prefix, shape in self._tables.items():
             if prefix in left and left[prefix].of_table:
                 tables[prefix] = self._table_update(name, prefix, shape, left.pop(prefix))
@@ -89,11 +111,27 @@ class Adapters:
             parts = [self._part(left, prefix) for prefix in prefixes]
             if any(parts):
                 made[prefixes] = self._update(name, prefixes, shapes, order, parts)
+        for prefix, mixture in self._experts.items():
+            split_experts(name, prefix, mixture, left)
+            found = [self._expert(name, f"{prefix}.{expert}", mixture, left) for expert in range(mixture.num)]
+            if any(any(pair) for pair in found):
+                experts[prefix] = found
         if left:
             raise CheckpointError(
                 f"The adapter {name!r} changes {min(left)}, which is nothing of the model that can be adapted."
             )
-        return Adapter(name, secrets.token_bytes(NAMESPACE_BYTES), made, tables)
+        return Adapter(name, secrets.token_bytes(NAMESPACE_BYTES), made, tables, experts)
+
+    def _expert(
+        self, name: str, prefix: str, shapes: ExpertShapes, left: dict[str, LowRank]
+    ) -> tuple[Update | None, Update | None]:
+        """The updates of one expert's gate and up, and of its down, taken out."""
+        gate_up, down = (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (f"{prefix}.down_proj",)
+        first, second = ([left.pop(linear, None) for linear in linears] for linears in (gate_up, down))
+        return (
+            self._update(name, gate_up, shapes.gate_up, None, first) if any(first) else None,
+            self._update(name, down, shapes.down, None, second) if any(second) else None,
+        )
 
     def _part(self, left: dict[str, LowRank], prefix: str) -> LowRank | None:
         """The update of the linear under a prefix, taken out. A linear over an embedding's tensors is the output head,
@@ -116,15 +154,19 @@ class Adapters:
                 _check_shape(name, prefix, part, shape)
         rank, n = sum(len(part.a) for part in parts if part), sum(shape[0] for shape in shapes)
         down, up = torch.empty(rank, shapes[0][1], dtype=self.dtype), torch.zeros(n, rank, dtype=self.dtype)
+        gain = read_gain(prefixes, [shape[0] for shape in shapes], parts, self.base)
         row = column = 0
         for shape, part in zip(shapes, parts, strict=True):
             if part is not None:
                 down[column : column + len(part.a)] = part.a
-                up[row : row + shape[0], column : column + len(part.a)] = part.b.float() * part.scale
+                rows = part.b.float() * part.scale
+                rows = rows if gain is None else rows * gain.factors[row : row + shape[0], None]
+                up[row : row + shape[0], column : column + len(part.a)] = rows
                 column += len(part.a)
             row += shape[0]
-        up = up if order is None else up[order]
-        return Update(self.ops.linear(down, None), self.ops.linear(up, None))
+        if order is not None:
+            up, gain = up[order], gain and gain.of_rows(order)
+        return Update(self.ops.linear(down, None), self.ops.linear(up, None), gain and gain.to(self.ops.to_device))
 
     @contextmanager
     def chosen(self, *ways: Seq[Adapter | None]) -> Iterator[None]:
@@ -164,7 +206,8 @@ class AdaptedLinear:
             if update is None:
                 continue
             ops = self._adapters.ops
-            ops.add_rows(y, rows, update(x if rows is None else ops.take_rows(x, rows), out_dtype))
+            mine, made = (x, y) if rows is None else (ops.take_rows(x, rows), ops.take_rows(y, rows))
+            ops.add_rows(y, rows, update.added(mine, made))
         return y
 
 

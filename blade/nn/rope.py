@@ -119,3 +119,26 @@ class YarnRope(Rope):
     def _place(self, turns: float) -> float:
         """Of the pair, if there were one, that turns so often in the original context."""
         return self.rotary_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+@dataclass(slots=True, frozen=True)
+class LongRope(Rope):
+    """LongRoPE (Ding et al. 2024): each pair is slowed by a factor of its own, and all angles weigh more.
+
+    There are factors for contexts within the original one and for longer ones. transformers takes those that belong
+    to the length of each pass, and leaves earlier keys in the cache as they are. Here, as in vLLM, the longest context
+    that is served decides for all, so that prefixes can be shared: for the short factors serve no more than the
+    original one.
+    """
+
+    original_context: int  # tokens, before the scaling
+    short_factors: tuple[float, ...]  # of rotary_dim / 2 pairs
+    long_factors: tuple[float, ...]
+    magnitude: float  # multiplies cosines and sines
+
+    def frequencies(self, num_positions: int) -> Tensor:
+        factors = self.long_factors if num_positions > self.original_context else self.short_factors
+        return 1.0 / (torch.tensor(factors) * self.theta ** self.exponents())
+
+    def table(self, num_positions: int) -> Tensor:
+        return Rope.table(self, num_positions).mul_(self.magnitude)

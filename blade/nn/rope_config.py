@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 
 if TYPE_CHECKING:
     from blade.nn.keys import Keys
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def read_rope(config: Keys, head_dim: int) -> Rope:
@@ -32,6 +32,8 @@ def read_rope(config: Keys, head_dim: int) -> Rope:
             return _llama3(config, keys, plain)
         case "yarn":
             return _yarn(config, keys, plain)
+        case "longrope":
+            return _longrope(config, keys, plain)
     return Rope(*plain)
 
 
@@ -90,3 +92,27 @@ def _yarn(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
 
 def _yarn_magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
+
+
+def _longrope(config: Keys, keys: Keys, plain: tuple[float, int, int]) -> Rope:
+    original_context = _original_context(config, keys, plain[2])
+    for key in ("short_mscale", "long_mscale"):
+        if keys.has(key):
+            keys.refuse(key, "absent: blade serves one magnitude for all contexts")
+    factor, magnitude = _factor(keys, max(1.0, plain[2] / original_context)), 1.0
+    if factor > 1 and original_context > 1:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original_context))
+    return LongRope(
+        *plain,
+        original_context,
+        _pairs(keys, "short_factor", plain[1]),
+        _pairs(keys, "long_factor", plain[1]),
+        magnitude=keys.number("attention_factor", magnitude),
+    )
+
+
+def _pairs(keys: Keys, key: str, rotary_dim: int) -> tuple[float, ...]:
+    factors = keys.numbers(key)
+    if len(factors) != rotary_dim // 2:
+        keys.refuse(key, f"a number for each of {rotary_dim // 2} pairs of channels")
+    return tuple(factors)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from blade.nn import Keys
-from blade.nn.format_settings import compiled, group_of, read_settings, unserved
+from blade.nn.format_settings import group_of, read_settings, unserved
+from blade.nn.module_patterns import ModulePatterns
 from blade.nn.packing import KEPT
 from blade.nn.words import AWQWords, GPTQWords, WordQuantization
 
 if TYPE_CHECKING:
-    import re
     from collections.abc import Mapping
 
 PATH = "quantization_config."
@@ -33,20 +33,19 @@ class AutoRound(WordQuantization):
             raise unserved(f"{PATH}packing_format", self._packing)
         self._words = self._make(keys)
         self._named: dict[str, GPTQWords | AWQWords] = {}
-        self._patterns: list[tuple[re.Pattern[str], GPTQWords | AWQWords]] = []
+        self._patterns: ModulePatterns[GPTQWords | AWQWords] = ModulePatterns("search")
         for name, changed in keys.objects("extra_config"):
             if changed.get("bits", 0) != 16:  # those stay plain, as is seen from their tensors
                 words = self._make(Keys({**settings, **changed}, f"{PATH}extra_config.{name}."))
                 self._named[name] = words
-                self._patterns.append((compiled(f"{PATH}extra_config", name), words))
+                self._patterns.add(f"{PATH}extra_config", name, words)
         bits = keys.integer("bits")
         kept = "" if KEPT[bits] == bits else f", kept as {KEPT[bits]}"
         self.label = f"auto-round, {bits} bits{' (most of them)' if self._named else ''}{kept}"
 
     def layout(self, prefix: str) -> GPTQWords | AWQWords:
         if prefix not in self._named:
-            matching = (words for pattern, words in self._patterns if pattern.search(prefix))
-            self._named[prefix] = next(matching, self._words)
+            self._named[prefix] = self._patterns.find(prefix) or self._words
         return self._named[prefix]
 
     def _make(self, keys: Keys) -> GPTQWords | AWQWords:

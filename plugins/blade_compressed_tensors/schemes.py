@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from blade import CheckpointError
 from blade.nn import Keys
-from blade.nn.format_settings import compiled, read_settings, unserved
+from blade.nn.format_settings import read_settings, unserved
+from blade.nn.module_patterns import ModulePatterns
 from blade.nn.packing import KEPT
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Schemes:
 
     def __init__(self, keys: Keys, settings: Mapping[str, Any]) -> None:
         self._exact: dict[str, Scheme] = {}
-        self._patterns: list[tuple[re.Pattern[str], Scheme]] = []
+        self._patterns: ModulePatterns[Scheme] = ModulePatterns()
         self._linear: Scheme | None = None
         self._known: dict[str, Scheme | None] = {}
         self.all: list[Scheme] = []
@@ -76,9 +77,8 @@ class Schemes:
         """That of the module, by its name, by the first pattern that it matches, or by being a linear. Raises
         CheckpointError where no group is meant for it."""
         if prefix not in self._known:
-            matching = (scheme for pattern, scheme in self._patterns if pattern.match(prefix))
             only = self.all[0] if len(self.all) == 1 else None
-            self._known[prefix] = self._exact.get(prefix) or next(matching, None) or self._linear or only
+            self._known[prefix] = self._exact.get(prefix) or self._patterns.find(prefix) or self._linear or only
         scheme = self._known[prefix]
         if scheme is None:
             raise CheckpointError(f"config.json: no group of {PATH}config_groups has {prefix} for a target.")
@@ -87,7 +87,7 @@ class Schemes:
     def _aim(self, scheme: Scheme, targets: list[str], path: str) -> None:
         for target in targets:
             if target.startswith("re:"):
-                self._patterns.append((compiled(f"{path}targets", target.removeprefix("re:")), scheme))
+                self._patterns.add(f"{path}targets", target.removeprefix("re:"), scheme)
             elif target == LINEAR:
                 self._linear = self._linear or scheme
             else:

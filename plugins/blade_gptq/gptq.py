@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blade.nn import Keys
-from blade.nn.format_settings import compiled, group_of, read_settings, unserved
+from blade.nn.format_settings import group_of, read_settings, unserved
+from blade.nn.module_patterns import ModulePatterns
 from blade.nn.packing import KEPT
 from blade.nn.words import GPTQWords, WordQuantization
 
 if TYPE_CHECKING:
-    import re
     from collections.abc import Mapping
 
 BITS = (2, 3, 4, 8)
@@ -29,28 +28,19 @@ FIXED = {  # what these other values say, the tensors are not
 KNOWN = {"bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "method", "dynamic", "lm_head"}
 
 
-@dataclass(slots=True, frozen=True)
-class Override:
-    """Settings of some modules that differ (`dynamic`)."""
-
-    pattern: re.Pattern[str]
-    words: GPTQWords
-
-
 class GPTQ(WordQuantization):
     """One layout for all matrices, unless `dynamic` says otherwise."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         keys = read_settings(settings, KNOWN, FIXED)
         self._words = _words(keys, settings, _version(settings))
-        self._overrides = list(_overrides(keys, settings, _version(settings)))
+        self._overrides = _overrides(keys, settings, _version(settings))
         self._known: dict[str, GPTQWords] = {}
         self.label = f"gptq, {describe(self._words)}{' (most of them)' if self._overrides else ''}"
 
     def layout(self, prefix: str) -> GPTQWords:
         if prefix not in self._known:
-            matching = (each.words for each in self._overrides if each.pattern.match(prefix))
-            self._known[prefix] = next(matching, self._words)
+            self._known[prefix] = self._overrides.find(prefix) or self._words
         return self._known[prefix]
 
 
@@ -75,11 +65,12 @@ def _words(keys: Keys, settings: Mapping[str, Any], version: str) -> GPTQWords:
     return GPTQWords(bits, group_of(keys), keys.flag("sym", True), less_one=version == FORMATS[0])
 
 
-def _overrides(keys: Keys, settings: Mapping[str, Any], version: str) -> Any:
-    """Those that begin with "-:" name modules that stay plain: that is seen from their tensors."""
-    if settings.get("dynamic") is False:
-        return
-    for pattern, changed in keys.objects("dynamic"):
+def _overrides(keys: Keys, settings: Mapping[str, Any], version: str) -> ModulePatterns[GPTQWords]:
+    """Settings of some modules that differ (`dynamic`). Those that begin with "-:" name modules that stay plain: that
+    is seen from their tensors."""
+    overrides: ModulePatterns[GPTQWords] = ModulePatterns()
+    for pattern, changed in keys.objects("dynamic") if settings.get("dynamic") is not False else ():
         if not pattern.startswith("-:"):
             own = Keys({**settings, **changed}, f"{PATH}dynamic.{pattern}.")
-            yield Override(compiled(f"{PATH}dynamic", pattern.removeprefix("+:")), _words(own, settings, version))
+            overrides.add(f"{PATH}dynamic", pattern.removeprefix("+:"), _words(own, settings, version))
+    return overrides

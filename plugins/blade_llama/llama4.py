@@ -15,6 +15,7 @@ from blade.nn import (
     DecoderConfig,
     FeedForward,
     Keys,
+    LongRope,
     MixtureConfig,
     SelectedWeights,
     SelfAttention,
@@ -68,8 +69,10 @@ class Llama4:
             normalized=keys.flag("use_qk_norm", True),
             temperature=temperature if keys.flag("attn_temperature_tuning", True) else None,
         )
-        if isinstance(found.rope, YarnRope) and found.normalized:
-            keys.refuse("rope_scaling" if keys.has("rope_scaling") else "rope_parameters", "of another kind than yarn")
+        if isinstance(found.rope, YarnRope | LongRope) and found.normalized:
+            keys.refuse(
+                "rope_scaling" if keys.has("rope_scaling") else "rope_parameters", "of a kind that changes no lengths"
+            )
         return found if found.chunked_layers else replace(found, attention_chunk=None)
 
     def build(self, config: Llama4Config, loader: Loader) -> Llama4Decoder:
@@ -184,7 +187,8 @@ class InputWeighedMixture:
         self.ops, self.num_active = loader.ops, config.num_active
         self.router = loader.linear(f"{name}.router", shapes=[(config.num_experts, hidden_size)])
         inner = config.intermediate_size
-        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader)
+        once = config.num_active == 1  # or a token is there several times
+        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader, once)
         self.shared = FeedForward(f"{name}.shared_expert", inner, hidden_size, loader)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:

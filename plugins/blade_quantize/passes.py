@@ -78,6 +78,9 @@ class PassLoader:
 
         return rows
 
+    def experts(self, prefix: str, gate_up: Seq[Linear], down: Seq[Linear], shape: tuple[int, int]) -> Experts:
+        return self.ops.experts(gate_up, down)
+
 
 def build(opened: OpenedModel, loader: PassLoader, longest: int) -> Model:
     """The model, for sequences of at most `longest` tokens."""

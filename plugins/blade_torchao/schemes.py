@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from blade.nn.format_settings import compiled, unserved
+from blade.nn.format_settings import unserved
+from blade.nn.module_patterns import ModulePatterns
 
 if TYPE_CHECKING:
     from blade.nn import Keys
@@ -36,7 +37,7 @@ class Schemes:
     def __init__(self, keys: Keys) -> None:
         self.kinds: list[str] = []
         self._exact: dict[str, int] = {}
-        self._patterns: list[tuple[re.Pattern[str], int]] = []
+        self._patterns: ModulePatterns[int] = ModulePatterns("fullmatch")
         self._default = 8
         self._read(keys)
 
@@ -45,10 +46,7 @@ class Schemes:
         for name in (f"{prefix}.weight", prefix):
             if name in self._exact:
                 return self._exact[name]
-        for pattern, bits in self._patterns:
-            if pattern.fullmatch(f"{prefix}.weight") or pattern.fullmatch(prefix):
-                return bits
-        return self._default
+        return self._patterns.find(f"{prefix}.weight", prefix) or self._default
 
     def _read(self, keys: Keys) -> None:
         found = keys.values.get("quant_type")
@@ -87,7 +85,7 @@ class Schemes:
         if name == "_default":
             self._default = bits
         elif name.startswith("re:"):
-            self._patterns.append((compiled(path, name.removeprefix("re:")), bits))
+            self._patterns.add(path, name.removeprefix("re:"), bits)
         else:
             self._exact[name] = bits
 

@@ -17,6 +17,7 @@ import blade_compressed_tensors
 import blade_fcfs
 import blade_fp8
 import blade_gptq
+import blade_hqq
 import blade_llama
 import blade_local
 import blade_mlx
@@ -46,7 +47,7 @@ PLUGINS = Plugins(
         "native": blade_native, "llama": blade_llama, "fcfs": blade_fcfs, "local": blade_local, "rtn": blade_rtn,
         "gptq": blade_gptq, "awq": blade_awq, "auto-round": blade_auto_round, "fp8": blade_fp8, "mlx": blade_mlx,
         "compressed-tensors": blade_compressed_tensors, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt,
-        "torchao": blade_torchao,
+        "torchao": blade_torchao, "hqq": blade_hqq,
     }
 )  # fmt: skip
 

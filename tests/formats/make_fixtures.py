@@ -1,7 +1,7 @@
 """Makes the checkpoints in fixtures/ with the tools that people make theirs with, and notes what they stand for.
 
     pip install llmcompressor==0.14.0.1 bitsandbytes==0.50.2 'mlx[cpu]==0.32.4'   # in an environment of their own
-    pip install --no-deps mlx-lm==0.32.2 sentencepiece torchao==0.18.0
+    pip install --no-deps mlx-lm==0.32.2 sentencepiece torchao==0.18.0 hqq==0.2.8.post1
     python tests/formats/make_fixtures.py
 
 Of each quantised matrix the tool's own dequantisation is kept as its product with fixed numbers, and of each model the
@@ -367,7 +367,44 @@ def torchao_config(name: str, **settings: Any) -> Callable[[], Any]:
     return make
 
 
+# HQQ, by its own linears
+
+
+def hqq(**sizes: Any) -> Callable[[Path], Dense]:
+    """`sizes` of all, or of linears by the names that they end in. transformers kept these linears' state dicts as
+    they are; since its version 5 it writes none."""
+
+    def make(folder: Path) -> Dense:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
+
+        model = make_model()
+        model.save_pretrained(folder)
+        tensors, dense = dict(load_file(folder / "model.safetensors")), {}
+        for module in MODULES:
+            own = next((value for name, value in sizes.items() if module.endswith(name)), sizes)
+            config = BaseQuantizeConfig(**own, axis=1)
+            linear = HQQLinear(model.get_submodule(module), config, False, torch.bfloat16, "cpu")
+            del tensors[f"{module}.weight"]
+            tensors |= {f"{module}.{key}": value.contiguous() for key, value in linear.state_dict().items()}
+            exact = {name: linear.meta[name].float() for name in ("scale", "zero")}
+            dense[module] = Quantizer.dequantize(linear.W_q, linear.meta | exact | {"compute_dtype": torch.float32})
+        save_file(tensors, folder / "model.safetensors")
+        settings = {"quant_method": "hqq", "quant_config": config, "skip_modules": ["lm_head"]}
+        content = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+        (folder / "config.json").write_text(json.dumps(content))
+        return dense
+
+    return make
+
+
 CASES: dict[str, Callable[[Path], Dense]] = {
+    "hqq": hqq(nbits=4, group_size=32),
+    "hqq-8": hqq(nbits=8, group_size=64),  # of rows of 96: groups run on
+    "hqq-few": hqq(
+        q_proj={"nbits": 1, "group_size": 32},
+        down_proj={"nbits": 2, "group_size": 16},
+        proj={"nbits": 2, "group_size": 32},
+    ),
     "torchao-int4": torchao(torchao_config("Int4WeightOnly", group_size=32)),
     "torchao-int8": torchao(torchao_config("Int8DynamicActivationInt8Weight")),
     "torchao-many": torchao(in_many_ways),

@@ -110,6 +110,11 @@ def weight_of(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
     quantization.weight("a", weights)
 
 
+HQQ = {"quant_method": "hqq"}
+QUARTERS = {
+    "a.W_q": torch.zeros(8, 16, dtype=torch.uint8), "a.scale": torch.ones(16, 1), "a.zero": torch.ones(16, 1),
+    "a.shape": torch.tensor([8, 32]), "a.nbits": torch.tensor(4),
+}  # fmt: skip
 FP8_WEIGHT = torch.zeros(8, 32).to(torch.float8_e4m3fn)
 BYTES = torch.full((8, 32), 9, dtype=torch.int8)
 PLAIN_INT8 = {"a._weight_qdata": BYTES, "a._weight_scale": torch.ones(8, 1)}
@@ -144,6 +149,17 @@ INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale":
         (AO, PLAIN_INT8 | {"a._weight_scale": torch.ones(3, 1)}, "has shape (3, 1), which is none for 8 rows of 32."),
         (AO, PLAIN_INT8 | {"a._weight_zero_point": BYTES}, "has shape (8, 32); to those beside it belongs (8, 1)."),
         (AO, PLAIN_INT8 | {"a._weight_act_pre_scale": torch.ones(32)}, "a._weight_act_pre_scale is not served: the"),
+        (HQQ, QUARTERS | {"a.axis": torch.tensor(0)}, "Tensor a.axis is 0: groups of columns are not served."),
+        (HQQ, QUARTERS | {"a.nbits": torch.tensor(3)}, "Tensor a.nbits is 3; served are 1, 2, 4, 8."),
+        (HQQ, QUARTERS | {"a.quant_zero": torch.tensor(1)}, "a.quant_zero is 1: zeros that are quantised are not"),
+        (HQQ, QUARTERS | {"a.shape": torch.tensor([8, 64])}, "a.W_q has shape (8, 16), which is none for (8, 64) of 4"),
+        (
+            HQQ,
+            QUARTERS | {"a.scale": torch.ones(8, 1)},
+            "a.scale has shape (8, 1); to those beside it belongs (16, 1).",
+        ),
+        (HQQ, QUARTERS | {"a.shape": None}, "The checkpoint has no tensor a.shape"),
+        (HQQ, QUARTERS | {"a.zero": torch.full((16, 1), 1e6)}, "a.zero and a.scale make numbers beyond float16."),
         (torchao("IntxWeightOnlyConfig", weight_dtype="int4"), PLAIN_INT8, "holds numbers that 4 bits cannot."),
         (BNB, {"a.weight.absmax": torch.ones(1)}, "no tensor a.weight.quant_state.bitsandbytes__nf4"),
     ],

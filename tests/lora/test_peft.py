@@ -45,7 +45,9 @@ def test_updates_and_their_scale(tmp_path: Path, settings: dict[str, Any], scale
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not served"),
-        ({"use_dora": True}, "use_dora is not served"),
+        ({"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is not served"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is not served"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is not served"),
         ({"bias": "lora_only"}, "bias 'lora_only' is not served"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\] is not served"),

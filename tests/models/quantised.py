@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -76,14 +77,14 @@ def pack(q: Tensor) -> Tensor:
     return (words - (words >> 31 << 32)).int()
 
 
-def gptq(w: Tensor) -> Written:
-    q, scales, exact = symmetric(w, 4, GROUP)
+def gptq(w: Tensor, group: int = GROUP) -> Written:
+    q, scales, exact = symmetric(w, 4, group)
     zeros = torch.full_like(scales.T, 7)  # less 1
     return {"qweight": pack(q + 8).T, "qzeros": pack(zeros), "scales": scales.T}, exact
 
 
-def awq(w: Tensor) -> Written:
-    q, scales, zeros, exact = with_zeros(w, GROUP)
+def awq(w: Tensor, group: int = GROUP) -> Written:
+    q, scales, zeros, exact = with_zeros(w, group)
 
     def columns(x: Tensor) -> Tensor:
         return pack(x.T.reshape(x.shape[1], -1, 8)[:, :, AWQ_COLUMNS].flatten(1))
@@ -91,8 +92,8 @@ def awq(w: Tensor) -> Written:
     return {"qweight": columns(q), "qzeros": columns(zeros), "scales": scales.T}, exact
 
 
-def compressed_int4(w: Tensor) -> Written:
-    q, scales, exact = symmetric(w, 4, GROUP)
+def compressed_int4(w: Tensor, group: int = GROUP) -> Written:
+    q, scales, exact = symmetric(w, 4, group)
     return {"weight_packed": pack(q + 8), "weight_scale": scales, "weight_shape": torch.tensor(w.shape)}, exact
 
 
@@ -121,8 +122,8 @@ def fp8_matrix(w: Tensor) -> Written:
     return {"weight": q, "weight_scale": scales.view(())}, exact
 
 
-def fp8_blocks(w: Tensor) -> Written:
-    q, scales, exact = floats(w, (GROUP, GROUP))
+def fp8_blocks(w: Tensor, group: int = GROUP) -> Written:
+    q, scales, exact = floats(w, (group, group))
     return {"weight": q, "weight_scale_inv": scales}, exact
 
 
@@ -200,6 +201,20 @@ def torchao_int8(w: Tensor) -> Written:
     return {"_weight_qdata": q.to(torch.int8), "_weight_scale": scales.float()}, exact
 
 
+def hqq(w: Tensor) -> Written:
+    """Groups that run on over rows."""
+    groups = w.reshape(-1, 16)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / 15).half()
+    zero = (-low / scale.float()).half()
+    q = (groups / scale.float() + zero.float()).round().clamp(0, 15)
+    minima = (-zero.float() * scale.float()).half()
+    codes = F.pad(q, (0, 0, 0, len(q) % 2)).to(torch.uint8)
+    tensors = {"W_q": codes[: len(codes) // 2] << 4 | codes[len(codes) // 2 :], "scale": scale, "zero": zero}
+    tensors |= {"nbits": torch.tensor(4, dtype=torch.int32), "shape": torch.tensor(w.shape)}
+    return tensors, (q * scale.float() + minima.float()).view(w.shape)
+
+
 def compressed(kind: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights}
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
@@ -209,29 +224,42 @@ def torchao(kind: str) -> dict[str, Any]:
     return {"quant_method": "torchao", "quant_type": {"default": {"_type": f"{kind}Config", "_data": {}}}}
 
 
-FORMATS = {
-    "gptq": Format({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}, gptq),
-    "awq": Format({"quant_method": "awq", "bits": 4, "group_size": GROUP}, awq),
-    "auto-round": Format({"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": True}, gptq),
-    "ct-int4": Format(compressed("pack-quantized", num_bits=4, strategy="group", group_size=GROUP), compressed_int4),
-    "ct-w8a8": Format(compressed("int-quantized", num_bits=8, strategy="channel"), compressed_int8),
-    "ct-fp8": Format(compressed("float-quantized", num_bits=8, type="float", strategy="channel"), fp8_rows),
-    "ct-nvfp4": Format(
-        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
-        compressed_nvfp4,
-    ),
-    "ct-mxfp4": Format(
-        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=GROUP), mxfp4
-    ),
-    "fp8": Format({"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}, fp8_blocks),
-    "bnb-nf4": Format({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
-    "bnb-int8": Format({"quant_method": "bitsandbytes", "load_in_8bit": True}, bytes_by_row),
-    "modelopt-nvfp4": Format({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
-    "modelopt-fp8": Format({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_matrix),
-    "mlx": Format({"quant_method": "mlx", "bits": 4, "group_size": GROUP}, mlx),
-    "torchao-int4": Format(torchao("Int4WeightOnly"), torchao_int4),
-    "torchao-int8": Format(torchao("Int8WeightOnly"), torchao_int8),
-}
+def formats(group: int) -> dict[str, Format]:
+    """Those that have groups of a size of their own choice in groups of `group`."""
+    return {
+        "gptq": Format(
+            {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": True}, partial(gptq, group=group)
+        ),
+        "awq": Format({"quant_method": "awq", "bits": 4, "group_size": group}, partial(awq, group=group)),
+        "auto-round": Format(
+            {"quant_method": "auto-round", "bits": 4, "group_size": group, "sym": True}, partial(gptq, group=group)
+        ),
+        "ct-int4": Format(
+            compressed("pack-quantized", num_bits=4, strategy="group", group_size=group),
+            partial(compressed_int4, group=group),
+        ),
+        "ct-w8a8": Format(compressed("int-quantized", num_bits=8, strategy="channel"), compressed_int8),
+        "ct-fp8": Format(compressed("float-quantized", num_bits=8, type="float", strategy="channel"), fp8_rows),
+        "ct-nvfp4": Format(
+            compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+            compressed_nvfp4,
+        ),
+        "ct-mxfp4": Format(
+            compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=GROUP), mxfp4
+        ),
+        "fp8": Format({"quant_method": "fp8", "weight_block_size": [group, group]}, partial(fp8_blocks, group=group)),
+        "bnb-nf4": Format({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
+        "bnb-int8": Format({"quant_method": "bitsandbytes", "load_in_8bit": True}, bytes_by_row),
+        "modelopt-nvfp4": Format({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
+        "modelopt-fp8": Format({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_matrix),
+        "mlx": Format({"quant_method": "mlx", "bits": 4, "group_size": GROUP}, mlx),
+        "hqq": Format({"quant_method": "hqq"}, hqq),
+        "torchao-int4": Format(torchao("Int4WeightOnly"), torchao_int4),
+        "torchao-int8": Format(torchao("Int8WeightOnly"), torchao_int8),
+    }
+
+
+FORMATS = formats(GROUP)
 
 
 def quantised(tensors: dict[str, Tensor], write: Callable[[Tensor], Written]) -> tuple[dict[str, Tensor], set[str]]:

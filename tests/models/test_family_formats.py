@@ -19,6 +19,7 @@ import blade_bitsandbytes
 import blade_compressed_tensors
 import blade_fp8
 import blade_gptq
+import blade_hqq
 import blade_mlx
 import blade_modelopt
 import blade_rtn
@@ -46,7 +47,7 @@ PLUGINS = Plugins(
     {
         "gptq": blade_gptq, "awq": blade_awq, "auto-round": blade_auto_round, "fp8": blade_fp8, "mlx": blade_mlx,
         "compressed-tensors": blade_compressed_tensors, "bitsandbytes": blade_bitsandbytes, "rtn": blade_rtn,
-        "modelopt": blade_modelopt, "torchao": blade_torchao,
+        "modelopt": blade_modelopt, "torchao": blade_torchao, "hqq": blade_hqq,
     }
 )  # fmt: skip
 PROMPT = [3, 1, 4, 15, 9, 26, 5, 35]

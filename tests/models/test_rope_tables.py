@@ -48,3 +48,26 @@ def test_tables_equal_those_of_transformers(case: str) -> None:
         angles = frequencies.double() * position
         expected = torch.cat((angles.cos(), angles.sin())) * magnitude
         assert float((table[position] - expected).abs().max()) < 1e-6 * (position + 10)
+
+
+@pytest.mark.parametrize("settings", [{}, {"factor": 8.0}, {"attention_factor": 1.3}], ids=str)
+def test_long_ropes_equal_those_of_transformers(settings: dict[str, Any]) -> None:
+    """The served context chooses the factors."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096,
+        "short_factor": [1 + i / 100 for i in range(48)], "long_factor": [1 + i for i in range(48)],
+    } | settings  # fmt: skip
+    sizes = {"hidden_size": 3072, "num_attention_heads": 32, "max_position_embeddings": 131072}
+    theirs = LlamaConfig(**sizes, rope_parameters={"factor": None} | rope)
+    config = DecoderConfig.read(theirs.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    assert config.max_context == 131072
+    for served in (4096, 131072):
+        frequencies, magnitude = ROPE_INIT_FUNCTIONS["longrope"](theirs, seq_len=served)
+        table = config.rope.table(served)
+        for position in (0, 1, 4000, served - 1):
+            angles = frequencies.double() * position
+            expected = torch.cat((angles.cos(), angles.sin())) * magnitude
+            assert float((table[position] - expected).abs().max()) < 1e-6 * (position + 10)

@@ -19,6 +19,7 @@ PLAIN: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LONG = {"type": "longrope", "short_factor": [1.5] * 8, "long_factor": [4.0] * 8}
 SHORTER = {"original_max_position_embeddings": 64}
 
 
@@ -62,6 +63,13 @@ def test_ropes_new_and_legacy(settings: dict[str, Any], rope: Rope) -> None:
     assert read(**settings).rope == rope
 
 
+def test_dual_chunks_are_served_within_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    """Within chunk_size - local_size vLLM's positions of queries and keys are what they are without chunks."""
+    assert read(dual_chunk_attention_config={"chunk_size": 256, "local_size": 32}).max_context == 224
+    assert "is served within its first chunk, 224 tokens" in caplog.text
+    assert read(dual_chunk_attention_config={"chunk_size": 2048, "local_size": 32}).max_context == 512
+
+
 def test_windows() -> None:
     sliding = {"use_sliding_window": True, "sliding_window": 32}
     assert read(**sliding, max_window_layers=3).windows == (None, None, None, 32)
@@ -93,8 +101,8 @@ def test_windows() -> None:
         ({"rope_parameters": [1]}, "rope_parameters must be an object"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters must be one rope for all layers"),
         (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope_parameters.rope_type must be one of default, linear, dynamic, llama3, yarn, not 'longrope'",
+            {"rope_parameters": {"rope_type": "proportional"}},
+            "rope_parameters.rope_type must be one of default, linear, dynamic, llama3, yarn, longrope, not",
         ),
         ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.type must be one of"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no rope_scaling.factor"),
@@ -102,6 +110,17 @@ def test_windows() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, not 0.5"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "config.json has no rope_scaling.low_freq_factor"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "rope_scaling.high_freq_factor must be at least"),
+        (
+            {"rope_scaling": LONG | {"long_factor": [1.0]}},
+            "rope_scaling.long_factor must be a number for each of 8 pairs",
+        ),
+        ({"rope_scaling": LONG | {"short_factor": [0] * 8}}, "rope_scaling.short_factor must be a list of positive"),
+        ({"rope_scaling": LONG | {"long_mscale": 1.2}}, "rope_scaling.long_mscale must be absent"),
+        ({"dual_chunk_attention_config": {"chunk_size": 64}}, "has no dual_chunk_attention_config.local_size"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
+            "local_size must be less than chunk_size",
+        ),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be"),
         ({"head_dim": 15}, "partial_rotary_factor must be"),
         ({"use_sliding_window": True}, "config.json has no sliding_window"),

@@ -1,0 +1,109 @@
+"""Adapters of experts: their linears are called by a kernel of the whole mixture, which knows no adapters, so that rows
+whose adapter changes an expert are computed once more, expert by expert.
+
+PEFT has updates of experts in two forms: of linears of their own, `experts.3.up_proj`; and, as `target_parameters`, of
+what transformers 5 keeps all experts of a layer in, `gate_up_proj` and `down_proj`. The latter's tensors are under
+`experts` and, the second one, `experts.base_layer`: A [E r, K], expert by expert, and B [N, r E], rank by rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from blade.errors import CheckpointError
+from blade.types import LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from torch import Tensor
+
+    from blade.contracts import Experts, Linear
+    from blade.nn.lora import Adapters, Update
+
+Updates: TypeAlias = "Seq[tuple[Update | None, Update | None]]"  # of each expert: of gate and up, and of down
+BASE = ".base_layer"
+
+
+@dataclass(slots=True, frozen=True)
+class ExpertShapes:
+    """Of one mixture: feed-forward networks outer -> inner -> outer."""
+
+    num: int
+    inner: int
+    outer: int
+
+    @property
+    def gate_up(self) -> list[tuple[int, int]]:
+        return [(self.inner, self.outer)] * 2
+
+    @property
+    def down(self) -> list[tuple[int, int]]:
+        return [(self.outer, self.inner)]
+
+
+def split_experts(name: str, prefix: str, shapes: ExpertShapes, updates: dict[str, LowRank]) -> None:
+    """Replace the updates of all experts under `prefix` in one by those of each expert's linears. Raises
+    CheckpointError where they are of another mixture."""
+    for key in (prefix, prefix + BASE):
+        if key not in updates:
+            continue
+        part = updates.pop(key)
+        n, k = len(part.b), part.a.shape[1]
+        kinds = {
+            (2 * shapes.inner, shapes.outer): ("gate_proj", "up_proj"),
+            (shapes.outer, shapes.inner): ("down_proj",),
+        }
+        if part.num_experts != shapes.num or (n, k) not in kinds:
+            raise CheckpointError(
+                f"The adapter {name!r} has an update of {part.num_experts} experts of ({n}, {k}) under {prefix}, which "
+                f"has {shapes.num}, {shapes.outer} to {shapes.inner} and back."
+            )
+        for expert, (a, b) in enumerate(_parts(part)):
+            for kind, rows in zip(kinds[n, k], b.chunk(len(kinds[n, k])), strict=True):
+                updates[f"{prefix}.{expert}.{kind}"] = LowRank(a, rows, part.scale)
+
+
+def _parts(part: LowRank) -> list[tuple[Tensor, Tensor]]:
+    """A [r, K] and B [N, r] of each expert."""
+    num = part.num_experts
+    b = part.b.view(len(part.b), -1, num).permute(2, 0, 1)
+    return list(zip(part.a.view(num, -1, part.a.shape[1]), b, strict=True))
+
+
+class AdaptedExperts:
+    """contracts.Experts: others and what adapters make of them."""
+
+    def __init__(self, base: Experts, gate_up: Seq[Linear], down: Seq[Linear], prefix: str, adapters: Adapters) -> None:
+        self._base, self._gate_up, self._down = base, gate_up, down
+        self._prefix, self._adapters = prefix, adapters
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        y = self._base(x, ids, weights)
+        for adapter, rows in self._adapters.of(len(x)):
+            updates = adapter.experts.get(self._prefix)
+            if updates is None:
+                continue
+            at = torch.arange(len(x), device=x.device) if rows is None else rows
+            y[at] = self._mixed(x[at], ids[at], weights[at], updates)
+        return y
+
+    def _mixed(self, x: Tensor, ids: Tensor, weights: Tensor, updates: Updates) -> Tensor:
+        """As DefaultOps does it, with the updates."""
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in torch.unique(ids).tolist():
+            rows, places = (ids == expert).nonzero(as_tuple=True)
+            gate_up, down = updates[expert]
+            inner = x[rows]
+            inner = self._adapters.ops.silu_mul(_adapted(self._gate_up[expert], gate_up, inner, x.dtype))
+            y = _adapted(self._down[expert], down, inner, torch.float32)
+            out.index_add_(0, rows, y * weights[rows, places, None])
+        return out.to(x.dtype)
+
+
+def _adapted(linear: Linear, update: Update | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    y = linear(x, dtype)
+    return y if update is None else y + update.added(x, y)

@@ -1,0 +1,134 @@
+"""Adapters of every kind as PEFT writes them, DoRA and those of experts too, say what PEFT says (make_fixtures.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blade import CheckpointError, SamplingParams, Sequence, Step
+from blade.checkpoint.peft import read_adapter
+from blade.engine.batch import build_batch
+
+from .test_generation import PROMPTS, generate, prepare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blade.nn.lora import Adapter
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CASES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+EXPECTED = load_file(FIXTURES / "expected.safetensors")
+PROMPT = [3, 1, 4, 15, 9, 26, 5, 3, 5, 8]
+EXPERTS = "base_model.model.model.layers.0.mlp.experts"
+
+
+@torch.inference_mode()
+def logits(prepared: Any, *chosen: Adapter | None) -> list[Tensor]:
+    """After every token of the prompt, of a sequence for each adapter, all in one step."""
+    assembly, model, adapters = prepared
+    seqs = [Sequence(i, PROMPT, SamplingParams(max_tokens=1), blocks=[i]) for i in range(len(chosen))]
+    batch = build_batch(Step(seqs, [len(PROMPT)] * len(seqs)), 16, assembly.ops.to_device)
+    batch.logits_rows = torch.arange(len(seqs) * len(PROMPT))
+    of_tokens = [adapter for adapter in chosen for _ in PROMPT]
+    with adapters.chosen(of_tokens, of_tokens):
+        found = model.forward(batch, assembly.attention.allocate(assembly.kv_spec, len(seqs)))
+    return list(found.chunk(len(seqs)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_peft(case: str) -> None:
+    prepared = prepare(FIXTURES / case, lora=("a=b",))
+    adapter = prepared[2].make("x", read_adapter(FIXTURES / case))
+    (alone,) = logits(prepared, adapter)
+    torch.testing.assert_close(alone, EXPECTED[case], rtol=1e-4, atol=1e-4)
+    (plain,) = logits(prepared, None)
+    assert float((plain - alone).norm() / alone.norm()) > 0.1
+    for found, wanted in zip(logits(prepared, None, adapter, None), (plain, alone, plain), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["dora", "experts"])
+def test_over_rounded_weights(case: str) -> None:
+    """The lengths of rows are those of what the rounded weights stand for."""
+    prepared = prepare(FIXTURES / case, lora=("a=b",), quantize="int8")
+    (found,) = logits(prepared, prepared[2].make("x", read_adapter(FIXTURES / case)))
+    assert float((found - EXPECTED[case]).norm() / EXPECTED[case].norm()) < 0.05
+
+
+@pytest.mark.parametrize("case", ["dora", "experts"])
+def test_a_mixed_batch_generates_what_each_alone_does(case: str) -> None:
+    prepared = prepare(FIXTURES / case, lora=("a=b",))
+    adapter = prepared[2].make("x", read_adapter(FIXTURES / case))
+    assert not adapter.replayable
+    said = generate(prepared, [None]), generate(prepared, [adapter])
+    assert said[0] != said[1]
+    assert generate(prepared, [None, adapter]) == [said[i % 2][i] for i in range(len(PROMPTS))]
+
+
+def rewritten(folder: Path, case: str, tensors: dict[str, Tensor] | None = None, **settings: Any) -> Path:
+    config = json.loads((FIXTURES / case / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    found = load_file(FIXTURES / case / "adapter_model.safetensors") if tensors is None else tensors
+    save_file(found, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_experts_one_by_one(tmp_path: Path) -> None:
+    """As they are named where each expert has linears of its own."""
+    tensors = load_file(FIXTURES / "experts" / "adapter_model.safetensors")
+    for module, kinds in ((f"{EXPERTS}.base_layer", ("gate_proj", "up_proj")), (EXPERTS, ("down_proj",))):
+        a, b = (tensors.pop(f"{module}.lora_{side}.weight") for side in "AB")
+        for expert in range(4):
+            for kind, rows in zip(kinds, b.chunk(len(kinds)), strict=True):
+                prefix = f"{EXPERTS}.{expert}.{kind}"
+                tensors[f"{prefix}.lora_A.weight"] = a[3 * expert : 3 * expert + 3].clone()
+                tensors[f"{prefix}.lora_B.weight"] = rows[:, expert::4].clone()
+    prepared = prepare(FIXTURES / "experts", lora=("a=b",))
+    (found,) = logits(prepared, prepared[2].make("x", read_adapter(rewritten(tmp_path, "experts", tensors))))
+    torch.testing.assert_close(found, EXPECTED["experts"], rtol=1e-4, atol=1e-4)
+
+
+A, B = torch.zeros(8, 16), torch.zeros(32, 8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({"A": A, "B": B}, {"r": 3}, "has 8 rows, no multiple of r, 3"),
+        ({"A": A, "B": B}, {"rank_pattern": {"x": 2}}, "rank_pattern is not served where experts are changed"),
+        ({"A": A, "B": B}, {"r": 4}, r"an update of 2 experts of \(32, 16\) under .*, which has 4, 32 to 16 and back"),
+        ({"A": A[:, :8], "B": B}, {}, r"an update of 4 experts of \(32, 8\) under"),
+        ({"A": A, "B": B[:, :4]}, {}, r"has lora_A \[8, 16\] and lora_B \[32, 4\]"),
+        ({"A": A, "B": B}, {"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
+    ],
+)
+def test_updates_of_other_experts(
+    tmp_path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], message: str
+) -> None:
+    named = {f"{EXPERTS}.lora_{side}.weight": tensor.contiguous() for side, tensor in tensors.items()}
+    prepared = prepare(FIXTURES / "experts", lora=("a=b",))
+    with pytest.raises(CheckpointError, match=message):
+        prepared[2].make("x", read_adapter(rewritten(tmp_path, "experts-down", named, **settings)))
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "settings", "message"),
+    [
+        (torch.ones(8), {}, r"has lora_magnitude_vector \[8\], and lora_B \[224, 2\]"),
+        (torch.ones(224), {"use_dora": False}, "has a lora_magnitude_vector; use_dora is False"),
+        (torch.ones(224, 1), {}, "no part of a linear's update"),
+    ],
+)
+def test_magnitudes_that_do_not_belong(
+    tmp_path: Path, magnitude: Tensor, settings: dict[str, Any], message: str
+) -> None:
+    tensors = load_file(FIXTURES / "dora-head" / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.lora_magnitude_vector"] = magnitude
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(rewritten(tmp_path, "dora-head", tensors, **settings))
