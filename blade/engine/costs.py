@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256  # of a step that speculation adds to: far beyond, every token costs its full price
 WHOLE, LOCAL = 0.1, 0.05  # how much of an error is believed: of the curve as a whole, of the one number of tokens
+REACH = 12  # numbers of tokens beside it that take part in that, the less the farther
 
 
 class StepCosts:
@@ -45,7 +46,8 @@ class StepCosts:
             return
         error = min(2.0, max(0.5, seconds / self.seconds(num_tokens)))
         self._height *= error**WHOLE
-        self._shape[num_tokens] *= error**LOCAL
+        for num in range(max(0, num_tokens - REACH), min(MOST_TOKENS, num_tokens + REACH) + 1):
+            self._shape[num] *= error ** (LOCAL * (1 - abs(num - num_tokens) / (REACH + 1)))
 
 
 def _between(curve: list[tuple[int, float]], num: int) -> float:

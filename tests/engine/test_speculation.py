@@ -121,7 +121,7 @@ def test_the_drafters_own_time_counts_by_depth() -> None:
 
 
 class FixedPrice(Price):
-    def learn(self, seconds: float, depth: int, num_new: int) -> None: ...
+    def learn(self, seconds: float, num_seqs: int, depth: int, num_new: int) -> None: ...
 
 
 class Guess:
