@@ -1,11 +1,19 @@
-"""What speculation may lose: no more than it has won lately and a small share of the time."""
+"""What speculation may lose: no more than it has won lately and a small share of the time.
+
+Chances and costs are estimates. Should they be wrong, then so are the decisions that follow from them; what it costs is
+bounded here.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SHARE = 0.005  # of the time, that may be lost
-SAVED = 8  # steps whose time may be saved up: that may be lost before anything is won again
+SAVED, GIVEN = 4, 1  # steps whose time may be saved up; that may be lost before anything is won
 FIRST = 2  # steps of a shape that take longer: they compile or capture
 MOST_SHAPES = 48  # in use at a time; devices keep some more (contracts.Ops.capture)
 LEARN = 0.2
@@ -16,30 +24,28 @@ class Budget:
     from it."""
 
     def __init__(self) -> None:
-        self._seconds: float | None = None
+        self.seconds = 0.0
+        self._opened = False
 
-    @property
-    def seconds(self) -> float:
-        return self._seconds or 0.0
-
-    def open(self, step: float) -> None:
-        """A step of so many seconds is to come."""
-        most = SAVED * step
-        self._seconds = most if self._seconds is None else min(self._seconds + SHARE * step, most)
+    def open(self, step: float, new_shape: float) -> None:
+        """A step of so many seconds is to come. `new_shape`: seconds that the first steps of a shape take longer."""
+        if not self._opened:
+            self.seconds, self._opened = GIVEN * step, True
+        self.seconds = min(self.seconds + SHARE * step, SAVED * step + FIRST * new_shape)
 
     def win(self, seconds: float) -> None:
-        self._seconds = self.seconds + seconds
+        self.seconds += seconds
 
     def spend(self, seconds: float) -> None:
-        self._seconds = self.seconds - seconds
+        self.seconds = max(0.0, self.seconds - seconds)
 
 
 class Shapes:
     """The shapes that steps have had lately, (sequences, tokens), and what a new one costs: the device captures it
     (contracts.Ops.capture), which may take longer than several steps. Only what is used again repays that."""
 
-    def __init__(self) -> None:
-        self._num_steps: OrderedDict[tuple[int, int], int] = OrderedDict()
+    def __init__(self, known: Iterable[tuple[int, int]] = ()) -> None:
+        self._num_steps: OrderedDict[tuple[int, int], int] = OrderedDict.fromkeys(known, FIRST)
         self.price: float | None = None  # seconds more that the first steps take, each
 
     def is_new(self, num_seqs: int, num_tokens: int) -> bool:

@@ -48,17 +48,16 @@ class ComingStep:
     def allocate(self, offers: Seq[Offer], per_depth: float = 0.0) -> list[int]:
         """How many tokens of the offers, one for each sequence, are worth their time. `per_depth`: seconds that a
         drafter takes for each token of the longest draft."""
-        if not any(length for length, _ in offers) or self._budget.seconds <= 0:
+        if not any(length for length, _ in offers):
             return [0] * self.num_seqs
         most = max(0, MOST_TOKENS - self.num_seqs)
         return allocate(offers, lambda num, depth: self._within_budget(num) + depth * per_depth, most)
 
     def _within_budget(self, num_drafted: int) -> float:
-        """Seconds; without end where they are those of a shape that is too dear."""
-        too_dear = (self._shapes.price or 0.0) > self._budget.seconds
-        if too_dear and num_drafted and self._is_new(num_drafted):
-            return math.inf
-        return self.seconds(num_drafted)
+        """Seconds; without end where losing what they are more than without drafts is more than there is to lose."""
+        seconds = self.seconds(num_drafted)
+        new = (self._shapes.price or 0.0) if num_drafted and self._is_new(num_drafted) else 0.0
+        return seconds if seconds - self.alone + new <= self._budget.seconds else math.inf
 
     def _is_new(self, num_drafted: int) -> bool:
         return not self._with_prompts and self._shapes.is_new(self.num_seqs, self.num_seqs + num_drafted)

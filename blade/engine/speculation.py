@@ -39,7 +39,8 @@ class Speculator:
         self._acceptance = Acceptance()
         self._asking = {drafter.name: Asking(drafter, self._acceptance) for drafter in drafters}
         self._sources: dict[int, str] = {}  # by id of the sequence: whose draft it has now
-        self._shapes, self._budget = Shapes(), Budget()
+        self._shapes = Shapes([(1, num) for num in costs.measured] if costs else [])
+        self._budget = Budget()
         self._per_seq = 0.0  # seconds that a token took without drafts
         self._least: dict[tuple[int, bool], tuple[float, int]] = {}  # chance above which drafts pay; steps it holds for
 
@@ -62,7 +63,7 @@ class Speculator:
             self._take(seqs, drafts, [len(drafts[seq.id].ids) if seq.id in drafts else 0 for seq in seqs])
             return
         step = ComingStep(self._costs, self._shapes, self._budget, len(seqs), with_prompts)
-        self._budget.open(step.alone)
+        self._budget.open(step.alone, self._shapes.price or 0.0)
         self._per_seq = step.per_seq
         least = self._least_chance(step, with_prompts)
         drafts = self._proposed(seqs, step, least) if least < 1 else {}
@@ -73,7 +74,6 @@ class Speculator:
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
         """The sequence has new output; of `num_drafted` tokens the model agreed to the first `num_accepted`."""
-        self._acceptance.look(seq)
         if num_drafted:
             self._asking[self._sources[seq.id]].drafter.verified(num_drafted, num_accepted)
             self._budget.win(num_accepted * self._per_seq)
@@ -89,11 +89,12 @@ class Speculator:
             if num_tokens > num_seqs:
                 self._budget.spend(max(0.0, longer))
         else:
-            self._costs.learn(num_tokens, seconds)
+            self._costs.learn(num_seqs, num_tokens, seconds)
         self._shapes.add(num_seqs, num_tokens)
 
     def forget(self, seq: Sequence) -> None:
         self._sources.pop(seq.id, None)
+        self._acceptance.look(seq)
         self._acceptance.forget(seq)
         for asking in self._asking.values():
             asking.forget(seq)
@@ -107,6 +108,8 @@ class Speculator:
             asked: Asked = asking.choose(open_, step, least) if step and open_ else open_
             if not asked:
                 continue
+            for seq, _ in asked:
+                self._acceptance.look(seq)
             proposed = asking.drafter.propose([seq for seq, _ in asked], [room for _, room in asked])
             for (seq, _), draft in zip(asked, proposed, strict=True):
                 if draft.ids:

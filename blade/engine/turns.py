@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from blade.types import Sequence
 
-SHARE = 0.0075  # of the time, for asking in vain
+SHARE = 0.005  # of the time, for asking in vain
 SAVED = 32  # steps whose share may be saved up for something that takes longer: reading a prompt
 STAYS = 8  # asks in vain after which a sequence is one of the others again
 
