@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blade.types import Draft, DrafterStats
 
@@ -50,14 +50,14 @@ class GuardedDrafter:
     def __init__(self, name: str, drafter: Drafter, vocab_size: int) -> None:
         self.name = name
         self.price = Price()
-        self._counts: Counter[str] = Counter()  # by the names of DrafterStats
+        self._counts: defaultdict[str, Any] = defaultdict(int)  # by the names of DrafterStats
         self._drafter: Drafter | None = drafter
         self._num_seen: dict[int, int] = {}  # by id of the sequence: its tokens at the last call
         self._vocab_size = vocab_size
 
     @property
     def stats(self) -> DrafterStats:
-        return DrafterStats(self.name, **self._counts)  # type: ignore[arg-type]
+        return DrafterStats(self.name, **self._counts)
 
     def num_new(self, seq: Sequence) -> int:
         """Tokens of the sequence that came since the drafter was last asked for it."""
