@@ -1,8 +1,8 @@
 """What speculative decoding brings: ``python benchmarks/speculation.py --plugin qwen``.
 
-Every way of drafting runs the same tasks (speculation_tasks.py) in one process, over the same weights, one way after
-another task by task. Measured is the time from submitting to the last token, prompts included, and whether the text is
-the same as without drafts. Ends in one JSON line; --plot draws it.
+Every way of drafting runs the same tasks (speculation_tasks.py) in one process, over the same weights, in turns of a
+fraction of a second (turnstile.py). Measured is the time from submitting to the last token, prompts included, and
+whether the text is the same as without drafts. Ends in one JSON line; --plot draws it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from speculation_tasks import tasks
+from turnstile import Clock, Turnstile
 
 from blade import Config, DraftOptions, EngineConfig, ModelOptions, SamplingParams, Sequence
 from blade.assembly import Assembly, build_engine, choose, load_draft, load_model, load_text
@@ -27,6 +27,9 @@ from blade.engine.engine import Engine
 from blade.plugins import load
 
 NONE = "none"
+# Of replies where many run at a time, by --max-tokens: if they were alike, all would begin and end together without
+# drafts, and none would wait for another's prompt, as many do in life.
+LENGTHS = (1.0, 0.6, 1.3, 0.8, 1.1)
 counter = itertools.count(1)
 
 
@@ -40,13 +43,15 @@ class Result:
     verified: int = 0
     accepted: int = 0
     drafts: int = 0
-    texts: dict[int, list[int]] = field(default_factory=dict)  # by number of the task
+    texts: dict[Any, list[int]] = field(default_factory=dict)  # by number of the task and place in the line
 
 
 class Contender:
     """An engine that drafts in one way."""
 
-    def __init__(self, name: str, assembly: Assembly, model: Any, draft: Any, fixed: bool) -> None:
+    def __init__(
+        self, name: str, assembly: Assembly, model: Any, draft: Any, fixed: bool, turnstile: Turnstile
+    ) -> None:
         names = () if name == NONE else tuple(name.split("+"))
         engine = replace(assembly.config.engine, drafter=names, adaptive_drafts=not fixed)
         assembly = replace(assembly, config=replace(assembly.config, engine=engine))
@@ -54,6 +59,15 @@ class Contender:
             assembly, draft = replace(assembly, draft=None), None
         self.name = name
         self.engine: Engine = build_engine(assembly, model, assembly.plan_memory(), draft)
+        self.clock = Clock(self.engine, turnstile)
+
+    async def warm_up(self, prompt: list[int], most: int) -> None:
+        """Steps of `most` sequences and of all fewer ones: each size is slow at first."""
+        seqs = [
+            Sequence(next(counter), prompt, SamplingParams(max_tokens=8 + 4 * i, temperature=0)) for i in range(most)
+        ]
+        async for _ in self.engine.submit(seqs):
+            pass
 
     async def run(self, prompts: dict[int, list[int]], options: argparse.Namespace, result: Result) -> None:
         """All prompts, so many at a time."""
@@ -64,11 +78,12 @@ class Contender:
         async def client() -> None:
             nonlocal num_tokens, decoding
             while left:
-                number, prompt = left.pop(0)
+                (number, prompt), place = left.pop(0), len(left)
                 # A namespace of its own: nothing is known from earlier rounds, neither prefix nor reply.
                 seq_id = next(counter)
+                share = options.lengths[place % len(options.lengths)]
                 params = SamplingParams(
-                    max_tokens=options.max_tokens,
+                    max_tokens=int(share * options.max_tokens),
                     temperature=options.temperature,
                     seed=number,
                     stop_token_ids=options.stop_token_ids,
@@ -76,14 +91,15 @@ class Contender:
                 seq = Sequence(seq_id, prompt, params, namespace=b"%d" % seq_id)
                 first = None
                 async for _ in self.engine.submit([seq]):
-                    first = first or time.perf_counter()
-                decoding += time.perf_counter() - (first or 0)
+                    first = first or self.clock()
+                decoding += self.clock() - (first or 0)
                 num_tokens += len(seq.output_ids)
-                result.texts[number] = seq.output_ids
+                result.texts[number, place] = seq.output_ids
 
-        started = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(options.concurrency)))
-        result.seconds.append(time.perf_counter() - started)
+        started = self.clock()
+        with self.clock:
+            await asyncio.gather(*(client() for _ in range(options.concurrency)))
+        result.seconds.append(self.clock() - started)
         result.decoding.append(decoding)
         result.num_tokens.append(num_tokens)
         await asyncio.sleep(0.01)
@@ -121,7 +137,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Contender], dict[str, lis
         for kind, texts in tasks().items()
         if kind in options.kinds.split(",")
     }
-    contenders = [Contender(name, assembly, model, draft, options.fixed) for name in names]
+    turnstile = Turnstile()
+    contenders = [Contender(name, assembly, model, draft, options.fixed, turnstile) for name in names]
     return contenders, prompts, assembly.model_name
 
 
@@ -132,14 +149,14 @@ async def measure(
     results: dict[str, dict[str, Result]] = {kind: defaultdict(Result) for kind in prompts}
     for contender in contenders:
         contender.engine.start(loop)
-        await contender.run({0: next(iter(prompts.values()))[0][:32]}, options, Result())
-    for turn in range(options.rounds):
+        await contender.warm_up(next(iter(prompts.values()))[0][:32], options.concurrency)
+    for _ in range(options.rounds):
         for kind, all_ids in prompts.items():
             size = len(all_ids) if options.concurrency > 1 else 1
             for first in range(0, len(all_ids), size):  # short turns: a machine that slows down slows all
                 part = {i: all_ids[i] for i in range(first, min(first + size, len(all_ids)))}
-                for contender in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
-                    await contender.run(part, options, results[kind][contender.name])
+                runs = (contender.run(part, options, results[kind][contender.name]) for contender in contenders)
+                await asyncio.gather(*runs)
     for contender in contenders:
         contender.engine.stop()
         await asyncio.to_thread(contender.engine.join, 10)
@@ -206,11 +223,12 @@ def main() -> None:
     parser.add_argument("--kv-cache-memory", type=int, default=1 << 30, help="bytes, of each way")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file")
     options = parser.parse_args()
+    options.lengths = LENGTHS if options.concurrency > 1 else (1.0,)
     contenders, prompts, model_name = prepare(options)
     rows = report(asyncio.run(measure(contenders, prompts, options)))
     if options.plot:
         draw(rows, options.plot, f"{model_name}, {options.concurrency} at a time")
-    shown = {k: v for k, v in vars(options).items() if k not in ("plot", "stop_token_ids", "model")}
+    shown = {k: v for k, v in vars(options).items() if k not in ("plot", "stop_token_ids", "model", "lengths")}
     print(json.dumps({"model": model_name, **shown, "results": rows}))
 
 

@@ -42,3 +42,11 @@ def allocate(drafts: Seq[tuple[int, float]], seconds: Callable[[int, int], float
     for _, place, _ in offers[:num_taken]:
         taken[-place] += 1
     return taken
+
+
+def least_chance(num_seqs: int, seconds: Callable[[int, int], float], most: int) -> float:
+    """The highest chance with which no drafted token pays: where no draft has a better one, `allocate` takes nothing.
+    As if all tokens were the first of a draft; else they would bring less."""
+    alone = num_seqs / seconds(0, 0) * MARGIN
+    numbers = (num for num in range(1, most + 1) if is_common(num_seqs + num))
+    return min(((alone * seconds(num, 1) - num_seqs) / num for num in numbers), default=1.0)

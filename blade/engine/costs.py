@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_TOKENS = 256  # of a step that speculation adds to: far beyond, every token costs its full price
-WHOLE, LOCAL = 0.1, 0.05  # how much of an error is believed: of the curve as a whole, of the one number of tokens
+PLAIN, WHOLE, LOCAL = 0.1, 0.05, 0.05  # how much of an error is believed: see learn
+REACH = 12  # numbers of tokens beside one that are like it, the less the farther
 
 
 class StepCosts:
@@ -27,6 +28,7 @@ class StepCosts:
             curve.append((num, min(seconds, curve[-1][1]) if curve else seconds))
         self._shape = [_between(curve[::-1], num) for num in range(MOST_TOKENS + 1)]
         self._height = 1.0
+        self.measured = sorted(measured)  # numbers of tokens
 
     def seconds(self, num_tokens: int) -> float:
         if num_tokens <= MOST_TOKENS:
@@ -39,13 +41,21 @@ class StepCosts:
         half = MOST_TOKENS // 2
         return max(0.0, self.seconds(MOST_TOKENS) - self.seconds(half)) / half
 
-    def learn(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long. One outlier moves little."""
+    def learn(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        """A step of so many sequences and tokens took so long. One outlier moves little.
+
+        Without drafts it tells of the curve's height alone. Were it to bend the curve where all steps without drafts
+        are, those with drafts would seem to cost next to nothing more.
+        """
         if num_tokens > MOST_TOKENS or seconds <= 0:
             return
         error = min(2.0, max(0.5, seconds / self.seconds(num_tokens)))
+        if num_tokens == num_seqs:
+            self._height *= error**PLAIN
+            return
         self._height *= error**WHOLE
-        self._shape[num_tokens] *= error**LOCAL
+        for num in range(max(num_seqs + 1, num_tokens - REACH), min(MOST_TOKENS, num_tokens + REACH) + 1):
+            self._shape[num] *= error ** (LOCAL * (1 - abs(num - num_tokens) / (REACH + 1)))
 
 
 def _between(curve: list[tuple[int, float]], num: int) -> float:

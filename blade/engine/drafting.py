@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from blade.types import Draft, DrafterStats
 
@@ -30,15 +31,15 @@ MANY = 64  # tokens that a drafter has not seen yet: taking them in is most of a
 class Price:
     """Seconds that a drafter takes."""
 
-    call: float = 0.0
+    per_seq: float = 0.0  # of a call, by the sequences asked for
     per_depth: float = 0.0  # of a call, by the tokens of the longest draft: a model makes one token of all at a time
     per_new: float = 0.0  # for each token of a sequence that it has not seen yet, prompts above all
 
-    def learn(self, seconds: float, depth: int, num_new: int) -> None:
+    def learn(self, seconds: float, num_seqs: int, depth: int, num_new: int) -> None:
         if num_new >= MANY:
             self.per_new = _towards(self.per_new, max(0.0, seconds - depth * self.per_depth) / num_new)
             return
-        self.call = _towards(self.call, seconds)
+        self.per_seq = _towards(self.per_seq, seconds / num_seqs)
         if depth:
             self.per_depth = _towards(self.per_depth, seconds / depth)
 
@@ -49,14 +50,21 @@ class GuardedDrafter:
     def __init__(self, name: str, drafter: Drafter, vocab_size: int) -> None:
         self.name = name
         self.price = Price()
-        self.stats = DrafterStats(name)
+        self._counts: defaultdict[str, Any] = defaultdict(int)  # by the names of DrafterStats
         self._drafter: Drafter | None = drafter
         self._num_seen: dict[int, int] = {}  # by id of the sequence: its tokens at the last call
         self._vocab_size = vocab_size
 
+    @property
+    def stats(self) -> DrafterStats:
+        return DrafterStats(self.name, **self._counts)
+
     def num_new(self, seq: Sequence) -> int:
         """Tokens of the sequence that came since the drafter was last asked for it."""
         return seq.num_tokens - self._num_seen.get(seq.id, 0)
+
+    def has_seen(self, seq: Sequence) -> bool:
+        return seq.id in self._num_seen
 
     @property
     def hidden_states(self) -> Seq[int]:
@@ -88,7 +96,8 @@ class GuardedDrafter:
             return [Draft()] * len(seqs)
         seconds = time.perf_counter() - started
         asked = [seq for seq, limit in zip(seqs, limits, strict=True) if limit]
-        self.price.learn(seconds, max(len(draft.ids) for draft in drafts), sum(map(self.num_new, asked)))
+        depth, num_new = max(len(draft.ids) for draft in drafts), sum(map(self.num_new, asked))
+        self.price.learn(seconds, len(asked), depth, num_new)
         self._num_seen |= {seq.id: seq.num_tokens for seq in asked}
         self._count(calls=1, seconds=seconds, tokens_proposed=sum(len(draft.ids) for draft in drafts))
         return drafts
@@ -117,12 +126,19 @@ class GuardedDrafter:
         """With its source, up to the first id that the model does not have (a draft model's vocabulary may be padded
         more widely)."""
         ids = draft.ids
-        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+        if not ids:
+            return Draft()
+        if not 0 <= min(ids) <= max(ids) < self._vocab_size:
             ids = ids[: next(i for i, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)]
         return Draft(list(ids), max(0, min(draft.evidence, MOST_EVIDENCE)), self.name)
 
+    def start_anew(self) -> None:
+        """Nothing has been proposed yet."""
+        self._counts.clear()
+
     def _count(self, **more: float) -> None:
-        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + num for name, num in more.items()})
+        for name, num in more.items():
+            self._counts[name] += num
 
 
 def _towards(old: float, new: float) -> float:

@@ -2,31 +2,28 @@
 
 Drafters propose; how much of each draft is verified is decided anew for every sequence and step, from the chance that
 its tokens are right (acceptance.py) and from what a step of so many tokens costs (costs.py), down to none at all.
-Verification itself is the engine's ordinary step (verify.py).
+Proposing is weighed as well (asking.py), and what all of it may lose is bounded (budget.py). Verification itself is the
+engine's ordinary step (verify.py).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from blade.engine.acceptance import Acceptance
-from blade.engine.allocation import allocate
-from blade.engine.costs import MOST_TOKENS
-from blade.types import Draft
+from blade.engine.asking import Asking
+from blade.engine.budget import Budget, Shapes
+from blade.engine.coming_step import NOTHING, ComingStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from blade.engine.asking import Asked
     from blade.engine.costs import StepCosts
     from blade.engine.drafting import GuardedDrafter
-    from blade.types import DrafterStats, Sequence
+    from blade.types import Draft, DrafterStats, Sequence
 
-FREE = 0.02  # a drafter that takes no more than this share of a step is always asked
-PRIOR_FREE, PRIOR_PAID = 0.2, 0.75  # chances believed in at first: what is not free is never tried without hope
-FORESIGHT = 256  # tokens that a sequence is expected to go on for at most
-PROBE_SHARE, PROBE_TOKENS = 0.015, 2  # of the time, spent on asking a drafter that did not pay, for so few tokens
-FIRST_STEPS = 2
+REFRESH = 32  # steps after which it is computed anew what could pay at all
 
 
 class Speculator:
@@ -36,138 +33,112 @@ class Speculator:
         self, drafters: Seq[GuardedDrafter], costs: StepCosts | None, max_tokens: int, max_context: int
     ) -> None:
         """`costs`: None verifies whatever is proposed. `max_tokens`: longest draft. `max_context`: tokens."""
-        self._drafters = {drafter.name: drafter for drafter in drafters}
         self._costs = costs
         self._max_tokens = max_tokens
         self._max_context = max_context
         self._acceptance = Acceptance()
-        self._num_steps: Counter[tuple[int, int]] = Counter()  # by sequences and tokens
+        self._asking = {drafter.name: Asking(drafter, self._acceptance) for drafter in drafters}
         self._sources: dict[int, str] = {}  # by id of the sequence: whose draft it has now
-        self._unasked = dict.fromkeys(self._drafters, 0.0)  # seconds of steps since the drafter was last asked
+        self._shapes = Shapes([(1, num) for num in costs.measured] if costs else [])
+        self._budget = Budget()
+        self._per_seq = 0.0  # seconds that a token took without drafts
+        self._least: dict[tuple[int, bool], tuple[float, int]] = {}  # chance above which drafts pay; steps it holds for
 
     @property
     def drafters(self) -> tuple[GuardedDrafter, ...]:
         """In the order in which they are asked."""
-        return tuple(self._drafters.values())
+        return tuple(asking.drafter for asking in self._asking.values())
 
     @property
     def stats(self) -> tuple[DrafterStats, ...]:
-        return tuple(drafter.stats for drafter in self._drafters.values())
+        return tuple(asking.drafter.stats for asking in self._asking.values())
 
     def draft(self, seqs: Seq[Sequence], with_prompts: bool) -> None:
         """Set the draft_ids of `seqs`, all of the step that only owe their next token. `with_prompts`: the step will
-        have chunks of prompts as well, so that every token has its full price."""
-        rooms = [self._room(seq) for seq in seqs]
-        drafts = [Draft()] * len(seqs)
-        for drafter in self._drafters.values():
-            open_ = [i for i, draft in enumerate(drafts) if rooms[i] and not draft.ids]
-            limits = self._worth_asking(drafter, seqs, open_, rooms, with_prompts)
-            if not any(limits):
-                continue
-            self._unasked[drafter.name] = 0.0
-            for i, draft in zip(open_, drafter.propose([seqs[i] for i in open_], limits), strict=True):
-                if draft.ids:
-                    drafts[i] = draft
-                    self._acceptance.watch(seqs[i], draft)
-        for seq, draft, length in zip(seqs, drafts, self._lengths(seqs, drafts, with_prompts), strict=True):
-            seq.draft_ids = draft.ids[:length]
-            self._sources[seq.id] = draft.source
+        have chunks of prompts as well."""
+        if not seqs:
+            return
+        if self._costs is None:
+            drafts = self._proposed(seqs, None, 0.0)
+            self._take(seqs, drafts, [len(drafts[seq.id].ids) if seq.id in drafts else 0 for seq in seqs])
+            return
+        step = ComingStep(self._costs, self._shapes, self._budget, len(seqs), with_prompts)
+        self._budget.open(step.alone, self._shapes.price or 0.0)
+        self._per_seq = step.per_seq
+        least = self._least_chance(step, with_prompts)
+        drafts = self._proposed(seqs, step, least) if least < 1 else {}
+        if drafts:
+            lengths = step.allocate([self._offer(seq, drafts.get(seq.id), step, least) for seq in seqs])
+            self._budget.spend(step.seconds(sum(lengths)) - step.alone)
+            self._take(seqs, drafts, lengths)
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
         """The sequence has new output; of `num_drafted` tokens the model agreed to the first `num_accepted`."""
-        self._acceptance.look(seq)
         if num_drafted:
-            self._drafters[self._sources[seq.id]].verified(num_drafted, num_accepted)
+            self._asking[self._sources[seq.id]].drafter.verified(num_drafted, num_accepted)
+            self._budget.win(num_accepted * self._per_seq)
 
     def stepped(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
-        """A step of decodes and verifications alone has taken so long. The first steps of a shape tell little: they
-        compile or capture."""
-        for name in self._unasked:
-            self._unasked[name] += seconds
-        shape = num_seqs, num_tokens
-        self._num_steps[shape] += 1
-        if self._costs is not None and self._num_steps[shape] > FIRST_STEPS:
-            self._costs.learn(num_tokens, seconds)
+        """A step of decodes and verifications alone has taken so long. The first steps of a shape tell nothing but what
+        a new shape costs."""
+        if self._costs is None:
+            return
+        if self._shapes.is_new(num_seqs, num_tokens):
+            longer = seconds - self._costs.seconds(num_tokens)
+            self._shapes.learn(longer)
+            if num_tokens > num_seqs:
+                self._budget.spend(max(0.0, longer))
+        else:
+            self._costs.learn(num_seqs, num_tokens, seconds)
+        self._shapes.add(num_seqs, num_tokens)
 
     def forget(self, seq: Sequence) -> None:
         self._sources.pop(seq.id, None)
+        self._acceptance.look(seq)
         self._acceptance.forget(seq)
-        for drafter in self._drafters.values():
-            drafter.forget(seq)
+        for asking in self._asking.values():
+            asking.forget(seq)
+
+    def _proposed(self, seqs: Seq[Sequence], step: ComingStep | None, least: float) -> dict[int, Draft]:
+        """Drafts by id of the sequence. `step`: None asks for all; `least`: chance up to which no token pays."""
+        drafts: dict[int, Draft] = {}
+        rooms = [(seq, room) for seq in seqs if (room := self._room(seq))]
+        for asking in self._asking.values():
+            open_ = [item for item in rooms if item[0].id not in drafts] if drafts else rooms
+            asked: Asked = asking.choose(open_, step, least) if step and open_ else open_
+            if not asked:
+                continue
+            for seq, _ in asked:
+                self._acceptance.look(seq)
+            proposed = asking.drafter.propose([seq for seq, _ in asked], [room for _, room in asked])
+            for (seq, _), draft in zip(asked, proposed, strict=True):
+                if draft.ids:
+                    drafts[seq.id] = draft
+                    self._acceptance.watch(seq, draft)
+        return drafts
 
     def _room(self, seq: Sequence) -> int:
         """Most tokens to draft: the last one that a request may have needs no verification after it."""
         left = seq.params.max_tokens - len(seq.output_ids)
         return max(0, min(self._max_tokens, left - 1, self._max_context - seq.num_tokens - 1))
 
-    def _worth_asking(
-        self, drafter: GuardedDrafter, seqs: Seq[Sequence], places: list[int], rooms: list[int], with_prompts: bool
-    ) -> list[int]:
-        """How many tokens to ask the drafter for, for each of the sequences at `places`."""
-        asked = [rooms[i] for i in places]
-        if self._costs is None or self._is_free(drafter) or not asked:
-            return asked
-        offers = [(0, 0.0)] * len(seqs)
-        for i, room in zip(places, asked, strict=True):
-            chance = self._acceptance.of(seqs[i].id, (drafter.name, 0), PRIOR_PAID)
-            if _repays(drafter, self._costs, seqs[i], room, chance, len(seqs)):
-                offers[i] = (room, chance)
-        taken = self._allocate(offers, with_prompts, drafter.price.per_depth)
-        limits = [taken[i] for i in places]
-        return limits if any(limits) else self._try_again(drafter, [seqs[i] for i in places], asked)
+    def _offer(self, seq: Sequence, draft: Draft | None, step: ComingStep, least: float) -> tuple[int, float]:
+        if draft is None:
+            return NOTHING
+        chance = self._asking[draft.source].chance(seq, draft.evidence, step)
+        return (len(draft.ids), chance) if chance > least else NOTHING
 
-    def _try_again(self, drafter: GuardedDrafter, seqs: list[Sequence], asked: list[int]) -> list[int]:
-        """Ask a drafter that did not pay for a few tokens of one sequence, if that takes a small share of the time
-        since it was last asked."""
-        price, limits = drafter.price, [0] * len(seqs)
-        place = min(range(len(seqs)), key=lambda i: drafter.num_new(seqs[i]))
-        seconds = PROBE_TOKENS * price.per_depth + drafter.num_new(seqs[place]) * price.per_new
-        if seconds < PROBE_SHARE * self._unasked[drafter.name]:
-            limits[place] = min(asked[place], PROBE_TOKENS)
-        return limits
+    def _take(self, seqs: Seq[Sequence], drafts: dict[int, Draft], lengths: list[int]) -> None:
+        for seq, length in zip(seqs, lengths, strict=True):
+            if length:
+                draft = drafts[seq.id]
+                seq.draft_ids = draft.ids[:length]
+                self._sources[seq.id] = draft.source
+                self._asking[draft.source].paid(seq)
 
-    def _lengths(self, seqs: Seq[Sequence], drafts: list[Draft], with_prompts: bool) -> list[int]:
-        if self._costs is None:
-            return [len(draft.ids) for draft in drafts]
-        if not any(draft.ids for draft in drafts):
-            return [0] * len(drafts)
-        offers = []
-        for seq, draft in zip(seqs, drafts, strict=True):
-            prior = PRIOR_FREE if draft.source and self._is_free(self._drafters[draft.source]) else PRIOR_PAID
-            chance = self._acceptance.of(seq.id, (draft.source, draft.evidence), prior) if draft.ids else 0.0
-            offers.append((len(draft.ids), chance))
-        return self._allocate(offers, with_prompts, 0.0)
-
-    def _allocate(self, offers: list[tuple[int, float]], with_prompts: bool, per_depth: float) -> list[int]:
-        """`per_depth`: seconds a drafter takes for each token of the longest draft."""
-        costs, num_seqs = self._costs, len(offers)
-        if costs is None:
-            return [length for length, _ in offers]
-
-        def seconds(num_tokens: int, depth: int) -> float:
-            if with_prompts:
-                step = costs.seconds(num_seqs) + num_tokens * costs.per_token
-            else:
-                step = costs.seconds(num_seqs + num_tokens)
-            return step + depth * per_depth
-
-        return allocate(offers, seconds, max(0, MOST_TOKENS - num_seqs))
-
-    def _is_free(self, drafter: GuardedDrafter) -> bool:
-        return self._costs is None or drafter.price.call <= FREE * self._costs.seconds(1)
-
-
-def _repays(drafter: GuardedDrafter, costs: StepCosts, seq: Sequence, room: int, chance: float, num_seqs: int) -> bool:
-    """Whether what is left of the sequence is long enough for its gains to outweigh reading it first."""
-    price = drafter.price
-
-    def seconds(num_tokens: int, depth: int) -> float:
-        """Of a step, what this one sequence is to blame for, and of its draft."""
-        alone = costs.seconds(num_seqs)
-        return alone / num_seqs + costs.seconds(num_seqs + num_tokens) - alone + depth * price.per_depth
-
-    (length,) = allocate([(room, chance)], seconds, room)
-    expected = sum(chance**j for j in range(length + 1))
-    saved = seconds(0, 0) - seconds(length, length) / expected  # per token
-    num_left = min(seq.params.max_tokens - len(seq.output_ids), FORESIGHT)
-    return saved * num_left > drafter.num_new(seq) * price.per_new
+    def _least_chance(self, step: ComingStep, with_prompts: bool) -> float:
+        least, num_steps = self._least.get((step.num_seqs, with_prompts), (0.0, 0))
+        if not num_steps:
+            least, num_steps = step.least_chance(self._max_tokens), REFRESH
+        self._least[step.num_seqs, with_prompts] = least, num_steps - 1
+        return least

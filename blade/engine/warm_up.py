@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from blade.engine.drafting import MANY, Price
-from blade.types import DrafterStats, SamplingParams, Sequence, Step
+from blade.types import SamplingParams, Sequence, Step
 
 if TYPE_CHECKING:
     from blade.contracts import Blocks, Executor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from blade.engine.hidden import HiddenStates
     from blade.types import Limits
 
-NUM_TOKENS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24)  # of the steps to time
+NUM_TOKENS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 20, 24)  # of the steps to time
 CONTEXT = 32  # tokens before those that are timed
 ROUNDS = 4  # through all of them; the first ones compile or capture, the quickest counts
 MOST_SECONDS = 2.0  # a large model has to do with fewer rounds
@@ -60,7 +60,7 @@ def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int, hidden: 
             drafter.propose([seq], [max_tokens])
             seq.output_ids += _ids(1, vocab_size)
         drafter.forget(seq)
-    drafter.stats = DrafterStats(drafter.name)
+    drafter.start_anew()
 
 
 def _sequence(num_prompt: int, max_tokens: int, vocab_size: int, first: int = 0) -> Sequence:

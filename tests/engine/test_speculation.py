@@ -39,11 +39,11 @@ def test_a_disturbed_measurement_is_seen_through() -> None:
 def test_costs_follow_a_machine_that_slows_down() -> None:
     costs = StepCosts({1: 1.0, 8: 2.0})
     for _ in range(200):
-        costs.learn(1, 3.0)
+        costs.learn(1, 1, 3.0)
     assert costs.seconds(1) == pytest.approx(3.0, rel=0.05)
     assert costs.seconds(8) > 3.0  # the whole curve rises, what was seen more than the rest
     costs = StepCosts({1: 1.0, 8: 2.0})
-    costs.learn(1, 1000.0)
+    costs.learn(1, 1, 1000.0)
     assert costs.seconds(1) < 1.2  # one step says little
 
 
@@ -121,7 +121,7 @@ def test_the_drafters_own_time_counts_by_depth() -> None:
 
 
 class FixedPrice(Price):
-    def learn(self, seconds: float, depth: int, num_new: int) -> None: ...
+    def learn(self, seconds: float, num_seqs: int, depth: int, num_new: int) -> None: ...
 
 
 class Guess:
@@ -138,7 +138,7 @@ class Guess:
 
 
 def play(speculator: Speculator, seq: Sequence, says: list[int]) -> list[int]:
-    """Lengths of the drafts while the model says these ids."""
+    """Lengths of the drafts while the model says these ids, in steps that take as long as is believed."""
     lengths, place = [], 0
     while place < len(says):
         speculator.draft([seq], False)
@@ -148,7 +148,8 @@ def play(speculator: Speculator, seq: Sequence, says: list[int]) -> list[int]:
         new = says[place : place + num_accepted + 1]
         seq.draft_ids, place = [], place + len(new)
         seq.output_ids += new
-        speculator.stepped(1, 1 + num_drafted, 1.0)
+        costs = speculator._costs
+        speculator.stepped(1, 1 + num_drafted, costs.seconds(1 + num_drafted) if costs else 1.0)
         speculator.verified(seq, num_drafted, min(num_accepted, len(new)))
         lengths.append(num_drafted)
     return lengths
