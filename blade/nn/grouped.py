@@ -73,7 +73,7 @@ class GroupedQuantization(ABC):
                 parts.append(self.stack(names, weights, ops, bias))
             else:
                 parts.append(self.plain(names, weights, ops, dtype))
-        return parts[0] if len(parts) == 1 else SideBySide(parts)
+        return parts[0] if len(parts) == 1 else SideBySide(parts, ops)
 
     def stack(self, prefixes: Seq[str], weights: Weights, ops: Ops, bias: Tensor | None) -> Linear:
         """The linear over these matrices. A subclass may know a shorter way to it than `weight`."""
@@ -150,13 +150,18 @@ class Dequantized:
 
 
 class SideBySide:
-    """contracts.Linear: linears over one input, their outputs end to end."""
+    """contracts.Linear: linears over one input, their outputs end to end; by ops alone, so that steps are captured."""
 
-    def __init__(self, linears: Seq[Linear]) -> None:
-        self.linears = linears
+    def __init__(self, linears: Seq[Linear], ops: Ops) -> None:
+        self.linears, self._ops = linears, ops
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        return torch.cat([linear(x, out_dtype) for linear in self.linears], dim=-1)
+        parts = [linear(x, out_dtype) for linear in self.linears]
+        out, start = parts[0].new_empty(len(x), sum(part.shape[1] for part in parts)), 0
+        for part in parts:
+            self._ops.copy_rows(part, out[:, start : start + part.shape[1]])
+            start += part.shape[1]
+        return out
 
 
 def check_kernels(ops: Ops, dtype: torch.dtype) -> None:

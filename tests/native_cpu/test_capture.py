@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blade import Batch
+from blade.nn.grouped import SideBySide
 from blade_native.attention import PagedAttention
 from blade_native.simd import capture
 from blade_native.simd.arena import Buffer, Use, pack
@@ -69,6 +70,18 @@ def test_replays_are_the_pass_to_the_last_bit(model: Model) -> None:
             want = model(batch).clone()
             assert torch.equal(captured(batch), want)
     assert model.num_calls == 36 + 2 * 3  # a shape runs twice, the second time it is captured
+
+
+def test_linears_in_several_formats_are_captured_too(model: Model) -> None:
+    parts = [model.ops.linear(torch.randn(n, D), None) for n in (D, D // 2, D // 2)]
+    model.qkv = SideBySide(parts, model.ops)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(model.qkv(x), torch.cat([part(x) for part in parts], dim=1))
+    captured = capture.CapturedForward(model, model.ops.library)
+    for length in (20, 21, 22):
+        batch = step([1, 1], [length, 90])
+        assert torch.equal(captured(batch), model(batch))
+    assert len(captured.captures) == 1
 
 
 def test_results_of_one_shape_survive_until_the_next_call(model: Model) -> None:
