@@ -1,6 +1,8 @@
 // The inner loops of linears: a tile of R rows of activations times a slice of a panel of 32 channels, accumulated onto
 // floats c [R][32]. Products are summed in the order of K whatever R is, so a row does not depend on its tile.
 #pragma once
+#include <type_traits>
+
 #include "byte_dot.h"
 #include "linear_format.h"
 #include "tile_shape.h"
@@ -120,10 +122,24 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
     }
 }
 
-template <int BITS, int R>
-void byte_tile(const Slice& slice, const char* activations, float* c) {
+// Calls body(constant) with a group's steps, or 0 for what is too long to be worth code of its own: knowing them keeps the
+// sums of a short group in registers, where no instruction does a whole step.
+template <int BITS, class Body>
+INLINE void with_steps(int steps, Body body) {
+    constexpr int FIT = ByteDot<BITS>::FIT;
+    if constexpr (FIT > 0 && FIT <= 4)
+        if (steps == 4) return body(std::integral_constant<int, 4>{});
+    if constexpr (FIT > 0)
+        if (steps == 8) return body(std::integral_constant<int, 8>{});
+    body(std::integral_constant<int, 0>{});
+}
+
+// Units of STEPS steps, or of any number of them for 0.
+template <int BITS, int R, int STEPS, bool OFFSETS>
+INLINE void byte_units(const Slice slice, const char* activations, float* c) {
     constexpr int NV = TILE_VECTORS<R>, WORDS = ByteDot<BITS>::WORDS;
-    long group_bytes = R * activation_bytes(slice.steps, WORDS);
+    const int steps = STEPS ? STEPS : slice.steps;
+    const long group_bytes = R * activation_bytes(steps, WORDS);
     for (long u = 0; u < slice.units; u++) {
         ActivationGroup<R, WORDS> group(activations + u * group_bytes);
         for (int first = 0; first < PANEL; first += NV * vec::LANES) {
@@ -131,26 +147,32 @@ void byte_tile(const Slice& slice, const char* activations, float* c) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
                 for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
-            dot_group<BITS>((const uint32_t*)(slice.words + u * slice.stride) + first, group.words, slice.steps, sums);
+            dot_group<BITS>((const uint32_t*)(slice.words + u * slice.stride) + first, group.words, steps, sums);
             for (int v = 0; v < NV; v++) {
                 long at = u * PANEL + first + v * vec::LANES;
                 vec::F scale = vec::load(slice.scales + at);
+                vec::F offset = OFFSETS ? vec::load(slice.offsets + at) : vec::zero();
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
                     float* to = c + r * PANEL + first + v * vec::LANES;
                     vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
-                    vec::store(to, vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to)));
-                }
-                if (!slice.offsets) continue;
-                vec::F offset = vec::load(slice.offsets + at);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
-                    float* to = c + r * PANEL + first + v * vec::LANES;
-                    vec::store(to, vec::fma(offset, vec::set(group.factors[r]), vec::load(to)));
+                    vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to));
+                    if constexpr (OFFSETS) sum = vec::fma(offset, vec::set(group.factors[r]), sum);
+                    vec::store(to, sum);
                 }
             }
         }
     }
+}
+
+template <int BITS, int R>
+void byte_tile(const Slice& slice, const char* activations, float* c) {
+    with_steps<BITS>(slice.steps, [&](auto steps) {
+        if (slice.offsets)
+            byte_units<BITS, R, steps, true>(slice, activations, c);
+        else
+            byte_units<BITS, R, steps, false>(slice, activations, c);
+    });
 }
 
 struct F32 {

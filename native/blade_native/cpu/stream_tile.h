@@ -180,13 +180,13 @@ INLINE void stream_group(const Format f, const Steps<P> unpacked, const char* nu
     }
 }
 
-template <class P, int R>
-void stream_groups(const Layout& layout, const Streams& streams, long from, long to, const char* activations) {
+// Units of STEPS steps, or of any number of them for 0.
+template <class P, int R, int STEPS>
+INLINE void stream_units(const Layout l, const Streams s, long from, long to, const char* activations) {
     constexpr int WORDS = ByteDot<P::WIDTH>::WORDS;
-    const Layout l = layout;
-    const Streams s = streams;
+    const int steps = STEPS ? STEPS : l.steps;
     const Steps<P> unpacked(l.format);
-    const long group_bytes = R * activation_bytes(l.steps, WORDS), ahead = s.fetch ? STREAM_AHEAD : 0;
+    const long group_bytes = R * activation_bytes(steps, WORDS), ahead = s.fetch ? STREAM_AHEAD : 0;
     BlockUnits blocks[STREAM_PANELS];
     auto start_block = [&](long header) {
         for (long i = 0; i < s.num; i++) blocks[i].set(l.format, s.packed[i] + header);
@@ -199,8 +199,15 @@ void stream_groups(const Layout& layout, const Streams& streams, long from, long
         for (long i = 0; i < s.num; i++) {
             const char* at = s.packed[i] + unit;
             __builtin_prefetch(at + ahead, 0, 2);
-            stream_group<P, R>(l.format, unpacked, at, at + l.offsets, at + l.quants, blocks[i], group, l.steps,
-                               ahead, s.sums[i]);
+            stream_group<P, R>(l.format, unpacked, at, at + l.offsets, at + l.quants, blocks[i], group, steps, ahead,
+                               s.sums[i]);
         }
     }
+}
+
+template <class P, int R>
+void stream_groups(const Layout& layout, const Streams& streams, long from, long to, const char* activations) {
+    with_steps<P::WIDTH>(layout.steps, [&](auto steps) {
+        stream_units<P, R, steps>(layout, streams, from, to, activations);
+    });
 }
