@@ -73,6 +73,26 @@ class Served:
         self.loop.run_until_complete(run())
         return batch * NUM_OUTPUT / (time.perf_counter() - started)
 
+    def decode(self, of: list[int]) -> float:
+        """`of` a batch and a number of steps: output tokens per second of these, after the first tokens have come."""
+        from blade import SamplingParams, Sequence
+
+        batch, num_steps = of
+        params = SamplingParams(max_tokens=num_steps + 2, temperature=0)
+        seqs = [Sequence(next(counter), [5 + i + j for j in range(8)], params) for i in range(batch)]
+        arrivals: list[tuple[float, int]] = []  # seconds, tokens; several steps may arrive as one
+
+        async def run() -> None:
+            async for outputs in self.engine.submit(seqs):
+                if any(output.error for output in outputs):
+                    raise SystemExit(f"a sequence has failed: {outputs}")
+                arrivals.append((time.perf_counter(), sum(len(output.sampled) for output in outputs)))
+
+        self.loop.run_until_complete(run())
+        started = next(i for i in range(len(arrivals)) if sum(n for _, n in arrivals[: i + 1]) >= 2 * batch)
+        tokens = sum(num for _, num in arrivals[started + 1 :])
+        return tokens / (arrivals[-1][0] - arrivals[started][0])
+
     def log_probs(self, path: str) -> float:
         """Write the distributions over the text to a file; the perplexity."""
         import torch
