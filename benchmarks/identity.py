@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speculation import NONE, Contender, Result
+from speculation import NONE, Contender, Result, parser_of
 from speculation_tasks import tasks
 from turnstile import Turnstile
 
@@ -90,20 +90,11 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plugin", help="whose demo model to run")
-    parser.add_argument("--model", help="or: a folder or a .gguf file")
-    parser.add_argument("--quantize", help="as blade serve --quantize")
-    parser.add_argument("--dtype", default="auto", help="as blade serve --dtype")
-    parser.add_argument("--draft", help="as blade serve --draft.model; ask for it with --drafters model")
-    parser.add_argument("--drafters", default="suffix,ngram", help="ways to compare; a+b is a chain")
+    parser = parser_of(__doc__.splitlines()[0])
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128, help="of a text; no token ends it")
     parser.add_argument("--at-a-time", type=int, nargs="+", default=[1, 16], help="requests")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--kv-cache-memory", type=int, default=1 << 30, help="bytes")
     options = parser.parse_args()
     options.stop_token_ids, options.lengths = (), (1.0,)
     rows = compare(options)

@@ -202,25 +202,31 @@ def draw(rows: dict[str, Any], file: Path, title: str) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """With the options that say what runs, whatever is measured of it."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--plugin", help="whose demo model to run")
     parser.add_argument("--model", help="or: a folder or a .gguf file")
     parser.add_argument("--quantize", help="as blade serve --quantize")
     parser.add_argument("--dtype", default="auto", help="as blade serve --dtype")
     parser.add_argument("--draft", help="as blade serve --draft.model; ask for it with --drafters model")
     parser.add_argument("--drafters", default="suffix,ngram", help="ways to compare; a+b is a chain")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--kv-cache-memory", type=int, default=1 << 30, help="bytes, of each way")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__.splitlines()[0])
     parser.add_argument("--kinds", default="edit,summary,chat", help="of tasks")
     parser.add_argument("--num-tasks", type=int, default=8, help="of each kind, at most")
     parser.add_argument("--num-draft-tokens", type=int, default=EngineConfig().num_draft_tokens)
     parser.add_argument("--fixed", action="store_true", help="verify all draft tokens, whether they pay or not")
     parser.add_argument("--concurrency", type=int, default=1, help="requests at a time")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a reply")
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--kv-cache-memory", type=int, default=1 << 30, help="bytes, of each way")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file")
     options = parser.parse_args()
     options.lengths = LENGTHS if options.concurrency > 1 else (1.0,)

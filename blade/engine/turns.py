@@ -30,8 +30,8 @@ class Turns:
         self._turn = 0
 
     def choose(self, seqs: Seq[Sequence], step: float, price: Callable[[Sequence], float]) -> set[int]:
-        """The ids of those of `seqs` to ask for now. `step`: seconds that the coming step takes; `price`: that asking
-        for one does."""
+        """The ids of those of `seqs` to ask for in the coming step. `step`: seconds that it takes; `price`: that
+        asking for one does."""
         most = SAVED * SHARE * step
         self._seconds = min(self._seconds + SHARE * step, most)
         others = [seq for seq in seqs if not self._goes_on(seq)]
