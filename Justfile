@@ -18,9 +18,9 @@ lint:
 types:
     mypy
 
-# Tests (arguments go to pytest)
+# Tests, on a few cores at a time (arguments go to pytest)
 test *args:
-    pytest {{ args }}
+    pytest -n auto --maxprocesses 4 --dist worksteal {{ args }}
 
 # Rewrite files in the project's style
 format:
