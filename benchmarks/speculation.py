@@ -27,6 +27,7 @@ from blade.engine.engine import Engine
 from blade.plugins import load
 
 NONE = "none"
+CONTROL = "control"  # without drafts as well: how far apart two measurements of the same are
 # Of replies where many run at a time, by --max-tokens: if they were alike, all would begin and end together without
 # drafts, and none would wait for another's prompt, as many do in life.
 LENGTHS = (1.0, 0.6, 1.3, 0.8, 1.1)
@@ -52,7 +53,7 @@ class Contender:
     def __init__(
         self, name: str, assembly: Assembly, model: Any, draft: Any, fixed: bool, turnstile: Turnstile
     ) -> None:
-        names = () if name == NONE else tuple(name.split("+"))
+        names = () if name in (NONE, CONTROL) else tuple(name.split("+"))
         engine = replace(assembly.config.engine, drafter=names, adaptive_drafts=not fixed)
         assembly = replace(assembly, config=replace(assembly.config, engine=engine))
         if "model" not in names:
@@ -210,7 +211,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quantize", help="as blade serve --quantize")
     parser.add_argument("--dtype", default="auto", help="as blade serve --dtype")
     parser.add_argument("--draft", help="as blade serve --draft.model; ask for it with --drafters model")
-    parser.add_argument("--drafters", default="suffix,ngram", help="ways to compare; a+b is a chain")
+    parser.add_argument("--drafters", default="suffix,ngram", help=f"ways to compare; a+b is a chain, {CONTROL} none")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--kv-cache-memory", type=int, default=1 << 30, help="bytes, of each way")
