@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -97,10 +97,13 @@ def find(by_address: list[Buffer], address: int | None) -> Buffer | None:
 
 def pack(buffers: Iterable[Buffer]) -> int:
     """Lay them out by first fit in the order of their first use; gives the bytes of the whole."""
-    placed: list[Buffer] = []
+    needed: list[Buffer] = []  # still, by offset
+    total = 0
     for buffer in sorted(buffers, key=lambda buffer: buffer.since):
-        for other in sorted(placed, key=lambda other: other.offset):
-            if other.until >= buffer.since and buffer.offset < other.end and other.offset < buffer.end:
+        needed = [other for other in needed if other.until >= buffer.since]
+        for other in needed:
+            if buffer.offset < other.end and other.offset < buffer.end:
                 buffer.offset = other.end
-        placed.append(buffer)
-    return max((buffer.end for buffer in placed), default=0)
+        insort(needed, buffer, key=lambda buffer: buffer.offset)
+        total = max(total, buffer.end)
+    return total

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blade import Batch
-from blade_native.simd.arena import Arenas, Buffer, Use, assign
+from blade_native.simd.arena import Arenas, Buffer, Use
 from blade_native.simd.library import Kernel, Library, check_status
 
 log = logging.getLogger("blade.native")
@@ -130,8 +130,12 @@ class Capture:
 
 def _pointers(x: Tensor, uses: list[Use]) -> list[tuple[ctypes.Structure, str, int]]:
     """Where the calls point into x, and how many bytes after its start."""
-    buffers = assign([Buffer(x.data_ptr(), x.numel() * x.itemsize)], uses)
-    return [(use.call, use.field, (use.address or 0) - x.data_ptr()) for buffer in buffers for use in buffer.uses]
+    start, size = x.data_ptr(), x.numel() * x.itemsize
+    return [
+        (use.call, use.field, use.address - start)
+        for use in uses
+        if use.address is not None and 0 <= use.address - start < size
+    ]
 
 
 class CapturedForward:
