@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import statistics
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ledger import Ledger
 from speculation_tasks import tasks
 from turnstile import Clock, Turnstile
 
@@ -44,6 +46,7 @@ class Result:
     verified: int = 0
     accepted: int = 0
     drafts: int = 0
+    by_ledger: list[float] = field(default_factory=list)  # of each turn
     texts: dict[Any, list[int]] = field(default_factory=dict)  # by number of the task and place in the line
 
 
@@ -61,6 +64,7 @@ class Contender:
         self.name = name
         self.engine: Engine = build_engine(assembly, model, assembly.plan_memory(), draft)
         self.clock = Clock(self.engine, turnstile)
+        self.ledger = Ledger(self.engine)
 
     async def warm_up(self, prompt: list[int], most: int) -> None:
         """Steps of `most` sequences and of all fewer ones: each size is slow at first."""
@@ -97,6 +101,7 @@ class Contender:
                 num_tokens += len(seq.output_ids)
                 result.texts[number, place] = seq.output_ids
 
+        self.ledger.start_anew()
         started = self.clock()
         with self.clock:
             await asyncio.gather(*(client() for _ in range(options.concurrency)))
@@ -104,6 +109,7 @@ class Contender:
         result.decoding.append(decoding)
         result.num_tokens.append(num_tokens)
         await asyncio.sleep(0.01)
+        result.by_ledger.append(self.ledger.speedup())
         after = self.engine.stats()
         result.verified += after.draft_tokens - before.draft_tokens
         result.accepted += after.draft_tokens_accepted - before.draft_tokens_accepted
@@ -151,6 +157,8 @@ async def measure(
     for contender in contenders:
         contender.engine.start(loop)
         await contender.warm_up(next(iter(prompts.values()))[0][:32], options.concurrency)
+    gc.collect()
+    gc.freeze()  # as blade serve does
     for _ in range(options.rounds):
         for kind, all_ids in prompts.items():
             size = len(all_ids) if options.concurrency > 1 else 1
@@ -175,6 +183,7 @@ def report(results: dict[str, dict[str, Result]]) -> dict[str, Any]:
                 "speedup": round(sum(plain.decoding) / sum(result.decoding), 3),
                 "speedup_of_the_median_task": round(statistics.median(a / b for a, b in pairs if b), 3),
                 "speedup_of_whole_requests": round(sum(plain.seconds) / sum(result.seconds), 3),
+                "speedup_by_ledger": round(statistics.mean(result.by_ledger), 3),
                 "same_text": sum(result.texts[i] == ids for i, ids in plain.texts.items()),
                 "num_tasks": len(plain.texts),
                 "acceptance": round(result.accepted / result.verified, 3) if result.verified else None,

@@ -1,0 +1,67 @@
+"""What speculation won and what it took, from the steps of one engine alone.
+
+Two engines that do the very same differ by some percent on many machines: their memory lies elsewhere. Here steps with
+drafts are compared with those without of the same engine and run, by the number of their sequences.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blade.engine.engine import Engine
+
+
+class Ledger:
+    """Of one engine with drafts, from `start_anew` on. Steps with chunks of prompts count as won and lost nothing."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._speculator: Any = engine.speculator
+        self._num_seqs = 0  # of the step that was run last; 0: it had prompts as well
+        self.start_anew()
+        if self._speculator is not None:
+            for name in ("draft", "stepped", "verified"):
+                self._watch(name, getattr(self, f"_{name}"))
+
+    def start_anew(self) -> None:
+        self._plain: dict[int, list[float]] = defaultdict(list)  # by number of sequences: seconds of steps
+        self._drafted: dict[int, list[float]] = defaultdict(list)
+        self._accepted: dict[int, int] = defaultdict(int)
+        self._drafting = 0.0  # seconds
+        self._before = self._engine.stats().step_seconds
+
+    def speedup(self) -> float:
+        """The time that the same would have taken without drafts by the time that it took."""
+        took = self._engine.stats().step_seconds - self._before + self._drafting
+        plain = {num: statistics.median(all_) for num, all_ in self._plain.items()}
+        won = sum(num * plain[seqs] / seqs for seqs, num in self._accepted.items() if seqs in plain)
+        lost = sum(sum(all_) - len(all_) * plain[seqs] for seqs, all_ in self._drafted.items() if seqs in plain)
+        return (took + won - lost - self._drafting) / took if took else 1.0
+
+    def _watch(self, name: str, note: Any) -> None:
+        method = getattr(self._speculator, name)
+
+        def watched(*args: Any) -> None:
+            started = time.perf_counter()
+            method(*args)
+            note(*args, seconds=time.perf_counter() - started)
+
+        setattr(self._speculator, name, watched)
+
+    def _draft(self, *_: Any, seconds: float) -> None:
+        self._drafting += seconds
+        self._num_seqs = 0
+
+    def _stepped(self, num_seqs: int, num_tokens: int, took: float, *, seconds: float) -> None:
+        self._drafting += seconds
+        self._num_seqs = num_seqs
+        (self._drafted if num_tokens > num_seqs else self._plain)[num_seqs].append(took)
+
+    def _verified(self, _: Any, __: int, num_accepted: int, *, seconds: float) -> None:
+        self._drafting += seconds
+        if self._num_seqs:
+            self._accepted[self._num_seqs] += num_accepted
