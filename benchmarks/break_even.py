@@ -44,7 +44,7 @@ def measure(options: argparse.Namespace) -> tuple[str, StepCosts, float]:
 
 
 def _costs(engine: Engine) -> dict[int, float]:
-    return measure_costs(engine.executor, engine.blocks, engine.limits, engine.config.max_batch_tokens)
+    return measure_costs(engine.executor, engine.blocks, engine.limits, engine.config.max_batch_tokens).seconds
 
 
 def _drafter(engine: Engine) -> GuardedDrafter:

@@ -156,7 +156,7 @@ def _speculator(
 
     config, costs = assembly.config.engine, None
     if config.adaptive_drafts:
-        costs = StepCosts(measure_costs(executor, blocks, limits, config.max_batch_tokens))
+        costs = StepCosts(*measure_costs(executor, blocks, limits, config.max_batch_tokens))
         for drafter in drafters:
             rehearse(drafter, config.num_draft_tokens, limits.vocab_size, hidden)
     return Speculator(drafters, costs, config.num_draft_tokens, limits.max_context)

@@ -35,11 +35,16 @@ class Asking:
     def choose(self, rooms: Asked, step: ComingStep, least: float) -> Asked:
         """Those of `rooms`, sequences with the most that they have room for, that asking is worth the time for. No
         token pays with a chance of `least` or below."""
-        self._unasked += step.alone
+        self._unasked += step.since
         asked = self._in_turns(rooms, step) if self.is_cheap(step) else self._expected_to_pay(rooms, step, least)
         if asked:
             self._unasked = 0.0
         return asked
+
+    @property
+    def goes_on(self) -> bool:
+        """There are sequences that it is asked for at every step."""
+        return self._turns.go_on
 
     def is_cheap(self, step: ComingStep) -> bool:
         return step.num_seqs * self.drafter.price.per_seq <= CHEAP * step.alone
@@ -58,7 +63,9 @@ class Asking:
         self.drafter.forget(seq)
 
     def _in_turns(self, rooms: Asked, step: ComingStep) -> Asked:
-        chosen = self._turns.choose([seq for seq, _ in rooms], step.alone, lambda seq: self._price(seq, step))
+        chosen = self._turns.choose(
+            [seq for seq, _ in rooms], step.alone, step.since, lambda seq: self._price(seq, step)
+        )
         return [item for item in rooms if item[0].id in chosen]
 
     def _price(self, seq: Sequence, step: ComingStep) -> float:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SHARE = 0.005  # of the time, that may be lost
-SAVED, GIVEN = 4, 1  # steps whose time may be saved up; that may be lost before anything is won
+SAVED, OWED, GIVEN = 4, 1, 1  # steps whose time may be saved up; that may be owed; lost before anything is won
 FIRST = 2  # steps of a shape that take longer: they compile or capture
 MOST_SHAPES = 48  # in use at a time; devices keep some more (contracts.Ops.capture)
 LEARN = 0.2
@@ -24,29 +24,31 @@ class Budget:
     from it."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._opened = False
+        self.seconds = 0.0  # below 0: what was lost was more than expected
+        self._step: float | None = None  # seconds of the step that was opened last
 
-    def open(self, step: float, new_shape: float) -> None:
-        """A step of so many seconds is to come. `new_shape`: seconds that the first steps of a shape take longer."""
-        if not self._opened:
-            self.seconds, self._opened = GIVEN * step, True
-        self.seconds = min(self.seconds + SHARE * step, SAVED * step + FIRST * new_shape)
+    def open(self, step: float, since: float, new_shape: float) -> None:
+        """A step of so many seconds is to come. `since`: seconds of it and of those before it that this was not told
+        of; `new_shape`: seconds that the first steps of a shape take longer."""
+        if self._step is None:
+            self.seconds = GIVEN * step
+        self._step = step
+        self.seconds = min(self.seconds + SHARE * since, SAVED * step + FIRST * new_shape)
 
     def win(self, seconds: float) -> None:
         self.seconds += seconds
 
     def spend(self, seconds: float) -> None:
-        self.seconds = max(0.0, self.seconds - seconds)
+        self.seconds = max(-OWED * (self._step or 0.0), self.seconds - seconds)
 
 
 class Shapes:
     """The shapes that steps have had lately, (sequences, tokens), and what a new one costs: the device captures it
     (contracts.Ops.capture), which may take longer than several steps. Only what is used again repays that."""
 
-    def __init__(self, known: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, known: Iterable[tuple[int, int]] = (), price: float | None = None) -> None:
         self._num_steps: OrderedDict[tuple[int, int], int] = OrderedDict.fromkeys(known, FIRST)
-        self.price: float | None = None  # seconds more that the first steps take, each
+        self.price = price  # seconds more that the first steps take, each; None: nobody knows yet
 
     def is_new(self, num_seqs: int, num_tokens: int) -> bool:
         return self._num_steps.get((num_seqs, num_tokens), 0) < FIRST

@@ -21,12 +21,22 @@ NOTHING: Offer = (0, 0.0)
 class ComingStep:
     """Decodes of `num_seqs` sequences, and what may be verified beside them."""
 
-    def __init__(self, costs: StepCosts, shapes: Shapes, budget: Budget, num_seqs: int, with_prompts: bool) -> None:
-        """`with_prompts`: it has chunks of prompts as well, so that every token has its full price."""
+    def __init__(
+        self,
+        costs: StepCosts,
+        shapes: Shapes,
+        budget: Budget,
+        num_seqs: int,
+        with_prompts: bool = False,
+        since: float | None = None,
+    ) -> None:
+        """`with_prompts`: it has chunks of prompts as well, so that every token has its full price. `since`: seconds of
+        this step and of those before it that nobody has seen; None: there are none."""
         self.costs = costs
         self.num_seqs = num_seqs
         self.alone = costs.seconds(num_seqs)  # seconds without drafts
-        self._with_prompts = with_prompts
+        self.since = self.alone if since is None else since
+        self.with_prompts = with_prompts
         self._budget = budget
         self._shapes = shapes
 
@@ -36,7 +46,7 @@ class ComingStep:
         return self.alone / self.num_seqs
 
     def seconds(self, num_drafted: int) -> float:
-        if self._with_prompts:
+        if self.with_prompts:
             return self.alone + num_drafted * self.costs.per_token
         return self.costs.seconds(self.num_seqs + num_drafted)
 
@@ -60,4 +70,4 @@ class ComingStep:
         return seconds if seconds - self.alone + new <= self._budget.seconds else math.inf
 
     def _is_new(self, num_drafted: int) -> bool:
-        return not self._with_prompts and self._shapes.is_new(self.num_seqs, self.num_seqs + num_drafted)
+        return not self.with_prompts and self._shapes.is_new(self.num_seqs, self.num_seqs + num_drafted)

@@ -20,15 +20,16 @@ class StepCosts:
     arithmetic takes longer than memory. Its height drifts with contexts and with what else the machine does.
     """
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
+    def __init__(self, measured: Mapping[int, float], new_shape: float | None = None) -> None:
         """`measured`: tokens -> seconds, at least one pair. Between two numbers of tokens the curve is a line, and it
-        never falls: what took longer than a larger step did was disturbed."""
+        never falls: what took longer than a larger step did was disturbed. `new_shape`: see warm_up.Measured."""
         curve: list[tuple[int, float]] = []
         for num, seconds in sorted(measured.items(), reverse=True):
             curve.append((num, min(seconds, curve[-1][1]) if curve else seconds))
         self._shape = [_between(curve[::-1], num) for num in range(MOST_TOKENS + 1)]
         self._height = 1.0
         self.measured = sorted(measured)  # numbers of tokens
+        self.new_shape = new_shape
 
     def seconds(self, num_tokens: int) -> float:
         if num_tokens <= MOST_TOKENS:

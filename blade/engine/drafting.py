@@ -31,7 +31,7 @@ MANY = 64  # tokens that a drafter has not seen yet: taking them in is most of a
 class Price:
     """Seconds that a drafter takes."""
 
-    per_seq: float = 0.0  # of a call, by the sequences asked for
+    per_seq: float = 0.0  # of a call, by the sequences asked for, without what is new of them
     per_depth: float = 0.0  # of a call, by the tokens of the longest draft: a model makes one token of all at a time
     per_new: float = 0.0  # for each token of a sequence that it has not seen yet, prompts above all
 
@@ -39,7 +39,7 @@ class Price:
         if num_new >= MANY:
             self.per_new = _towards(self.per_new, max(0.0, seconds - depth * self.per_depth) / num_new)
             return
-        self.per_seq = _towards(self.per_seq, seconds / num_seqs)
+        self.per_seq = _towards(self.per_seq, max(0.0, seconds - num_new * self.per_new) / num_seqs)
         if depth:
             self.per_depth = _towards(self.per_depth, seconds / depth)
 
@@ -58,6 +58,11 @@ class GuardedDrafter:
     @property
     def stats(self) -> DrafterStats:
         return DrafterStats(self.name, **self._counts)
+
+    @property
+    def seconds(self) -> float:
+        """That it has taken so far."""
+        return float(self._counts["seconds"])
 
     def num_new(self, seq: Sequence) -> int:
         """Tokens of the sequence that came since the drafter was last asked for it."""

@@ -298,7 +298,7 @@ class Engine:
         self._counters["generated_tokens"] += num_taken
         self._counters["draft_tokens"] += num_drafted
         self._counters["draft_tokens_accepted"] += num_accepted
-        if self.speculator is not None:
+        if self.speculator is not None and num_drafted:
             self.speculator.verified(seq, num_drafted, num_accepted)
         if finish_reason is not None:
             self._end(seq, finish_reason)

@@ -2,18 +2,20 @@
 
 Drafters propose; how much of each draft is verified is decided anew for every sequence and step, from the chance that
 its tokens are right (acceptance.py) and from what a step of so many tokens costs (costs.py), down to none at all.
-Proposing is weighed as well (asking.py), and what all of it may lose is bounded (budget.py). Verification itself is the
-engine's ordinary step (verify.py).
+Proposing is weighed as well (asking.py), and so is weighing (rest.py); what all of it may lose is bounded (budget.py).
+Verification itself is the engine's ordinary step (verify.py).
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from blade.engine.acceptance import Acceptance
 from blade.engine.asking import Asking
 from blade.engine.budget import Budget, Shapes
 from blade.engine.coming_step import NOTHING, ComingStep
+from blade.engine.rest import Rest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from blade.engine.drafting import GuardedDrafter
     from blade.types import Draft, DrafterStats, Sequence
 
+STALL = 2  # times as long as expected: more of a step is the machine's doing
 REFRESH = 32  # steps after which it is computed anew what could pay at all
 
 
@@ -39,8 +42,11 @@ class Speculator:
         self._acceptance = Acceptance()
         self._asking = {drafter.name: Asking(drafter, self._acceptance) for drafter in drafters}
         self._sources: dict[int, str] = {}  # by id of the sequence: whose draft it has now
-        self._shapes = Shapes([(1, num) for num in costs.measured] if costs else [])
+        self._shapes = Shapes([(1, num) for num in costs.measured], costs.new_shape) if costs else Shapes()
         self._budget = Budget()
+        self._spent = 0.0  # seconds of the budget, for drafts of the step that comes, or came
+        self._rest = Rest()
+        self._resting = False  # nobody thought about the step that comes, or came
         self._per_seq = 0.0  # seconds that a token took without drafts
         self._least: dict[tuple[int, bool], tuple[float, int]] = {}  # chance above which drafts pay; steps it holds for
 
@@ -62,32 +68,52 @@ class Speculator:
             drafts = self._proposed(seqs, None, 0.0)
             self._take(seqs, drafts, [len(drafts[seq.id].ids) if seq.id in drafts else 0 for seq in seqs])
             return
-        step = ComingStep(self._costs, self._shapes, self._budget, len(seqs), with_prompts)
-        self._budget.open(step.alone, self._shapes.price or 0.0)
+        self._resting = self._rest.goes_on(self._costs.seconds(len(seqs))) and not any(
+            asking.goes_on for asking in self._asking.values()
+        )
+        if self._resting:
+            return
+        started, proposing = time.perf_counter(), self._proposing
+        step = ComingStep(self._costs, self._shapes, self._budget, len(seqs), with_prompts, self._rest.end())
+        if not self._draft_for(step, seqs):
+            self._rest.begin(time.perf_counter() - started - (self._proposing - proposing))
+
+    def _draft_for(self, step: ComingStep, seqs: Seq[Sequence]) -> bool:
+        """Whether anything was taken."""
+        self._spent = 0.0
+        self._budget.open(step.alone, step.since, self._shapes.price or 0.0)
         self._per_seq = step.per_seq
-        least = self._least_chance(step, with_prompts)
+        least = self._least_chance(step)
         drafts = self._proposed(seqs, step, least) if least < 1 else {}
-        if drafts:
-            lengths = step.allocate([self._offer(seq, drafts.get(seq.id), step, least) for seq in seqs])
-            self._budget.spend(step.seconds(sum(lengths)) - step.alone)
-            self._take(seqs, drafts, lengths)
+        if not drafts:
+            return False
+        lengths = step.allocate([self._offer(seq, drafts.get(seq.id), step, least) for seq in seqs])
+        self._spent = step.seconds(sum(lengths)) - step.alone
+        self._budget.spend(self._spent)
+        self._take(seqs, drafts, lengths)
+        return any(lengths)
+
+    @property
+    def _proposing(self) -> float:
+        """Seconds that drafters have taken: those are bounded elsewhere (turns.py)."""
+        return sum(asking.drafter.seconds for asking in self._asking.values())
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
-        """The sequence has new output; of `num_drafted` tokens the model agreed to the first `num_accepted`."""
-        if num_drafted:
-            self._asking[self._sources[seq.id]].drafter.verified(num_drafted, num_accepted)
-            self._budget.win(num_accepted * self._per_seq)
+        """Of `num_drafted` tokens, one at least, the model agreed to the first `num_accepted`."""
+        self._asking[self._sources[seq.id]].drafter.verified(num_drafted, num_accepted)
+        self._budget.win(num_accepted * self._per_seq)
 
     def stepped(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
         """A step of decodes and verifications alone has taken so long. The first steps of a shape tell nothing but what
-        a new shape costs."""
-        if self._costs is None:
+        a new shape costs; steps during a rest, nothing that others do not."""
+        if self._costs is None or self._resting:
             return
-        if self._shapes.is_new(num_seqs, num_tokens):
-            longer = seconds - self._costs.seconds(num_tokens)
-            self._shapes.learn(longer)
-            if num_tokens > num_seqs:
-                self._budget.spend(max(0.0, longer))
+        is_new, expected = self._shapes.is_new(num_seqs, num_tokens), self._costs.seconds(num_tokens)
+        if num_tokens > num_seqs:  # the budget is of what was lost, not of what was expected; stalls are nobody's fault
+            lost = (seconds if is_new else min(seconds, STALL * expected)) - self._costs.seconds(num_seqs)
+            self._budget.spend(lost - self._spent)
+        if is_new:
+            self._shapes.learn(seconds - expected)
         else:
             self._costs.learn(num_seqs, num_tokens, seconds)
         self._shapes.add(num_seqs, num_tokens)
@@ -136,9 +162,10 @@ class Speculator:
                 self._sources[seq.id] = draft.source
                 self._asking[draft.source].paid(seq)
 
-    def _least_chance(self, step: ComingStep, with_prompts: bool) -> float:
-        least, num_steps = self._least.get((step.num_seqs, with_prompts), (0.0, 0))
+    def _least_chance(self, step: ComingStep) -> float:
+        kind = step.num_seqs, step.with_prompts
+        least, num_steps = self._least.get(kind, (0.0, 0))
         if not num_steps:
             least, num_steps = step.least_chance(self._max_tokens), REFRESH
-        self._least[step.num_seqs, with_prompts] = least, num_steps - 1
+        self._least[kind] = least, num_steps - 1
         return least

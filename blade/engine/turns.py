@@ -29,11 +29,16 @@ class Turns:
         self._asks_left: dict[int, int] = {}  # by id of the sequence: of those asked for at every step
         self._turn = 0
 
-    def choose(self, seqs: Seq[Sequence], step: float, price: Callable[[Sequence], float]) -> set[int]:
-        """The ids of those of `seqs` to ask for in the coming step. `step`: seconds that it takes; `price`: that
-        asking for one does."""
+    @property
+    def go_on(self) -> bool:
+        """Some are asked for at every step."""
+        return bool(self._asks_left)
+
+    def choose(self, seqs: Seq[Sequence], step: float, since: float, price: Callable[[Sequence], float]) -> set[int]:
+        """The ids of those of `seqs` to ask for in the coming step. `step`: seconds that it takes, `since`: with those
+        before it for which nobody was chosen; `price`: seconds that asking for one takes."""
         most = SAVED * SHARE * step
-        self._seconds = min(self._seconds + SHARE * step, most)
+        self._seconds = min(self._seconds + SHARE * since, most)
         others = [seq for seq in seqs if not self._goes_on(seq)]
         left_out = self._pay(others, most, price) if others else set[int]()
         return {seq.id for seq in seqs} - left_out

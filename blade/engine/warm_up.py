@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
 
+from blade.engine.budget import FIRST
 from blade.engine.drafting import MANY, Price
 from blade.types import SamplingParams, Sequence, Step
 
@@ -22,13 +24,20 @@ MOST_SECONDS = 2.0  # a large model has to do with fewer rounds
 WARM_UP_ID = -1  # of the sequence; no request has it
 
 
-def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_tokens: int) -> dict[int, float]:
-    """Tokens of a step -> seconds, by steps of one sequence with drafts. Raises what the executor raises."""
+class Measured(NamedTuple):
+    """Of steps of one sequence with drafts."""
+
+    seconds: dict[int, float]  # by tokens
+    new_shape: float | None = None  # seconds more that each of the first FIRST steps of so many tokens took
+
+
+def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_tokens: int) -> Measured:
+    """Raises what the executor raises."""
     most = min(max_batch_tokens, limits.max_context - CONTEXT - 2, max(NUM_TOKENS))
     seq = _sequence(CONTEXT, most, limits.vocab_size)
     if most < 2 or not blocks.grow(seq, CONTEXT + most):
-        return {1: 1.0, 2: 2.0}  # no room for a draft either
-    seconds: dict[int, float] = {}
+        return Measured({1: 1.0, 2: 2.0})  # no room for a draft either
+    seconds: dict[int, list[float]] = defaultdict(list)
     started = time.monotonic()
     try:
         for seq.computed in range(0, CONTEXT, max_batch_tokens):
@@ -36,13 +45,15 @@ def measure_costs(executor: Executor, blocks: Blocks, limits: Limits, max_batch_
         for _ in range(ROUNDS):  # round by round, so that a short disturbance does not bend the curve
             for num_tokens in (num for num in NUM_TOKENS if num <= most):
                 seq.computed, seq.draft_ids = CONTEXT, _ids(num_tokens - 1, limits.vocab_size)
-                seconds[num_tokens] = min(_run(executor, seq, num_tokens), seconds.get(num_tokens, math.inf))
+                seconds[num_tokens].append(_run(executor, seq, num_tokens))
             if (time.monotonic() - started) > MOST_SECONDS:
                 break
     finally:
         blocks.release(seq)
         executor.forget(seq)
-    return seconds
+    best = {num: min(all_) for num, all_ in seconds.items()}
+    longer = [sum(all_[:FIRST]) / FIRST - best[num] for num, all_ in seconds.items() if len(all_) > FIRST]
+    return Measured(best, statistics.median(longer) if longer else None)
 
 
 def rehearse(drafter: GuardedDrafter, max_tokens: int, vocab_size: int, hidden: HiddenStates | None = None) -> None:

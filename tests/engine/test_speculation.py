@@ -150,7 +150,8 @@ def play(speculator: Speculator, seq: Sequence, says: list[int]) -> list[int]:
         seq.output_ids += new
         costs = speculator._costs
         speculator.stepped(1, 1 + num_drafted, costs.seconds(1 + num_drafted) if costs else 1.0)
-        speculator.verified(seq, num_drafted, min(num_accepted, len(new)))
+        if num_drafted:
+            speculator.verified(seq, num_drafted, min(num_accepted, len(new)))
         lengths.append(num_drafted)
     return lengths
 

@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 
 from blade import Draft, SamplingParams, Sequence
 from blade.engine.allocation import allocate, least_chance
-from blade.engine.budget import FIRST, GIVEN, MOST_SHAPES, SAVED, SHARE, Budget, Shapes
+from blade.engine.budget import FIRST, GIVEN, MOST_SHAPES, OWED, SAVED, SHARE, Budget, Shapes
 from blade.engine.coming_step import ComingStep
 from blade.engine.costs import StepCosts
 from blade.engine.drafting import GuardedDrafter, Price
+from blade.engine.rest import MOST, Rest
+from blade.engine.rest import SHARE as SHARE_OF_THINKING
 from blade.engine.speculation import Speculator
 from blade.engine.turns import SAVED as SAVED_TURNS
 from blade.engine.turns import SHARE as SHARE_OF_ASKING
@@ -45,30 +47,51 @@ def test_what_is_no_likelier_than_the_least_chance_is_never_taken(
 def test_asking_in_vain_takes_its_share_of_the_time_and_everybody_has_a_turn() -> None:
     turns, seqs, asks = Turns(), make_seqs(16), [0] * 16
     for _ in range(1000):
-        for i in turns.choose(seqs, 1.0, lambda seq: 0.01):
+        for i in turns.choose(seqs, 1.0, 1.0, lambda seq: 0.01):
             asks[i] += 1
     assert sum(asks) * 0.01 == pytest.approx(1000 * SHARE_OF_ASKING, rel=0.05)
     assert max(asks) - min(asks) <= 1
-    assert turns.choose(seqs, 1.0, lambda seq: 0.0) == set(range(16))  # what takes no time is always done
+    assert turns.choose(seqs, 1.0, 1.0, lambda seq: 0.0) == set(range(16))  # what takes no time is always done
 
 
 def test_those_whose_drafts_are_verified_are_always_asked_for() -> None:
     turns, seqs = Turns(), make_seqs(4)
     turns.paid(seqs[2])
-    chosen = [turns.choose(seqs, 1.0, lambda seq: 1.0) for _ in range(STAYS + 1)]
+    chosen = [turns.choose(seqs, 1.0, 1.0, lambda seq: 1.0) for _ in range(STAYS + 1)]
     assert chosen == [{2}] * STAYS + [set()]
     turns.paid(seqs[2])
     turns.forget(seqs[2])
-    assert turns.choose(seqs, 1.0, lambda seq: 1.0) == set()
+    assert turns.choose(seqs, 1.0, 1.0, lambda seq: 1.0) == set()
 
 
 def test_what_takes_long_is_saved_up_for_and_what_takes_for_ever_is_passed_over() -> None:
     seqs, step = make_seqs(2), 1.0
     turns, price = Turns(), 10 * SHARE_OF_ASKING
-    assert [0 in turns.choose(seqs[:1], step, lambda seq: price) for _ in range(12)].index(True) in (9, 10)
+    assert [0 in turns.choose(seqs[:1], step, step, lambda seq: price) for _ in range(12)].index(True) in (9, 10)
     turns, dear = Turns(), 2 * SAVED_TURNS * SHARE_OF_ASKING
     for _ in range(5):
-        assert turns.choose(seqs, step, lambda seq: dear if seq.id == 0 else 0.0) == {1}
+        assert turns.choose(seqs, step, step, lambda seq: dear if seq.id == 0 else 0.0) == {1}
+
+
+# ------------------------------------------------------------------------------------------ rest
+
+
+def test_thoughts_that_nothing_comes_of_take_a_share_of_the_time() -> None:
+    rest, num_thoughts, thought = Rest(), 0, 4 * SHARE_OF_THINKING
+    seconds = 0.0
+    for _ in range(1000):
+        if not rest.goes_on(1.0):
+            seconds += rest.end()
+            num_thoughts += 1
+            rest.begin(thought)
+    assert num_thoughts == pytest.approx(250, abs=2)
+    assert seconds == pytest.approx(1000, abs=4)  # no step's time is lost to those that live of a share of it
+
+
+def test_a_rest_is_never_long() -> None:
+    rest = Rest()
+    rest.begin(1000.0)
+    assert [rest.goes_on(1.0) for _ in range(MOST + 1)].index(False) <= MOST
 
 
 # ------------------------------------------------------------------------------------------ budget
@@ -76,14 +99,14 @@ def test_what_takes_long_is_saved_up_for_and_what_takes_for_ever_is_passed_over(
 
 def test_no_more_is_lost_than_was_won_and_a_share_of_the_time() -> None:
     budget = Budget()
-    budget.open(1.0, 0.0)
+    budget.open(1.0, 1.0, 0.0)
     assert budget.seconds == pytest.approx(GIVEN + SHARE)
     budget.spend(5.0)
-    assert budget.seconds == 0
-    budget.open(1.0, 0.0)
-    assert budget.seconds == pytest.approx(SHARE)
+    assert budget.seconds == -OWED
+    budget.open(1.0, 3.0, 0.0)
+    assert budget.seconds == pytest.approx(3 * SHARE - OWED)
     budget.win(100.0)
-    budget.open(1.0, 0.5)
+    budget.open(1.0, 1.0, 0.5)
     assert budget.seconds == SAVED + FIRST * 0.5  # what was won long ago is not to be lost now
 
 
@@ -106,14 +129,15 @@ def test_wrong_drafts_cost_a_bounded_share_of_the_time_whatever_is_believed() ->
         lost += num_drafted * 0.25
         seq.output_ids.append(8 if num_drafted else 9)
         speculator.stepped(1, 1 + num_drafted, 1.0 + num_drafted * 0.25)
-        speculator.verified(seq, num_drafted, 0)
+        if num_drafted:
+            speculator.verified(seq, num_drafted, 0)
     assert 0 < lost <= GIVEN + num_steps * SHARE + 0.5
 
 
 def test_a_new_shape_is_tried_only_where_its_price_can_be_lost() -> None:
     costs, shapes, budget = StepCosts({1: 1.0, 64: 1.0}), Shapes([(2, 4)]), Budget()
     shapes.learn(3.0)
-    budget.open(1.0, 3.0)
+    budget.open(1.0, 1.0, 3.0)
     offers = [(4, 0.9), (4, 0.9)]
     assert ComingStep(costs, shapes, budget, 2, False).allocate(offers) == [1, 1]  # four tokens: that is known
     assert ComingStep(costs, shapes, budget, 2, True).allocate(offers) == [4, 4]  # beside a prompt all are new
