@@ -84,7 +84,6 @@ ONE_DEVICE = "blade runs a model on one device"
 ONE_NODE = "blade runs on one machine"
 DRAFT_TEXT = "a draft model gets token ids and needs no chat template"
 DRAFT_AS_MODEL = "the draft model runs as the model does"
-NO_LOOKAHEAD = "blade has no lookahead decoding"
 NO_DISAGGREGATION = "blade prefills and decodes in one engine"
 NO_REMOTE = "blade has no remote workers; `blade serve --device` chooses the device"
 ONE_OF_TWO = "--cuda_graph_batch_sizes names the sizes"
@@ -93,7 +92,7 @@ DRAFT_KV = "the draft model's KV cache is kept as the model's: --kv_cache_quant"
 SPECIAL_TOKENS = "blade takes special tokens from the tokenizer's files alone"
 NO_MLA = "blade serves no MLA models yet"
 TEXT_ALONE = "blade serves text alone"
-DRAFT_MODEL = ["--drafter", "model"]
+DRAFTERS = {"normal": [], "sps": ["--drafter", "model"], "look_ahead": ["--drafter", "lookahead"]}
 DISAGG_OPTIONS = "inst_id inst_role disagg_transfer_type token_port"
 SEMI_PD_OPTIONS = "inst_id transfer_type prefill_server_port"
 
@@ -172,14 +171,16 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     "Speculation": (
         Option(
             "decode_algo",
-            one_of({"normal": "normal", "sps": "sps"}),
-            lambda algorithm: DRAFT_MODEL if algorithm == "sps" else [],
-            why="sps: --drafter model; blade has no lookahead decoding",
+            one_of({name: name for name in DRAFTERS}),
+            DRAFTERS.__getitem__,
+            why="sps: --drafter model; look_ahead: --drafter lookahead",
         ),
         mapped("gamma", "num-draft-tokens", int, why="--num-draft-tokens: the most; as many as pay are verified"),
-        Option("use_sps", boolean, lambda on: DRAFT_MODEL if on else [], why="--drafter model"),
-        accepted("use_lookahead", NO_LOOKAHEAD, False, type=boolean),
-        *(refused(name, NO_LOOKAHEAD) for name in ("look_ahead_window_size", "look_ahead_gram_size", "guess_set_size")),
+        Option("use_sps", boolean, lambda on: DRAFTERS["sps"] if on else [], why="--drafter model"),
+        Option("use_lookahead", boolean, lambda on: DRAFTERS["look_ahead"] if on else [], why="--drafter lookahead"),
+        mapped("look_ahead_window_size", "lookahead-window-size", int),
+        mapped("look_ahead_gram_size", "lookahead-ngram-size", int),
+        mapped("guess_set_size", "lookahead-guess-set-size", int),
         mapped("draft.model", "draft.model"),
         mapped("draft.tokenizer_dir", "draft.tokenizer-dir"),
         accepted("draft.chat_template", DRAFT_TEXT),

@@ -99,10 +99,16 @@ class EngineConfig:
     """Where the model runs."""
     drafter: tuple[str, ...] = ()
     """Proposer of draft tokens for speculative decoding, which changes the speed and never the text: suffix, ngram,
-    model or eagle3 (with --draft.model), mtp (the model's own heads) or a plugin's. Repeat for more: the first that has
-    an idea is taken. None by default."""
+    lookahead, model or eagle3 (with --draft.model), mtp (the model's own heads) or a plugin's. Repeat for more: the
+    first that has an idea is taken. None by default."""
     num_draft_tokens: int = 8
     """Most draft tokens of a sequence in one step."""
+    lookahead_window_size: int = 5
+    """Places ahead that --drafter lookahead makes guesses for at the same time."""
+    lookahead_ngram_size: int = 4
+    """Tokens of the n-grams that it collects, the first of which is known."""
+    lookahead_guess_set_size: int = 5
+    """Most n-grams that it has verified in one step. With the window no more than 63 tokens."""
     adaptive_drafts: bool = True
     """Verify only as many draft tokens as are expected to pay, by what is measured; else always all."""
     max_batch_tokens: int = 2048
@@ -141,6 +147,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "max_batch_tokens", "max_num_seqs", "max_queue_size", "threads"):
             _within(self, name, 1)
+        for name, least in (("window", 1), ("ngram", 2), ("guess_set", 1)):
+            _within(self, f"lookahead_{name}_size", least)
         _within(self, "max_gpu_memory_utilization", 0.01, 1)
         _within(self, "kv_cache_memory", 1)
         _within(self, "max_queue_time", 0)

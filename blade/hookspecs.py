@@ -79,7 +79,8 @@ def register_drafters(register: Register) -> None:
     A factory that cannot do without one may have an attribute `draft_architectures: tuple[str, ...]`: the registered
     architectures that ``--draft.model`` may have, the first of them where its config.json names none. One that drafts
     with heads out of the model's own checkpoint has an attribute `head`: head(config.json's content: Mapping, weights:
-    contracts.Weights) -> contracts.HeadArchitecture, raising CheckpointError where there are none."""
+    contracts.Weights) -> contracts.HeadArchitecture, raising CheckpointError where there are none. That of a
+    contracts.TreeDrafter has an attribute `trees`, True."""
 
 
 @hookspec

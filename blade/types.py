@@ -69,6 +69,7 @@ class Sequence:
     # The engine fills these.
     output_ids: list[int] = field(default_factory=list)
     draft_ids: list[int] = field(default_factory=list)  # proposed by a drafter, not yet verified
+    draft_parents: list[int] | None = None  # Draft.parents of draft_ids, which may have been cut since
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # block table: block of token i is blocks[i // block_size]
     state: int = -1  # slot of the recurrent layers' state after tokens[:computed], where the model has such; -1: none
@@ -110,6 +111,9 @@ class Draft:
     ids: list[int] = field(default_factory=list)  # in order; empty: nothing
     evidence: int = 0  # how good it is, in grades from 0 to 15 of the drafter's own; blade learns what each is worth
     source: str = ""  # the drafter's name; the engine fills it
+    # Of a tree: parents[i] is the place in ids of the one that ids[i] follows, which comes before it; -1: it follows
+    # the sequence. At most 63 ids, of a contracts.TreeDrafter alone. None: a chain.
+    parents: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -131,7 +135,8 @@ class Step:
 class Batch:
     """One ragged step as the model sees it: B sequences, T tokens laid end to end, R rows whose logits are wanted.
 
-    All tensors are on the model's device. Token t of sequence b attends to the first positions[t] + 1 tokens of b.
+    All tensors are on the model's device. Token t of sequence b attends to the first positions[t] + 1 tokens of b,
+    unless it is in a tree of drafts (`ancestors`).
     """
 
     input_ids: Tensor  # [T] int64
@@ -148,6 +153,10 @@ class Batch:
     # and writes another, so that running it again is harmless.
     state_in: Tensor | None = None  # [B] int32: slot of the state before this step; below 0: there is none yet, zeros
     state_out: Tensor | None = None  # [B] int32: slot for the state after it; below 0: a padding row
+    # Where a draft of the step is a tree; else None. A token of one lies in the cache where its turn in the step puts
+    # it, and its position follows from its depth. It sees what was there before the step and, of its sequence's tokens
+    # in the step, those whose bits are set: bit i is the i-th, its own is the highest.
+    ancestors: Tensor | None = None  # [T] int64; 0: a token of no tree
 
     @property
     def max_query_len(self) -> int:

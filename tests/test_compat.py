@@ -30,6 +30,10 @@ MAPPED = {
     "cuda_graph_batch_sizes": ("4", ["--cuda-graph-batch-sizes", "4"]),
     "decode_algo": ("sps", ["--drafter", "model"]),
     "use_sps": ("true", ["--drafter", "model"]),
+    "use_lookahead": ("true", ["--drafter", "lookahead"]),
+    "look_ahead_window_size": ("3", ["--lookahead-window-size", "3"]),
+    "look_ahead_gram_size": ("5", ["--lookahead-ngram-size", "5"]),
+    "guess_set_size": ("6", ["--lookahead-guess-set-size", "6"]),
     "gamma": ("2", ["--num-draft-tokens", "2"]),
     "draft.model": ("small", ["--draft.model", "small"]),
     "draft.tokenizer_dir": ("tok", ["--draft.tokenizer-dir", "tok"]),
@@ -58,7 +62,6 @@ ACCEPTED = {
     "kv_cache_quant_sub_heads": ("1", "2"),
     "enable_triton_mla": ("false", "true"),
     "with_visual": ("false", "true"),
-    "use_lookahead": ("false", "true"),
     "draft.chat_template": ("x", None),
     "draft.kv_cache_quant": ("no_quant", "int8"),
     "draft.kv_cache_quant_sub_heads": ("1", "2"),
@@ -81,9 +84,6 @@ REFUSED = {
     "llumnix_config": "x.yml",
     "tokenizer_special_tokens": "<a>",
     "cuda_graph_max_batch_size": "64",
-    "look_ahead_window_size": "2",
-    "look_ahead_gram_size": "2",
-    "guess_set_size": "2",
     "draft.tokenizer_special_tokens": "<a>",
     "draft.cuda_graph_max_batch_size": "1",
     "draft.cuda_graph_batch_sizes": "1",
@@ -160,7 +160,10 @@ def test_the_command_line_is_one_that_blade_takes(monkeypatch: pytest.MonkeyPatc
         cuda_graph_batch_sizes=(4,),
         disable_cuda_graph=True,
         num_draft_tokens=2,
-        drafter=("model", "model"),
+        drafter=("model", "model", "lookahead"),
+        lookahead_window_size=3,
+        lookahead_ngram_size=5,
+        lookahead_guess_set_size=6,
     )
     assert config.draft == DraftOptions(model="small", tokenizer_dir=Path("tok"), dtype="float16")
     assert config.server == ServerOptions(host="0.0.0.0", port=8001, log_level="warning", insecure=True)
@@ -183,6 +186,8 @@ def test_dtypes(given: str, dtype: str) -> None:
 def test_flags_need_no_value_and_take_one() -> None:
     assert "--no-prefix-cache" in joined("--disable_prompt_cache")
     assert "--no-prefix-cache" not in joined("--disable_prompt_cache", "false")
+    assert "--drafter" not in joined("--use_lookahead", "false", "--decode_algo", "normal")
+    assert "--drafter lookahead" in joined("--decode_algo", "look_ahead")
     assert "--disable-cuda-graph" not in joined("--disable_cuda_graph", "false")
     sizes = joined("--cuda_graph_batch_sizes", "1", "8")
     assert "--cuda-graph-batch-sizes 1 --cuda-graph-batch-sizes 8" in sizes

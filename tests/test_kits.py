@@ -111,11 +111,42 @@ class PlainLists(Repeat):
         return [draft.ids for draft in super().propose(seqs, limits)]
 
 
+class Fan(Repeat):
+    """Trees whose ids all follow the sequence."""
+
+    trees: Any = True
+    tree_size = 8
+
+    def propose(self, seqs: Any, limits: Any) -> list[Draft]:
+        return [Draft(list(range(limit)), parents=self.parents(limit)) for limit in limits]
+
+    def parents(self, size: int) -> list[int]:
+        return [-1] * size
+
+    def sampled(self, seq: Sequence, ids: Any) -> None:
+        assert len(ids) == 1 + len(seq.draft_ids)
+
+
+class Forward(Fan):
+    def parents(self, size: int) -> list[int]:
+        return list(range(size))
+
+
+class Unannounced(Fan):
+    trees = None
+
+
+class Cutting(Fan):
+    def sampled(self, seq: Sequence, ids: Any) -> None:
+        seq.draft_ids = []
+
+
 def test_a_good_drafter_passes() -> None:
     check_drafter(Repeat)
+    check_drafter(Fan)
 
 
-@pytest.mark.parametrize("drafter", [TooLong, TooFew, Meddling, OutOfRange, PlainLists])
+@pytest.mark.parametrize("drafter", [TooLong, TooFew, Meddling, OutOfRange, PlainLists, Forward, Unannounced, Cutting])
 def test_a_broken_drafter_is_caught(drafter: type[Repeat]) -> None:
     with pytest.raises(AssertionError):
         check_drafter(drafter)

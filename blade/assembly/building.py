@@ -92,9 +92,10 @@ def build_engine(
     )
     drafters = _drafters(assembly, draft, memory, secret)
     hidden = _hidden(assembly, model, drafters)
+    tree_drafters = [drafter for drafter in drafters if drafter.tree_size]
     executor = plugins.registry("register_executors").create(
         config.executor,
-        lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret, adapters, hidden),
+        lambda: ModelRunner(model, kv, assembly.ops, assembly.capture, secret, adapters, hidden, tree_drafters),
         config,
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache, states)
@@ -158,5 +159,5 @@ def _speculator(
     if config.adaptive_drafts:
         costs = StepCosts(*measure_costs(executor, blocks, limits, config.max_batch_tokens))
         for drafter in drafters:
-            rehearse(drafter, config.num_draft_tokens, limits.vocab_size, hidden)
+            rehearse(drafter, drafter.tree_size or config.num_draft_tokens, limits.vocab_size, hidden)
     return Speculator(drafters, costs, config.num_draft_tokens, limits.max_context)

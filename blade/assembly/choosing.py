@@ -106,6 +106,7 @@ def _choose(
     make_attention = plugins.registry("register_attention").create
     attention: Attention = target.attention if target else make_attention(config.engine.attention, ops)
     _check_kv_cache(config, attention, ops)
+    _check_trees(config, plugins, attention, ops, model_config)
     return Assembly(
         config=config,
         plugins=plugins,
@@ -258,6 +259,25 @@ def _check_kv_cache(config: Config, attention: Attention, ops: Ops) -> None:
         raise ConfigError(
             f"--kv-cache-quant {wanted} is not possible with --attention {config.engine.attention} on {ops.name}.",
             f"Use {' or '.join(possible)}.",
+        )
+
+
+def _check_trees(config: Config, plugins: Plugins, attention: Attention, ops: Ops, model_config: ModelConfig) -> None:
+    """Drafts that are trees need an attention that knows them, and no state that has but one past."""
+    registry: Any = plugins.registry("register_drafters")
+    drafter = next((name for name in config.engine.drafter if getattr(registry[name], "trees", False)), None)
+    if drafter is None:
+        return
+    who = f"--drafter {drafter} drafts trees, which"
+    if model_config.state is not None:
+        raise ConfigError(
+            f"{who} the recurrent layers of {model_config.architecture} cannot follow.",
+            "Choose another drafter, such as suffix.",
+        )
+    if not getattr(attention, "trees", False):
+        raise ConfigError(
+            f"{who} --attention {config.engine.attention} cannot verify on {ops.name}.",
+            "Choose another drafter, such as suffix.",
         )
 
 

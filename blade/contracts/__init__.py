@@ -15,7 +15,7 @@ from blade.contracts.heads import (
 )
 from blade.contracts.models import Architecture, Experts, Linear, Loader, Model, Quantization, Weights
 from blade.contracts.opened import OpenedModel
-from blade.contracts.policies import Blocks, Drafter, DraftModel, LogitsProcessor, Scheduler
+from blade.contracts.policies import Blocks, Drafter, DraftModel, LogitsProcessor, Scheduler, TreeDrafter
 from blade.contracts.server import EngineClient, Request, Response, RouteHandler, Server, Stream
 from blade.contracts.text import ReasoningParser, Tokenizer, ToolParser
 
@@ -52,5 +52,6 @@ __all__ = [
     "Stream",
     "Tokenizer",
     "ToolParser",
+    "TreeDrafter",
     "Weights",
 ]

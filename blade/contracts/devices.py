@@ -160,7 +160,8 @@ class Attention(Protocol):
     A backend that can round KV names what to in an attribute `kv_storages`, strings of its own choosing, and finds what
     ``--kv-cache-quant`` asked for in spec.storage. A token's KV is rounded once, when it is stored. Without the
     attribute it is never asked to. One that knows chunks of positions says so in an attribute `chunked`, True; `attend`
-    of no other is given `chunk`."""
+    of no other is given `chunk`. One that knows trees of drafts says so in an attribute `trees`, True; no other is
+    given a batch with `ancestors`. Windows and chunks go by positions in a tree as well."""
 
     def block_bytes(self, spec: KVSpec) -> int:
         """Bytes of one block over all layers."""

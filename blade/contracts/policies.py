@@ -75,6 +75,23 @@ class Drafter(Protocol):
         ...
 
 
+class TreeDrafter(Drafter, Protocol):
+    """A drafter whose drafts are trees (Draft.parents). It says so in an attribute `trees`, True, as does the factory
+    that is registered: where attention knows no trees, or the model has recurrent layers, it is refused at start.
+
+    A tree is verified whole or not at all, but for what a full batch cuts off its end. Accepted tokens are computed
+    again unless they come first, in order: so the likeliest path should."""
+
+    trees: bool
+    tree_size: int  # ids of its largest tree, at most 63: what bounds `propose` in place of --num-draft-tokens
+
+    def sampled(self, seq: Sequence, ids: Seq[int]) -> None:
+        """The model has computed seq.draft_ids, a tree by seq.draft_parents, which may have been cut, or be another
+        drafter's where there are several. ids[0] is what was sampled after the sequence, ids[i + 1] what was sampled
+        after the path to draft_ids[i]. It is output only after this call; the sequence must be left as it is."""
+        ...
+
+
 @dataclass(frozen=True)
 class DraftModel:
     """The model of ``--draft.model``, loaded: it runs steps of sequences of its own, over a KV cache of its own. A

@@ -44,6 +44,23 @@ def allocate(drafts: Seq[tuple[int, float]], seconds: Callable[[int, int], float
     return taken
 
 
+def allocate_trees(
+    trees: Seq[tuple[int, float]], num_taken: int, expected: float, seconds: Callable[[int], float], most: int
+) -> list[bool]:
+    """Which of `trees`, (tokens, how many of them are expected to be right), to take: each whole or not at all.
+
+    `num_taken`: drafted tokens that are taken already; `expected`: tokens that the step yields with these alone.
+    """
+    taken = [False] * len(trees)
+    for place in sorted(range(len(trees)), key=lambda i: trees[i][1] / trees[i][0], reverse=True):
+        size, right = trees[place]
+        if num_taken + size > most:
+            continue
+        if (expected + right) / seconds(num_taken + size) > expected / seconds(num_taken) * MARGIN:
+            num_taken, expected, taken[place] = num_taken + size, expected + right, True
+    return taken
+
+
 def least_chance(num_seqs: int, seconds: Callable[[int, int], float], most: int) -> float:
     """The highest chance with which no drafted token pays: where no draft has a better one, `allocate` takes nothing.
     As if all tokens were the first of a draft; else they would bring less."""

@@ -50,7 +50,7 @@ class Asking:
         return step.num_seqs * self.drafter.price.per_seq <= CHEAP * step.alone
 
     def chance(self, seq: Sequence, evidence: int, step: ComingStep) -> float:
-        """That a token of a draft of such evidence is right, if those before it were."""
+        """That a token of a draft of such evidence is right, if those before it were; of a tree, how many are right."""
         prior = PRIOR_CHEAP if self.is_cheap(step) else PRIOR_PAID
         return self._acceptance.of(seq.id, (self.drafter.name, evidence), prior)
 
@@ -80,7 +80,7 @@ class Asking:
     def _expected_to_pay(self, rooms: Asked, step: ComingStep, least: float) -> Asked:
         offers = [NOTHING] * step.num_seqs
         for i, (seq, room) in enumerate(rooms):
-            chance = self.chance(seq, 0, step)
+            chance = min(1.0, self.chance(seq, 0, step))
             if chance > least and self._repays(seq, room, chance, step):
                 offers[i] = (room, chance)
         taken = step.allocate(offers, self.drafter.price.per_depth)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.engine.trees import ancestors, depths, tree_of
 from blade.types import Batch
 
 if TYPE_CHECKING:
@@ -21,16 +22,23 @@ def build_batch(
 ) -> Batch:
     """Lay the step's owed tokens end to end. A sequence whose last token is in the step gets logits rows: one for that
     token, and one for each draft before it. `states`: the model has recurrent layers."""
-    ids, positions, slots, rows = array("q"), array("q"), array("q"), array("q")
-    for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True):
+    ids, positions, slots, rows, seen = array("q"), array("q"), array("q"), array("q"), array("q")
+    trees = [tree_of(seq) for seq in step.seqs]
+    any_trees = any(trees)
+    for seq, num_tokens, parents in zip(step.seqs, step.num_tokens, trees, strict=True):
         span = range(seq.computed, seq.computed + num_tokens)
         ids.extend(seq.tokens(span.start, span.stop))
-        positions.extend(span)
+        if parents:  # the sequence owes one token beside its draft
+            positions.extend(seq.computed + depth for depth in depths(parents)[:num_tokens])
+            seen.extend(ancestors(parents)[:num_tokens])
+        else:
+            positions.extend(span)
+            seen.extend([0] * num_tokens if any_trees else [])
         slots.extend(seq.blocks[i // block_size] * block_size + i % block_size for i in span)
         rows.extend(range(len(ids) - num_rows(seq, num_tokens), len(ids)))
     starts = array("i", accumulate(step.num_tokens, initial=0))
     kv_lens = [seq.computed + num_tokens for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)]
-    longs = _joined([ids, positions, slots, rows], torch.int64, to_device)
+    longs = _joined([ids, positions, slots, rows, seen], torch.int64, to_device)
     slot_lists = ([seq.state for seq in step.seqs], [seq.next_state for seq in step.seqs]) if states else ()
     state_slots = [array("i", slots) for slots in slot_lists]
     ints = _joined([starts, array("i", kv_lens), _block_tables(step.seqs), *state_slots], torch.int32, to_device)
@@ -46,6 +54,7 @@ def build_batch(
         kv_lens=kv_lens,
         state_in=ints[3] if states else None,
         state_out=ints[4] if states else None,
+        ancestors=longs[4] if any_trees else None,
     )
 
 

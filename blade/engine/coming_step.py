@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from blade.engine.allocation import allocate, least_chance
+from blade.engine.allocation import allocate, allocate_trees, least_chance
 from blade.engine.costs import MOST_TOKENS
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from blade.engine.budget import Budget, Shapes
     from blade.engine.costs import StepCosts
 
-Offer = tuple[int, float]  # drafted tokens there are, and the chance of each further one
+Offer = tuple[int, float]  # drafted tokens there are, and the chance of each further one; of a tree, how many are right
 NOTHING: Offer = (0, 0.0)
 
 
@@ -62,6 +62,13 @@ class ComingStep:
             return [0] * self.num_seqs
         most = max(0, MOST_TOKENS - self.num_seqs)
         return allocate(offers, lambda num, depth: self._within_budget(num) + depth * per_depth, most)
+
+    def allocate_trees(self, trees: Seq[Offer], offers: Seq[Offer], lengths: Seq[int]) -> list[bool]:
+        """Which of the trees are worth their time beside what was allocated of the offers."""
+        taken = zip(offers, lengths, strict=True)
+        expected = sum(sum(chance**depth for depth in range(length + 1)) for (_, chance), length in taken)
+        most = max(0, MOST_TOKENS - self.num_seqs)
+        return allocate_trees(trees, sum(lengths), expected, self._within_budget, most)
 
     def _within_budget(self, num_drafted: int) -> float:
         """Seconds; without end where losing what they are more than without drafts is more than there is to lose."""

@@ -8,7 +8,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from blade.types import Draft, DrafterStats
+from blade.engine.trees import MOST_IDS, ROOT, tree_of
+from blade.types import Draft, DrafterStats, Sampled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -72,6 +73,11 @@ class GuardedDrafter:
         return seq.id in self._num_seen
 
     @property
+    def tree_size(self) -> int:
+        """Of its largest tree; 0, if it is no contracts.TreeDrafter."""
+        return min(MOST_IDS, getattr(self._drafter, "tree_size", 0))
+
+    @property
     def hidden_states(self) -> Seq[int]:
         """Those that it reads; none of them, if it is no contracts.HiddenReader."""
         return getattr(self._drafter, "hidden_states", ())
@@ -107,6 +113,21 @@ class GuardedDrafter:
         self._count(calls=1, seconds=seconds, tokens_proposed=sum(len(draft.ids) for draft in drafts))
         return drafts
 
+    def sampled(self, seqs: Seq[Sequence], sampled: Seq[Seq[Sampled | Exception]]) -> None:
+        """As contracts.TreeDrafter, of all sequences of a step; nothing is sampled of some."""
+        if not self.tree_size:
+            return
+        started = time.perf_counter()
+        try:
+            for seq, tokens in zip(seqs, sampled, strict=True):
+                ids = [token.token_id for token in tokens if isinstance(token, Sampled)]
+                if tree_of(seq) is not None and len(ids) == 1 + len(seq.draft_ids):
+                    self._drafter.sampled(seq, ids)  # type: ignore[union-attr]
+        except Exception:
+            log.exception("the drafter %r failed to take what was sampled; it is off from now on", self.name)
+            self._drafter = None
+        self._count(seconds=time.perf_counter() - started)
+
     def verified(self, num_tokens: int, num_accepted: int) -> None:
         self._count(tokens_verified=num_tokens, tokens_accepted=num_accepted, drafts_verified=1)
 
@@ -125,6 +146,8 @@ class GuardedDrafter:
         for draft, limit in zip(drafts, limits, strict=True):
             if len(draft.ids) > limit:
                 raise ValueError(f"{len(draft.ids)} ids were proposed where {limit} were asked for")
+            if draft.parents is not None:
+                self._check_tree(draft.ids, draft.parents)
         return [self._named(draft) for draft in drafts]
 
     def _named(self, draft: Draft) -> Draft:
@@ -135,7 +158,14 @@ class GuardedDrafter:
             return Draft()
         if not 0 <= min(ids) <= max(ids) < self._vocab_size:
             ids = ids[: next(i for i, token_id in enumerate(ids) if not 0 <= token_id < self._vocab_size)]
-        return Draft(list(ids), max(0, min(draft.evidence, MOST_EVIDENCE)), self.name)
+        parents = None if draft.parents is None else draft.parents[: len(ids)]
+        return Draft(list(ids), max(0, min(draft.evidence, MOST_EVIDENCE)), self.name, parents)
+
+    def _check_tree(self, ids: Seq[int], parents: Seq[int]) -> None:
+        if not self.tree_size:
+            raise ValueError("a tree was proposed by a drafter without a tree_size")
+        if len(parents) != len(ids) or any(not ROOT <= parent < i for i, parent in enumerate(parents)):
+            raise ValueError("the parents of a tree's ids must be one for each, -1 or the place of an id before it")
 
     def start_anew(self) -> None:
         """Nothing has been proposed yet."""

@@ -24,6 +24,7 @@ class Row(NamedTuple):
 
     seq: Sequence
     position: int
+    path: list[int] | None = None  # the drafts before it, where they are a tree's
 
     @property
     def num_output(self) -> int:
@@ -33,6 +34,8 @@ class Row(NamedTuple):
     @property
     def draft_ids(self) -> list[int]:
         """The drafts among them."""
+        if self.path is not None:
+            return self.path
         return self.seq.draft_ids[: self.num_output - len(self.seq.output_ids)]
 
 
@@ -83,7 +86,7 @@ class LogitEdits:
 
     def _process(self, row: Row, logits: Tensor) -> None:
         for processor in row.seq.params.processors:
-            processor(row.seq.tokens(len(row.seq.prompt_ids), row.position + 1), logits)
+            processor([*row.seq.output_ids, *row.draft_ids], logits)
 
 
 def _make(seq: Sequence, vocab_size: int) -> Kept:

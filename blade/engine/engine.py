@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from blade.engine.pace import Pace
 from blade.engine.stream import OutputStream
+from blade.engine.trees import num_in_place
 from blade.errors import Overloaded, RequestError
 from blade.types import EngineStats, Output, Step
 
@@ -284,6 +285,7 @@ class Engine:
             self.blocks.advance(seq, num_tokens, min(seq.computed + num_tokens, seq.num_tokens - 1))
             return None
         num_drafted, num_before = len(seq.draft_ids), len(seq.output_ids)
+        num_right = num_in_place(seq, [token.token_id for token in sampled])
         seq.draft_ids = []
         finish_reason: FinishReason | None = None
         for token in sampled:
@@ -293,13 +295,15 @@ class Engine:
                 break
         num_taken = len(seq.output_ids) - num_before
         num_accepted = min(num_taken, len(sampled) - 1)  # the last one sampled is the model's own
-        # The last token's KV is never there yet, and a rejected draft's never counts.
-        self.blocks.advance(seq, num_tokens, seq.num_tokens - 1)
+        # The last token's KV is never there yet, and a rejected draft's never counts. Nor does what was accepted of a
+        # tree and lies elsewhere: that is owed again.
+        num_sure = min(seq.computed + num_tokens - num_drafted + num_right, seq.num_tokens - 1)
+        self.blocks.advance(seq, num_tokens, num_sure)
         self._counters["generated_tokens"] += num_taken
         self._counters["draft_tokens"] += num_drafted
         self._counters["draft_tokens_accepted"] += num_accepted
         if self.speculator is not None and num_drafted:
-            self.speculator.verified(seq, num_drafted, num_accepted)
+            self.speculator.verified(seq, num_drafted, num_accepted, max(0, num_accepted - num_right))
         if finish_reason is not None:
             self._end(seq, finish_reason)
         return Output(

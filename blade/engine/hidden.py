@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.engine.trees import num_in_place
 from blade.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +59,6 @@ class HiddenStates:
 
 
 def num_staying(seq: Sequence, num_tokens: int, sampled: list[Sampled]) -> int:
-    """How many of the step's num_tokens of the sequence are no draft, or one that was accepted."""
-    num_accepted = len(sampled) - 1 if sampled else 0
+    """How many of the step's num_tokens of the sequence are no draft, or accepted and where they belong."""
+    num_accepted = num_in_place(seq, [token.token_id for token in sampled])
     return min(num_tokens, seq.num_owed - len(seq.draft_ids)) + num_accepted

@@ -9,12 +9,16 @@ import torch
 from blade.engine.adapted import AdaptedForward
 from blade.engine.batch import build_batch, num_rows
 from blade.engine.sampler import Row, Sampler
+from blade.engine.trees import paths, tree_of
 from blade.engine.verify import accept
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from torch import Tensor
 
     from blade.contracts import Model, Ops
+    from blade.engine.drafting import GuardedDrafter
     from blade.engine.hidden import HiddenStates
     from blade.nn.lora import Adapters
     from blade.types import Batch, CaptureOptions, KVCache, Sampled, Sequence, Step
@@ -32,14 +36,16 @@ class ModelRunner:
         secret: int | None = None,
         adapters: Adapters | None = None,
         hidden: HiddenStates | None = None,
+        tree_drafters: Seq[GuardedDrafter] = (),
     ) -> None:
         """`secret`: see Sampler. Two runners of one secret draw a sequence's tokens with the same random numbers.
         `adapters`: of the model, where sequences may have one. `hidden`: what it shows of its hidden states, where
-        somebody reads them."""
+        somebody reads them. `tree_drafters`: are told what is sampled along trees."""
         self.ops = ops
         self.forward = ops.capture(model, kv, options)
         self.adapted = AdaptedForward(model, kv, ops, options, adapters) if adapters else None
         self.hidden = hidden
+        self.tree_drafters = tree_drafters
         self.block_size = options.block_size
         self.states = model.config.state is not None
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
@@ -48,16 +54,16 @@ class ModelRunner:
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
         batch = build_batch(step, self.block_size, self.ops.to_device, self.states)
         logits = self._forward(step, batch)
-        rows = [
-            Row(seq, seq.computed + num_tokens - back)
-            for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)
-            for back in range(num_rows(seq, num_tokens), 0, -1)
-        ]
-        sampled = iter(self.sampler.sample(logits, rows) if rows else [])
+        parts = [_rows(seq, num_tokens) for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)]
+        rows = [row for part in parts for row in part]
+        drawn = iter(self.sampler.sample(logits, rows) if rows else [])
+        sampled = [[next(drawn) for _ in part] for part in parts]
         results = [
-            accept(seq.draft_ids, [next(sampled) for _ in range(num_rows(seq, num_tokens))])
-            for seq, num_tokens in zip(step.seqs, step.num_tokens, strict=True)
+            accept(seq.draft_ids, part, tree_of(seq)) if part else []
+            for seq, part in zip(step.seqs, sampled, strict=True)
         ]
+        for drafter in self.tree_drafters:
+            drafter.sampled(step.seqs, sampled)
         if self.hidden is not None:
             self.hidden.hand_over(step, results)
         return results
@@ -72,6 +78,15 @@ class ModelRunner:
 
     def forget(self, seq: Sequence) -> None:
         self.sampler.forget(seq)
+
+
+def _rows(seq: Sequence, num_tokens: int) -> list[Row]:
+    """Of logits: what follows the last of the tokens that are sure, and each draft."""
+    num, end = num_rows(seq, num_tokens), seq.computed + num_tokens
+    parents = tree_of(seq)
+    if num and parents is not None:
+        return [Row(seq, end - num + len(path), path) for path in paths(seq.draft_ids, parents)]
+    return [Row(seq, end - back) for back in range(num, 0, -1)]
 
 
 def _repeated(adapters: list[Any], nums: list[int]) -> list[Any]:

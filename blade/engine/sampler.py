@@ -87,7 +87,8 @@ class Sampler:
 
     def _settings(self, rows: Seq[Row]) -> Settings:
         params = [row.seq.params for row in rows]
-        seeds = (self._secret + seq.id if seq.params.seed is None else seq.params.seed for seq, _ in rows)
+        seqs = (row.seq for row in rows)
+        seeds = (self._secret + seq.id if seq.params.seed is None else seq.params.seed for seq in seqs)
         u = uniforms(seeds, (row.position for row in rows)).tolist()
         columns = [
             [float(p.top_k or ALL) for p in params],

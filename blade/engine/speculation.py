@@ -16,15 +16,18 @@ from blade.engine.asking import Asking
 from blade.engine.budget import Budget, Shapes
 from blade.engine.coming_step import NOTHING, ComingStep
 from blade.engine.rest import Rest
+from blade.types import Draft
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from blade.engine.asking import Asked
+    from blade.engine.coming_step import Offer
     from blade.engine.costs import StepCosts
     from blade.engine.drafting import GuardedDrafter
-    from blade.types import Draft, DrafterStats, Sequence
+    from blade.types import DrafterStats, Sequence
 
+NO_DRAFT = Draft()
 STALL = 2  # times as long as expected: more of a step is the machine's doing
 REFRESH = 32  # steps after which it is computed anew what could pay at all
 
@@ -66,7 +69,7 @@ class Speculator:
             return
         if self._costs is None:
             drafts = self._proposed(seqs, None, 0.0)
-            self._take(seqs, drafts, [len(drafts[seq.id].ids) if seq.id in drafts else 0 for seq in seqs])
+            self._take(seqs, drafts, [len(drafts.get(seq.id, NO_DRAFT).ids) for seq in seqs])
             return
         self._resting = self._rest.goes_on(self._costs.seconds(len(seqs))) and not any(
             asking.goes_on for asking in self._asking.values()
@@ -87,7 +90,7 @@ class Speculator:
         drafts = self._proposed(seqs, step, least) if least < 1 else {}
         if not drafts:
             return False
-        lengths = step.allocate([self._offer(seq, drafts.get(seq.id), step, least) for seq in seqs])
+        lengths = self._lengths(seqs, drafts, step, least)
         self._spent = step.seconds(sum(lengths)) - step.alone
         self._budget.spend(self._spent)
         self._take(seqs, drafts, lengths)
@@ -98,10 +101,13 @@ class Speculator:
         """Seconds that drafters have taken: those are bounded elsewhere (turns.py)."""
         return sum(asking.drafter.seconds for asking in self._asking.values())
 
-    def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
-        """Of `num_drafted` tokens, one at least, the model agreed to the first `num_accepted`."""
+    def verified(self, seq: Sequence, num_drafted: int, num_accepted: int, num_again: int = 0) -> None:
+        """Of `num_drafted` tokens, one at least, the model agreed to `num_accepted`, of which it has to compute
+        `num_again` once more."""
         self._asking[self._sources[seq.id]].drafter.verified(num_drafted, num_accepted)
         self._budget.win(num_accepted * self._per_seq)
+        if num_again and self._costs is not None:
+            self._budget.spend(self._costs.seconds(1 + num_again) - self._costs.seconds(1))
 
     def stepped(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
         """A step of decodes and verifications alone has taken so long. The first steps of a shape tell nothing but what
@@ -128,9 +134,10 @@ class Speculator:
     def _proposed(self, seqs: Seq[Sequence], step: ComingStep | None, least: float) -> dict[int, Draft]:
         """Drafts by id of the sequence. `step`: None asks for all; `least`: chance up to which no token pays."""
         drafts: dict[int, Draft] = {}
-        rooms = [(seq, room) for seq in seqs if (room := self._room(seq))]
         for asking in self._asking.values():
-            open_ = [item for item in rooms if item[0].id not in drafts] if drafts else rooms
+            most = asking.drafter.tree_size or self._max_tokens
+            rooms = ((seq, self._room(seq, most)) for seq in seqs)
+            open_ = [(seq, room) for seq, room in rooms if room and seq.id not in drafts]
             asked: Asked = asking.choose(open_, step, least) if step and open_ else open_
             if not asked:
                 continue
@@ -143,22 +150,34 @@ class Speculator:
                     self._acceptance.watch(seq, draft)
         return drafts
 
-    def _room(self, seq: Sequence) -> int:
-        """Most tokens to draft: the last one that a request may have needs no verification after it."""
+    def _room(self, seq: Sequence, most: int) -> int:
+        """Tokens to draft, at most `most`: the last one that a request may have needs no verification after it."""
         left = seq.params.max_tokens - len(seq.output_ids)
-        return max(0, min(self._max_tokens, left - 1, self._max_context - seq.num_tokens - 1))
+        return max(0, min(most, left - 1, self._max_context - seq.num_tokens - 1))
 
-    def _offer(self, seq: Sequence, draft: Draft | None, step: ComingStep, least: float) -> tuple[int, float]:
-        if draft is None:
+    def _lengths(self, seqs: Seq[Sequence], drafts: dict[int, Draft], step: ComingStep, least: float) -> list[int]:
+        """How much of each draft is worth its time: chains first, then trees beside them."""
+        offers = [self._offer(seq, drafts.get(seq.id, NO_DRAFT), step) for seq in seqs]
+        places = [i for i, seq in enumerate(seqs) if drafts.get(seq.id, NO_DRAFT).parents is not None]
+        trees = [offers[i] for i in places]
+        chains = [offer if offer[1] > least else NOTHING for offer in offers]
+        for i in places:
+            chains[i] = NOTHING
+        lengths = step.allocate(chains)
+        for i, (size, _), taken in zip(places, trees, step.allocate_trees(trees, chains, lengths), strict=True):
+            lengths[i] = size if taken else 0
+        return lengths
+
+    def _offer(self, seq: Sequence, draft: Draft, step: ComingStep) -> Offer:
+        if not draft.ids:
             return NOTHING
-        chance = self._asking[draft.source].chance(seq, draft.evidence, step)
-        return (len(draft.ids), chance) if chance > least else NOTHING
+        return len(draft.ids), self._asking[draft.source].chance(seq, draft.evidence, step)
 
     def _take(self, seqs: Seq[Sequence], drafts: dict[int, Draft], lengths: list[int]) -> None:
         for seq, length in zip(seqs, lengths, strict=True):
             if length:
                 draft = drafts[seq.id]
-                seq.draft_ids = draft.ids[:length]
+                seq.draft_ids, seq.draft_parents = draft.ids[:length], draft.parents
                 self._sources[seq.id] = draft.source
                 self._asking[draft.source].paid(seq)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from blade.contracts import Attention, Ops
+from blade.engine.trees import ancestors, depths
 from blade.errors import ConfigError
 from blade.testing.require import require
 from blade.testing.tolerance import require_close, tolerance
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 32), (4, 2, 128)]  # (num_heads, num_kv_heads, head_dim)
 _REACHES = ((None, None), (1, None), (20, None), (None, 24))  # window, chunk
 _MAX_CONTEXT = 640
+_TREE_SPANS = [(33, 45), (32, 33), (118, 150), (0, 40)]  # the first and the third are trees
+_TREES = {0: [-1, 0, -1, 2, 0, 1, 5, 4, -1, 8, 6], 2: [i // 3 - 1 for i in range(31)]}
 _STORAGE_TOLERANCE = {"int8": 0.02}  # of its largest value; others may be coarser
 _MOST_STORAGES = 3  # for one shape: of many each is tried with some
 _STALE = float("nan")  # what unused slots hold: the KV another sequence left there may be anything
@@ -37,12 +41,35 @@ class _Case:
     k: list[Tensor]  # [L, KV, D]
     v: list[Tensor]
     cos_sin: Tensor  # [max_context, rotary_dim] float32
+    trees: dict[int, list[int]] = field(default_factory=dict)  # Draft.parents of the step's tokens after the first
+
+    def positions(self, seq: int) -> Tensor:
+        """Of all its tokens, [L] int64."""
+        import torch
+
+        start, stop = self.spans[seq]
+        end = [start + depth for depth in depths(self.trees[seq])] if seq in self.trees else range(start, stop)
+        return torch.tensor([*range(start), *end])
+
+    def rotated(self, raw: Seq[Tensor]) -> list[Tensor]:
+        return [_rotate(x, self.cos_sin[self.positions(i)]) for i, x in enumerate(raw)]
+
+    def hidden(self, seq: int) -> Tensor:
+        """Which of its L tokens each of the step's cannot see, whatever the positions, [Q, L] bool."""
+        import torch
+
+        start, stop = self.spans[seq]
+        keys = torch.arange(stop)
+        if seq not in self.trees:
+            return keys > torch.arange(start, stop)[:, None]
+        bits = torch.tensor(ancestors(self.trees[seq]))[:, None]
+        return (keys >= start) & ~(bits >> (keys - start).clamp(min=0) & 1).bool()
 
 
 def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
     """Prefill, chunks, decodes and mixes of them; head ratios, windows, chunks of positions where the attention is
-    `chunked`, partial rotary; shared and permuted blocks; in the dtype and in every storage that the attention names,
-    which has to make a cache smaller."""
+    `chunked`, drafts that are trees where it knows `trees`; partial rotary; shared and permuted blocks; in the dtype
+    and in every storage that the attention names, which has to make a cache smaller."""
     import torch
 
     attention = factory(ops)
@@ -61,6 +88,9 @@ def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Itera
                 for spans in steps if spec is plain else steps[2:]:
                     case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
                     _check_case(attention, case, ops)
+                if getattr(attention, "trees", False):
+                    case = _make_case(spec, _TREE_SPANS, head_dim // (1 + seed % 2), dtype, seed)
+                    _check_case(attention, replace(case, trees=_TREES), ops)
 
 
 def _storages(attention: Attention, plain: KVSpec, turn: int) -> list[KVSpec]:
@@ -116,8 +146,8 @@ def _check_case(attention: Attention, case: _Case, ops: Ops) -> None:
     _spoil(attention, case, kv[:1], ops)  # another layer's slots are not this one's
     batch = _batch(case, case.spans, ops)
     q, k, v = _store(attention, case, case.spans, batch, kv[1], ops)
-    expected_q = torch.cat([_rotate(x, case.cos_sin)[a:b] for x, (a, b) in zip(case.q, case.spans, strict=True)])
-    expected_k = torch.cat([_rotate(x, case.cos_sin)[a:b] for x, (a, b) in zip(case.k, case.spans, strict=True)])
+    expected_q = torch.cat([x[a:b] for x, (a, b) in zip(case.rotated(case.q), case.spans, strict=True)])
+    expected_k = torch.cat([x[a:b] for x, (a, b) in zip(case.rotated(case.k), case.spans, strict=True)])
     dtype = case.q[0].dtype
     if spec.storage is None:  # else attention may have q and k as it wants them
         require_close("rotated q", q, expected_q, dtype)
@@ -129,6 +159,7 @@ def _check_case(attention: Attention, case: _Case, ops: Ops) -> None:
         out = attention.attend(q.clone(), k, v, batch, kv[1], scale, window, *chunks)
         what = f"attention with {f'window {window}' if chunk is None else f'chunks of {chunk}'}"
         what += f" in {spec.storage}" if spec.storage else ""
+        what += " of trees" if case.trees else ""
         limit = max(4 * tolerance(dtype), _STORAGE_TOLERANCE.get(spec.storage, 0.3) if spec.storage else 0)
         require_close(what, out, _attend(case, scale, window, chunk), dtype, limit / tolerance(dtype))
 
@@ -166,8 +197,16 @@ def _store(
 
 
 def _batch(case: _Case, spans: list[tuple[int, int]], ops: Ops) -> Batch:
+    import torch
+
     busy = [i for i, (start, stop) in enumerate(spans) if stop > start]
-    return make_batch([case.tables[i] for i in busy], [spans[i] for i in busy], case.spec.block_size, ops)
+    batch = make_batch([case.tables[i] for i in busy], [spans[i] for i in busy], case.spec.block_size, ops)
+    if not case.trees or spans is not case.spans:
+        return batch
+    positions = torch.cat([case.positions(i)[start:] for i, (start, _) in enumerate(spans)])
+    bits = [ancestors(case.trees[i]) if i in case.trees else [0] * (b - a) for i, (a, b) in enumerate(spans)]
+    seen = torch.tensor([bit for part in bits for bit in part])
+    return replace(batch, positions=ops.to_device(positions), ancestors=ops.to_device(seen))
 
 
 def make_batch(tables: list[list[int]], spans: list[tuple[int, int]], block_size: int, ops: Ops) -> Batch:
@@ -195,10 +234,10 @@ def make_batch(tables: list[list[int]], spans: list[tuple[int, int]], block_size
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """x [L, H, D] at positions 0 to L - 1, in float32; halves of the first rotary_dim channels pair up."""
+    """x [L, H, D] by cos_sin [L, rotary_dim], in float32; halves of the first rotary_dim channels pair up."""
     import torch
 
-    cos, sin = cos_sin[: len(x), None].chunk(2, dim=-1)  # [L, 1, rotary_dim / 2]
+    cos, sin = cos_sin[:, None].chunk(2, dim=-1)  # [L, 1, rotary_dim / 2]
     rotary_dim = cos_sin.shape[1]
     first, second = x[..., :rotary_dim].float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:].float()], dim=-1)
@@ -209,14 +248,15 @@ def _attend(case: _Case, scale: float, window: int | None, chunk: int | None) ->
     import torch
 
     outs = []
-    for raw_q, raw_k, raw_v, (start, stop) in zip(case.q, case.k, case.v, case.spans, strict=True):
+    rotated = [[x.to(case.q[0].dtype).float() for x in case.rotated(raw)] for raw in (case.q, case.k)]
+    for seq, (q, k, raw_v, (start, _)) in enumerate(zip(*rotated, case.v, case.spans, strict=True)):
         groups = case.spec.num_heads // case.spec.num_kv_heads
-        rounded = [_rotate(raw, case.cos_sin).to(raw.dtype).float() for raw in (raw_q, raw_k)]
-        q, k = rounded[0][start:], rounded[1].repeat_interleave(groups, dim=1)
+        q, k = q[start:], k.repeat_interleave(groups, dim=1)
         v = raw_v.float().repeat_interleave(groups, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        queries, keys = torch.arange(start, stop)[:, None], torch.arange(stop)
-        hidden = (keys > queries) | (queries - keys >= (window or stop))  # [Q, K]
+        keys = case.positions(seq)
+        queries = keys[start:, None]
+        hidden = case.hidden(seq) | (queries - keys >= (window or len(keys)))  # [Q, K]
         if chunk is not None:
             hidden |= keys // chunk != queries // chunk
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from blade.config import EngineConfig
 from blade.contracts import Drafter, DraftHead, DraftModel, LogitsProcessor, Tokenizer
+from blade.engine.trees import MOST_IDS
 from blade.testing.require import require
 from blade.types import Draft, SamplingParams, Sequence
 
@@ -22,8 +23,9 @@ def check_drafter(
     hidden_size: int = 0,
 ) -> None:
     """One draft per sequence, within the limits and the vocabulary, however the output goes on; the sequences are left
-    as they were, and may be forgotten at any time. `hidden_size`: of a model, for a drafter that reads hidden states:
-    some of which never come, and some come again."""
+    as they were, and may be forgotten at any time. Of a contracts.TreeDrafter: trees that are some, and it is told what
+    was sampled along them. `hidden_size`: of a model, for a drafter that reads hidden states: some of which never come,
+    and some come again."""
     drafter = _Shown(factory(EngineConfig(), draft_model), hidden_size)
     require(drafter.propose([], []) == [], "no sequences must give no drafts")
     seqs = [
@@ -57,7 +59,11 @@ class _Shown:
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         if self.states and seqs:
             self._show(seqs)
-        return self._drafter.propose(seqs, limits)
+        drafts = self._drafter.propose(seqs, limits)
+        for seq, draft in zip(seqs, drafts, strict=False):
+            if isinstance(draft, Draft) and draft.parents is not None:
+                _check_tree(self._drafter, seq, draft.ids, draft.parents)
+        return drafts
 
     def _show(self, seqs: Seq[Sequence]) -> None:
         import torch
@@ -76,6 +82,19 @@ class _Shown:
     def forget(self, seq: Sequence) -> None:
         self._ends.pop(seq.id, None)
         self._drafter.forget(seq)
+
+
+def _check_tree(drafter: Any, seq: Sequence, ids: list[int], parents: list[int]) -> None:
+    """A tree is one, and the drafter bears to be told what was sampled along it: all of it, or what is left of it."""
+    require(getattr(drafter, "trees", False) is True, "a tree comes from a drafter whose attribute `trees` is True")
+    require(1 <= drafter.tree_size <= MOST_IDS, f"tree_size is {drafter.tree_size}, not from 1 to {MOST_IDS}")
+    is_tree = len(parents) == len(ids) and all(-1 <= parent < i for i, parent in enumerate(parents))
+    require(is_tree, f"parents must be one for each id, -1 or the place of an id before it: {parents}")
+    size = len(ids) - seq.num_tokens % 2 * (len(ids) // 3)
+    seq.draft_ids, seq.draft_parents = ids[:size], parents
+    drafter.sampled(seq, [ids[0], *ids[:size]] if size else [0])
+    require(seq.draft_ids == ids[:size], "the drafter changed a sequence; it is only told what was sampled")
+    seq.draft_ids, seq.draft_parents = [], None
 
 
 def _check_proposals(drafter: Drafter, seqs: list[Sequence], limits: list[int], vocab_size: int) -> list[Draft]:

@@ -34,7 +34,7 @@ class PagedAttention:
     """contracts.Attention on one device."""
 
     kv_storages = tuple(MODES)
-    chunked = True
+    chunked = trees = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

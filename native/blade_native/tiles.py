@@ -108,7 +108,7 @@ def build(
     chunks."""
     device = batch.positions.device
     num_queries = pieces[0].num_queries
-    firsts = [reach.first(p.kv_end - num_queries) // block_size for p in pieces]
+    firsts = [reach.first(_lowest(p, batch)) // block_size for p in pieces]
     num_blocks = max(-(-p.kv_end // block_size) - first for p, first in zip(pieces, firsts, strict=True))
     numbers = torch.tensor([(*piece, first) for piece, first in zip(pieces, firsts, strict=True)])
     columns = numbers.to(device, non_blocking=True).unsqueeze(-1).unbind(1)
@@ -119,11 +119,14 @@ def build(
     blocks = batch.block_tables[seqs.squeeze(1)].gather(1, torch.minimum(places, (ends - 1) // block_size))
     queries = torch.arange(num_queries, device=device)
     shape = (num_queries, -pieces[0].kv_end % block_size)
-    alike = len(pieces) == 1 and reach.chunk is None
+    alike = len(pieces) == 1 and reach.chunk is None and batch.ancestors is None
     bias = biases.get(shape) if alike else None
     if bias is None:
         keys = (places[:, :, None] * block_size + torch.arange(block_size, device=device)).flatten(1)
-        bias = _bias(ends - num_queries + queries, keys, reach, num_groups, dtype)
+        hidden = reach.hides((ends - num_queries + queries)[:, :, None], keys[:, None, :])  # [B, n, L]
+        if batch.ancestors is not None:
+            hidden = _in_trees(hidden, batch, batch.ancestors, reach, (seqs, rows + queries), keys)
+        bias = _bias(hidden, num_groups, dtype)
         if alike:
             biases[shape] = bias
     return Tile(
@@ -134,8 +137,30 @@ def build(
     )
 
 
-def _bias(queries: Tensor, keys: Tensor, reach: Reach, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """queries [B, n] and keys [B, L] are positions."""
-    hidden = reach.hides(queries[:, :, None], keys[:, None, :])  # [B, n, L]
+def _lowest(piece: Piece, batch: Batch) -> int:
+    """No query of the piece is at a lower position; in a tree all may be at that of the second token of the step."""
+    first = piece.kv_end - piece.num_queries
+    return first if batch.ancestors is None else min(first, batch.kv_lens[piece.seq] - batch.query_lens[piece.seq])
+
+
+def _in_trees(
+    hidden: Tensor, batch: Batch, ancestors: Tensor, reach: Reach, of: tuple[Tensor, Tensor], keys: Tensor
+) -> Tensor:
+    """`hidden` [B, n, L] as it is with trees of drafts in the step (Batch.ancestors). keys [B, L] are places in their
+    sequence."""
+    seqs, rows = of  # [B, 1], and [B, n] of the batch's tokens
+    starts = batch.cu_seqlens[seqs]  # [B, 1]
+    places = keys - batch.context_lens[seqs] + batch.cu_seqlens[seqs + 1] - starts  # [B, L] in the step
+    before = places < 0
+    in_step = (starts + places).clamp(0, len(ancestors) - 1)
+    positions = torch.where(before, keys, batch.positions[in_step])
+    own = ancestors[rows][:, :, None]  # [B, n, 1]
+    is_ancestor = (own >> places.clamp(0, 63)[:, None] & 1).bool() & (places < 64)[:, None]  # [B, n, L]
+    beyond = reach.hides(batch.positions[rows][:, :, None], positions[:, None])
+    return torch.where(own == 0, hidden, beyond | ~(is_ancestor | before[:, None]))
+
+
+def _bias(hidden: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
+    """hidden [B, n, L]."""
     bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
     return bias[:, None].repeat_interleave(num_groups, dim=2)

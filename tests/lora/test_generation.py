@@ -89,8 +89,13 @@ def generate(prepared: Any, chosen: list[Adapter | None], **engine: Any) -> list
 
 @pytest.mark.parametrize(
     "engine",
-    [{}, {"max_batch_tokens": 12, "max_num_seqs": 6}, {"drafter": ("suffix",), "adaptive_drafts": False}],
-    ids=["together", "small steps", "drafts"],
+    [
+        {},
+        {"max_batch_tokens": 12, "max_num_seqs": 6},
+        {"drafter": ("suffix",), "adaptive_drafts": False},
+        {"drafter": ("lookahead",), "adaptive_drafts": False},
+    ],
+    ids=["together", "small steps", "drafts", "trees of drafts"],
 )
 def test_a_mixed_batch_says_what_the_merged_models_say(folders: dict[str, Path], engine: dict[str, Any]) -> None:
     prepared = prepare(folders["none"], lora=("a=b",))

@@ -72,6 +72,18 @@ def test_replays_are_the_pass_to_the_last_bit(model: Model) -> None:
     assert model.num_calls == 36 + 2 * 3  # a shape runs twice, the second time it is captured
 
 
+def test_a_replay_sees_the_trees_of_its_own_step(model: Model) -> None:
+    captured = capture.CapturedForward(model, model.ops.library)
+    for turn, ancestors in enumerate((None, None, [1, 3, 5, 0], [1, 3, 7, 0], None, [1, 3, 5, 0])):
+        batch = step([3, 1], [20 + turn, 5])
+        if ancestors:
+            batch.ancestors = torch.tensor(ancestors)
+            batch.positions[1:3] = batch.positions[0] + torch.tensor([1, 1 + (ancestors[2] == 7)])
+        want = model(batch).clone()
+        assert torch.equal(captured(batch), want)
+    assert len(captured.captures) == 1
+
+
 def test_linears_in_several_formats_are_captured_too(model: Model) -> None:
     parts = [model.ops.linear(torch.randn(n, D), None) for n in (D, D // 2, D // 2)]
     model.qkv = SideBySide(parts, model.ops)

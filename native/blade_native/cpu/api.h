@@ -104,6 +104,7 @@ struct PagedKV {
 struct Step {
     const int64_t *positions, *slots;                          // [T]
     const int32_t *cu_seqlens, *context_lens, *block_tables;  // [B + 1], [B], [B, max_blocks]
+    const int64_t* ancestors;                                  // [T], or null where no draft of the step is a tree
     int64_t num_tokens, num_seqs, max_blocks;
 };
 

@@ -71,7 +71,8 @@ long cut_tiles(const Job& job, int seq, Item* items) {
     long num_rows = long(num_tokens) * group, num_tiles = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (long i = 0; items && i < num_tiles * job.kv->num_kv_heads; i++) {
         long tile = i / job.kv->num_kv_heads, row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
-        int from = int(first_key(job, base + row / group)) / KEYS * KEYS, to = base + int((end - 1) / group) + 1;
+        long position = ancestors_of(job, job.step->cu_seqlens[seq]) ? base : base + row / group;  // of a tree: the root's
+        int from = int(first_key(job, position)) / KEYS * KEYS, to = base + int((end - 1) / group) + 1;
         items[i] = {seq, int32_t(i % job.kv->num_kv_heads), int32_t(row), int32_t(end - row), from, to};
     }
     return num_tiles * job.kv->num_kv_heads;

@@ -21,6 +21,11 @@ INLINE long first_key(const Job& job, long position) {
     return job.window ? std::max<long>(0, position + 1 - job.window) : 0;
 }
 
+// Of a token that is in a tree of drafts, the tokens of its sequence's step that it sees: bit i is the i-th. Else 0.
+INLINE uint64_t ancestors_of(const Job& job, long token) {
+    return job.step->ancestors ? uint64_t(job.step->ancestors[token]) : 0;
+}
+
 // Rows [row, row + num_rows) of (token, head of the group) of one sequence and KV head, and their keys [from, to).
 struct Item {
     int32_t seq, head, row, num_rows, from, to;
@@ -78,6 +83,7 @@ struct Tile {
     float factors[R];                             // what a row's numbers are multiples of, times the scale of scores
     int32_t sums[R * MAX_GROUPS];                 // of a row's numbers, by groups of keys
     int first_key[R], end_key[R];
+    uint64_t ancestors[R];
 
     Tile(const Job& job, const Item& item, KeyKernels<R> keys, ValueKernel<R> weigh)
         : job(job), item(item), d(job.kv->head_dim), key_bytes(chunk_bytes(job.kv->keys, d)),
@@ -89,12 +95,28 @@ struct Tile {
             int position = base + (item.row + r) / group;
             end_key[r] = position + 1;
             first_key[r] = int(attention::first_key(job, position));
+            ancestors[r] = ancestors_of(job, token(r));
+            if (ancestors[r]) climb(r);
         }
         keys.load_queries(*this);
     }
     long token(int r) const { return job.step->cu_seqlens[item.seq] + (item.row + r) / group; }
     long query_head(int r) const { return item.head * group + (item.row + r) % group; }
     bool in_floats() const { return job.kv->dtype == FLOAT32; }
+
+    // In a tree a token's place in the cache is not its position, which says what it sees.
+    void climb(int r) {
+        const int64_t* positions = job.step->positions + job.step->cu_seqlens[item.seq];
+        const int place = (item.row + r) / group;
+        first_key[r] = int(attention::first_key(job, positions[place]));
+        for (int i = 0; i < place; i++)
+            if (positions[i] < first_key[r]) ancestors[r] &= ~(uint64_t(1) << i);
+    }
+    // Of the step's keys, those that are not on the row's own way up the tree.
+    void hide_branches(int r, const Span& span, float* scores) const {
+        for (int key = std::max(span.from, base); key < std::min(span.to, end_key[r]); key++)
+            if (!(ancestors[r] >> (key - base) & 1)) scores[key - span.from] = NEVER;
+    }
 
     const char* chunk(char* cache, long bytes, int key) const {
         const int32_t* blocks = job.step->block_tables + item.seq * job.step->max_blocks;
@@ -122,7 +144,7 @@ struct Tile {
         for_chunks(t, r, span, [&](int c, int low, int high) {
             most = vec::max(most, vec::keep(vec::load(scores + c * CHUNK), low, high, NEVER));
         });
-        sums.most[r] = vec::max_lane(most);
+        sums.most[r] = std::max(vec::max_lane(most), NEVER / 2);  // hidden keys weigh nothing even where all are hidden
         for_chunks(t, r, span, [&](int c, int low, int high) {
             vec::F w = vec::exp(vec::sub(vec::load(scores + c * CHUNK), vec::set(sums.most[r])));
             w = vec::keep(w, low, high, 0.0f);
@@ -137,7 +159,10 @@ struct Tile {
         alignas(64) float scores[R * SPAN];
         const Span span = find_span(from, to);
         keys.score(*this, span, scores);
-        for (int r = 0; r < R; r++) soften(*this, r, span, scores + r * SPAN, sums);
+        for (int r = 0; r < R; r++) {
+            if (ancestors[r]) hide_branches(r, span, scores + r * SPAN);
+            soften(*this, r, span, scores + r * SPAN, sums);
+        }
         weigh(*this, span, scores, sums);
     }
 

@@ -78,6 +78,8 @@ class StepArguments:
         check("cu_seqlens", batch.cu_seqlens, torch.int32, (num_seqs + 1,))
         check("context_lens", batch.context_lens, torch.int32, (num_seqs,))
         check("block_tables", batch.block_tables, torch.int32, (num_seqs, max_blocks))
+        if batch.ancestors is not None:
+            check("ancestors", batch.ancestors, torch.int64, (num_tokens,))
         self.batch, self.num_tokens = batch, num_tokens
         self._struct.__init__(  # type: ignore[misc]
             batch.positions.data_ptr(),
@@ -85,6 +87,7 @@ class StepArguments:
             batch.cu_seqlens.data_ptr(),
             batch.context_lens.data_ptr(),
             batch.block_tables.data_ptr(),
+            None if batch.ancestors is None else batch.ancestors.data_ptr(),
             num_tokens,
             num_seqs,
             max_blocks,
@@ -98,7 +101,7 @@ class SimdAttention:
     """
 
     kv_storages = tuple(MODES)
-    chunked = True
+    chunked = trees = True
 
     def __init__(self, base: Attention, library: Library, threads: int) -> None:
         self.base = base

@@ -113,6 +113,7 @@ class CStep(Structure):
         ("cu_seqlens", c_void_p),
         ("context_lens", c_void_p),
         ("block_tables", c_void_p),
+        ("ancestors", c_void_p),
         ("num_tokens", c_int64),
         ("num_seqs", c_int64),
         ("max_blocks", c_int64),
