@@ -150,7 +150,8 @@ INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale":
         (AO, PLAIN_INT8 | {"a._weight_zero_point": BYTES}, "has shape (8, 32); to those beside it belongs (8, 1)."),
         (AO, PLAIN_INT8 | {"a._weight_act_pre_scale": torch.ones(32)}, "a._weight_act_pre_scale is not served: the"),
         (HQQ, QUARTERS | {"a.axis": torch.tensor(0)}, "Tensor a.axis is 0: groups of columns are not served."),
-        (HQQ, QUARTERS | {"a.nbits": torch.tensor(3)}, "Tensor a.nbits is 3; served are 1, 2, 4, 8."),
+        (HQQ, QUARTERS | {"a.nbits": torch.tensor(5)}, "Tensor a.nbits is 5; served are 1, 2, 3, 4, 8."),
+        (HQQ, QUARTERS | {"a.nbits": torch.tensor(3)}, "a.W_q has shape (8, 16), which is none for (8, 32) of 3"),
         (HQQ, QUARTERS | {"a.quant_zero": torch.tensor(1)}, "a.quant_zero is 1: zeros that are quantised are not"),
         (HQQ, QUARTERS | {"a.shape": torch.tensor([8, 64])}, "a.W_q has shape (8, 16), which is none for (8, 64) of 4"),
         (
