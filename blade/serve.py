@@ -67,6 +67,7 @@ def link_torch() -> None:
 def dry_run(config: Config) -> None:
     """Print what `run` would do with this config, without loading weights."""
     assembly = choose(config, load(config.plugins))
+    load_text(assembly)
     memory = assembly.plan_memory(reserved=assembly.weight_bytes)
     print("\n".join([*describe(assembly, memory), "", command_line(config)]))
 
