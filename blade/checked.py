@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, NoReturn
 
 MAX_INTEGER = 2**31 - 1
+MAX_LAYERS = 1024  # of a model: so few that lists of what each of them is cost nothing
 
 
 class CheckedValues(ABC):
@@ -14,10 +15,10 @@ class CheckedValues(ABC):
 
     __slots__ = ()
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
         value = self._get(key, default)
-        if type(value) is not int or not minimum <= value <= MAX_INTEGER:
-            self.refuse(key, f"an integer from {minimum} to {MAX_INTEGER}")
+        if type(value) is not int or not minimum <= value <= maximum:
+            self.refuse(key, f"an integer from {minimum} to {maximum}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

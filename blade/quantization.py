@@ -79,8 +79,9 @@ def _quantized(
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     readers = sorted(name for name in registry if not registry.entry(name).plain)
     if not isinstance(method, str) or method not in readers:
+        wrong = f"is quantised by {method!r}, which no loaded plugin reads"
         raise CheckpointError(
-            f"{checkpoint.name} is quantised by {method!r}, which no loaded plugin reads.",
+            f"{checkpoint.name} {wrong if method else 'has a quantization_config without quant_method'}.",
             f"Read: {', '.join(readers) or 'none yet'}, and GGUF files. Use the model's unquantised form.",
         )
     quantization = registry.create(method, settings)

@@ -65,8 +65,14 @@ def link_torch() -> None:
 
 
 def dry_run(config: Config) -> None:
-    """Print what `run` would do with this config, without loading weights."""
+    """Print what `run` would do with this config, without loading weights. What it reads beside them is read, so that
+    a folder that is not sound is told of."""
+    from blade.checkpoint.peft import read_adapter
+
     assembly = choose(config, load(config.plugins))
+    load_text(assembly)
+    for adapter in config.model.lora:
+        read_adapter(_folder_of(adapter)[1])
     memory = assembly.plan_memory(reserved=assembly.weight_bytes)
     print("\n".join([*describe(assembly, memory), "", command_line(config)]))
 
@@ -185,9 +191,14 @@ def _adapter_table(assembly: Assembly, adapters: Adapters | None) -> AdapterTabl
     make, options = adapters.make, assembly.config.model
     table = AdapterTable(assembly.model_name, lambda name, path: make(name, read_adapter(path)), options.lora_dir)
     for adapter in options.lora:
-        name, _, folder = adapter.partition("=")
-        table.load(name, Path(folder).expanduser())
+        table.load(*_folder_of(adapter))
     return table
+
+
+def _folder_of(adapter: str) -> tuple[str, Path]:
+    """ "NAME=DIR" -> name and folder."""
+    name, _, folder = adapter.partition("=")
+    return name, Path(folder).expanduser()
 
 
 def _context(

@@ -113,7 +113,7 @@ def test_without_kernels_a_form_that_was_asked_for_is_refused(tiny_llama: Path) 
         _ = assembled(tiny_llama, "int8", TorchOps()).weight_bytes
 
 
-def quantised_checkpoint(tiny_llama: Path, folder: Path, method: str) -> Path:
+def quantised_checkpoint(tiny_llama: Path, folder: Path, method: str | None) -> Path:
     shutil.copytree(tiny_llama, folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
@@ -123,6 +123,8 @@ def quantised_checkpoint(tiny_llama: Path, folder: Path, method: str) -> Path:
 def test_a_checkpoint_quantised_by_a_method_nobody_reads(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="quantised by 'int8', which no loaded plugin reads"):
         assembled(quantised_checkpoint(tiny_llama, tmp_path / "m", "int8"))  # blade's own int8 reads no files
+    with pytest.raises(CheckpointError, match="n has a quantization_config without quant_method"):
+        assembled(quantised_checkpoint(tiny_llama, tmp_path / "n", None))
 
 
 class Readers:

@@ -126,6 +126,19 @@ def test_dry_run_prints_the_plan_and_an_equivalent_command(blade: Blade, tiny_ll
     assert blade(*command.split()[1:], "--dry-run").stdout == done.stdout
 
 
+def test_a_dry_run_is_told_what_a_start_would_be(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer.json"))
+    for options, words in (
+        (("--model", str(folder)), "m holds no tokenizer.json"),
+        (("--model", str(tiny_llama), "--lora", f"x={folder}"), "m has no adapter_config.json"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["serve", *options, "--dry-run"])
+        assert words in capsys.readouterr().err
+
+
 def test_a_rounded_kv_cache_holds_more_tokens(blade: Blade, tiny_llama: Path) -> None:
     def num_tokens(quant: str) -> int:
         args = ("--kv-cache-memory", str(1 << 24), "--kv-cache-quant", quant, "--dtype", "bfloat16", "--dry-run")

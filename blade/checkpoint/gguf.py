@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from blade.checkpoint.extents import check_extents
 from blade.checkpoint.gguf_cursor import Cursor
+from blade.checkpoint.lfs import refuse_pointer
 from blade.checkpoint.mapping import map_file
 from blade.errors import CheckpointError
 
@@ -102,6 +103,7 @@ def read_gguf(path: Path) -> GGUFFile:
     """Map a GGUF file and parse its header; CheckpointError where it is not sound."""
     memory = map_file(path)
     cursor = Cursor(path, memory)
+    refuse_pointer(path, bytes(memory[:64]))
     if memory[:4] != b"GGUF":
         cursor.fail("it does not begin with 'GGUF'")
     cursor.position = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from blade.checked import MAX_LAYERS
 from blade.checkpoint.gguf_metadata import Metadata
 from blade.errors import CheckpointError
 
@@ -55,7 +56,7 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
         "vocab_size": weights.shape("model.embed_tokens.weight")[0],
         "hidden_size": hidden_size,
         "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count"),
+        "num_hidden_layers": metadata.integer("block_count", maximum=MAX_LAYERS),
         "num_attention_heads": num_heads,
         "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
@@ -70,7 +71,7 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
 
 def _experts(metadata: Metadata, weights: GGUFWeights, names: set[str]) -> dict[str, Any]:
     """Sizes are those of the first layer that has experts; a layer without a router is dense."""
-    layers = range(metadata.integer("block_count"))
+    layers = range(metadata.integer("block_count", maximum=MAX_LAYERS))
     sparse = [layer for layer in layers if f"model.layers.{layer}.mlp.gate.weight" in names]
     if not sparse:
         raise CheckpointError(f"{metadata.path} has no tensor blk.N.ffn_gate_inp.weight, though it is to have experts.")

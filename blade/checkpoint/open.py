@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from blade.checkpoint.gguf_weights import GGUFWeights
     from blade.checkpoint.safetensors import SafetensorsWeights
 
+ELSEWHERE = {"openvino*.xml": "OpenVINO", "*.onnx": "ONNX"}  # what tells of weights for other programs
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -127,6 +129,8 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no config.json.", remedy)
     if any(folder.glob("*.safetensors*")):
         return
+    if made_for := next((name for pattern, name in ELSEWHERE.items() if any(folder.glob(pattern))), None):
+        raise CheckpointError(f"{folder} holds a model made for {made_for}.", "Give the one that it was made of.")
     if pickles:
         raise CheckpointError(
             f"{folder} has its weights in {pickles[0].name}: blade reads no pickles, for they can run code.",

@@ -14,6 +14,7 @@ import msgspec
 
 from blade.checkpoint.extents import check_extents
 from blade.checkpoint.json_file import parse_json, read_json
+from blade.checkpoint.lfs import refuse_pointer
 from blade.checkpoint.mapping import let_go, map_file
 from blade.errors import CheckpointError
 
@@ -53,12 +54,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(64)
+            refuse_pointer(path, begin)
+            length = int.from_bytes(begin[:8], "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(
                     f"{path} is no sound safetensors file: of its {size} bytes the header is to take {length}.",
                     "Fetch it again.",
                 )
+            file.seek(8)
             entries = parse_json(path, file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None

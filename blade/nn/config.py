@@ -49,7 +49,7 @@ class DecoderConfig(ModelConfig):
             keys.refuse("num_key_value_heads", f"a divisor of the {num_heads} attention heads")
         hidden_size = keys.integer("hidden_size")
         head_dim = keys.integer("head_dim", hidden_size // num_heads)
-        num_layers = keys.integer("num_hidden_layers")
+        num_layers = keys.num_layers()
         rope = read_rope(keys, head_dim)
         found: dict[str, Any] = {
             "vocab_size": keys.integer("vocab_size"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from blade.contracts.heads import NORMED
+from blade.errors import CheckpointError
 from blade.nn.hidden import ShownStates
 from blade.nn.mixture import Mixture
 
@@ -158,6 +159,10 @@ class Decoder:
         self.lm_head = loader.linear(table if tied else config.head, shapes=[shape])
         self.embed = loader.embedding(table, shape, self.lm_head if tied else None)
         self.layers = [self.layer(f"{layers}.{index}", index, loader) for index in range(config.num_layers)]
+        if loader.has(more := f"{layers}.{config.num_layers}.{self.layer_type.norm_names[0]}.weight"):
+            raise CheckpointError(
+                f"config.json: num_hidden_layers is {config.num_layers}, but there is a tensor {more}."
+            )
         self.norm = Norm(norm, config.hidden_size, config.rms_norm_eps, loader, config.norm_offset)
         self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))

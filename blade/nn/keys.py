@@ -6,7 +6,7 @@ import math
 import reprlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blade.checked import CheckedValues
+from blade.checked import MAX_LAYERS, CheckedValues
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ class Keys(CheckedValues):
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
         self.values = values
         self._path = path
+
+    def num_layers(self) -> int:
+        """`num_hidden_layers`, at most MAX_LAYERS."""
+        return self.integer("num_hidden_layers", maximum=MAX_LAYERS)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)

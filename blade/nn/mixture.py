@@ -29,7 +29,7 @@ class MixtureConfig:
     def read(cls, keys: Keys, normalize: bool = False, shared: bool = False) -> MixtureConfig:
         """As Qwen's families write it; `normalize` where norm_topk_prob is missing, `shared`: there is a shared
         expert."""
-        num_layers, step = keys.integer("num_hidden_layers"), keys.integer("decoder_sparse_step", 1)
+        num_layers, step = keys.num_layers(), keys.integer("decoder_sparse_step", 1)
         dense = keys.integers("mlp_only_layers", [])
         key = "num_experts" if keys.has("num_experts") else "num_local_experts"  # as transformers 5 writes Qwen3's
         num_experts, num_active = keys.integer(key), keys.integer("num_experts_per_tok")

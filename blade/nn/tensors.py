@@ -30,8 +30,16 @@ def split_name(name: str) -> tuple[str, str]:
 def check_shape(name: str, weights: Weights, shape: tuple[int, ...] | None) -> None:
     """Raise CheckpointError for a tensor that is missing, or of another shape; None is any."""
     if name not in weights.names():
-        raise CheckpointError(f"The checkpoint has no tensor {name}.")
+        raise CheckpointError(f"The checkpoint has no tensor {name}.", _instead(name, weights))
     check_expected(name, tuple(weights.shape(name)), shape)
+
+
+def _instead(name: str, weights: Weights) -> str:
+    """The remedy where what is missing is there in a form that config.json says nothing of."""
+    prefix, own = split_name(name)
+    others = (there for there in weights.names() if there.startswith(f"{prefix}.") and there != f"{prefix}.bias")
+    found = next(others, None) if own == "weight" else None
+    return f"It has {found}: for quantised weights config.json needs its quantization_config." if found else ""
 
 
 def check_expected(name: str, found: tuple[int, ...], shape: tuple[int, ...] | None) -> None:

@@ -99,7 +99,7 @@ def build_gguf_tokenizer(vocabulary: GGUFVocabulary) -> Tokenizer:
     """Raises CheckpointError for a kind, a pre-tokenizer or a content that blade does not know."""
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = vocabulary.get("model")
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise CheckpointError(f"{vocabulary.path}: tokenizer.ggml.model {kind!r} is not supported.", _REMEDY)
     try:
         tokenizer, add_bos = builders[kind](vocabulary)
@@ -126,7 +126,7 @@ def _byte_level(vocabulary: GGUFVocabulary) -> tuple[Tokenizer, bool]:
 
 def _pretokenizer(vocabulary: GGUFVocabulary) -> Pretokenizer:
     name = vocabulary.get("pre", "default")
-    if name not in PRETOKENIZERS:
+    if not isinstance(name, str) or name not in PRETOKENIZERS:
         raise CheckpointError(f"{vocabulary.path}: tokenizer.ggml.pre {name!r} is not supported.", _REMEDY)
     return PRETOKENIZERS[name]
 

@@ -9,10 +9,10 @@ import msgspec
 from tokenizers import Tokenizer
 
 from blade.errors import CheckpointError
+from blade.text import qwen_tiktoken
 from blade.text.post_processor import surround
 
 _REMEDY = "Pass --tokenizer-dir with a folder that holds the model's tokenizer.json."
-_TIKTOKEN = "Its qwen.tiktoken is not read: pass --tokenizer-dir with a folder of Qwen1.5's, which has the same ids."
 
 
 def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None]:
@@ -52,13 +52,14 @@ def _convert(folder: Path) -> Tokenizer:
     remedy = _REMEDY
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         name = "Qwen2Tokenizer"
+    elif (folder / qwen_tiktoken.NAME).is_file():
+        return qwen_tiktoken.read_qwen_tiktoken(folder / qwen_tiktoken.NAME)
     elif (folder / "tokenizer.model").is_file():
         name = "LlamaTokenizer"
         remedy = f"Install the packages sentencepiece and protobuf if they are missing. Else: {_REMEDY}"
     else:
         raise CheckpointError(
-            f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or tokenizer.model.",
-            _TIKTOKEN if (folder / "qwen.tiktoken").is_file() else _REMEDY,
+            f"{folder} holds no tokenizer.json, vocab.json with merges.txt, tokenizer.model or qwen.tiktoken.", _REMEDY
         )
     import transformers
 
@@ -81,8 +82,9 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 
 def _eos_token_ids(folder: Path, tokenizer: Tokenizer, eos: str | None) -> tuple[int, ...]:
     """Those generation_config.json lists and the tokenizer's own; config.json's where neither names one."""
-    own = None if eos is None else tokenizer.token_to_id(eos)
-    ids = _read_ids(folder / "generation_config.json") + ([] if own is None else [own])
+    named = [eos] if eos is not None else qwen_tiktoken.END_TOKENS if (folder / qwen_tiktoken.NAME).is_file() else []
+    own = [token_id for token in named if (token_id := tokenizer.token_to_id(token)) is not None]
+    ids = _read_ids(folder / "generation_config.json") + own
     return tuple(dict.fromkeys(ids or _read_ids(folder / "config.json")))
 
 

@@ -1,7 +1,8 @@
 """contracts.Quantization of HQQ (Badri and Shaji 2023): w = (q - zero) * scale, in groups that run on over rows.
 
 Beside `W_q` and what describes it, each in a tensor of its own (`shape`, `nbits`, `axis` ...), lie `scale` and `zero`,
-one for each group. The groups are W_q's rows, of which the first half or quarter has its integers in the high bits.
+one for each group. The groups are W_q's rows, of which the first half or quarter has its integers in the high bits; of
+3 bits a word of 32 has ten, and the last words are filled up.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from blade.contracts import Weights
 
 KNOWN = {"quant_config", "skip_modules"}  # what they say of a matrix, its own tensors do
-BITS = (1, 2, 4, 8)
+BITS = (1, 2, 3, 4, 8)
+PER_WORD = 10  # numbers of 3 bits
 AS_THEY_ARE = {  # of the tensors that describe a matrix: the only value served, and what another one would mean
     "axis": (1, "groups of columns"),
     "view_as_float": (0, "integers that are to be taken for floats"),
@@ -47,6 +49,13 @@ class Layout:
     @property
     def num_groups(self) -> int:
         return self.n * self.k // self.size
+
+    @property
+    def packed(self) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and dtype of W_q."""
+        if self.bits == 3:
+            return (-(-self.num_groups // PER_WORD), self.size), torch.int32
+        return (self.num_groups * self.bits // 8, self.size), torch.uint8
 
     @property
     def kept_bits(self) -> int:
@@ -74,11 +83,10 @@ class HQQ(GroupedQuantization):
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
         layout = _layout(prefix, weights)
         n, k, num_groups = layout.n, layout.k, layout.num_groups
-        shape = num_groups * layout.bits // 8, layout.size
-        q = _unpack(checked(f"{prefix}.W_q", weights, shape, torch.uint8), layout.bits).view(n, k)
+        q = _unpack(checked(f"{prefix}.W_q", weights, *layout.packed), layout)
         groups = torch.arange(0, n * k, layout.kept).view(n, -1) // layout.size
         scales, minima = _scales(prefix, weights, num_groups)
-        return GroupedWeight(layout.kept_bits, layout.kept, q, scales[groups], minima[groups])
+        return GroupedWeight(layout.kept_bits, layout.kept, q.view(n, k), scales[groups], minima[groups])
 
 
 def _layout(prefix: str, weights: Weights) -> Layout:
@@ -93,7 +101,7 @@ def _layout(prefix: str, weights: Weights) -> Layout:
         raise CheckpointError(f"Tensor {prefix}.nbits is {bits}; served are {', '.join(map(str, BITS))}.", REMEDY)
     sizes = checked(f"{prefix}.shape", weights, (2,), torch.int64, torch.int32).tolist()
     n, k = sizes
-    if len(packed) != 2 or 0 in packed or min(sizes) < 1 or packed[0] * packed[1] * 8 // bits != n * k:
+    if len(packed) != 2 or 0 in packed or min(sizes) < 1 or not _holds(packed, n * k, bits):
         raise CheckpointError(f"Tensor {name} has shape {packed}, which is none for ({n}, {k}) of {bits} bits.")
     kept = next((group for group in GROUPS if k % group == 0 and packed[1] % group == 0), None)
     if kept is None:
@@ -125,8 +133,19 @@ def _scales(prefix: str, weights: Weights, num: int) -> tuple[Tensor, Tensor]:
     return narrow(scales), minima
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """[R bits / 8, size] -> [R, size]: the first rows from the highest bits, the last from the lowest."""
+def _holds(packed: tuple[int, ...], num: int, bits: int) -> bool:
+    """Whether a W_q of that shape is for `num` numbers."""
+    rows, size = packed
+    if bits == 3:
+        return num % size == 0 and rows == -(-num // size // PER_WORD)
+    return rows * size * 8 == num * bits
+
+
+def _unpack(packed: Tensor, layout: Layout) -> Tensor:
+    """[groups, size]: the first rows from the highest bits, the last from the lowest."""
+    bits = layout.bits
     if bits == 8:
         return packed
-    return torch.cat([packed >> shift & (2**bits - 1) for shift in range(8 - bits, -1, -bits)])
+    used = bits * PER_WORD if bits == 3 else 8
+    parts = [packed >> shift & (2**bits - 1) for shift in range(used - bits, -1, -bits)]
+    return torch.cat(parts)[: layout.num_groups].to(torch.uint8)

@@ -53,7 +53,7 @@ class Llama4:
         whole = Keys(config)
         keys = whole.section("text_config") if whole.has("text_config") else whole
         keys = keys.with_default("rope_theta", THETA).with_default("rms_norm_eps", 1e-5)
-        num_layers = keys.integer("num_hidden_layers")
+        num_layers = keys.num_layers()
         rotary = _rotary_layers(keys, num_layers)
         temperature = (keys.number("attn_scale", 0.1), keys.integer("floor_scale", CHUNK))
         found = Llama4Config.read(

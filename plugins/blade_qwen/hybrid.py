@@ -32,7 +32,7 @@ class HybridConfig(DecoderConfig):
             qk_norm=True,
             norm_offset=1.0,
             output_gate=True,
-            windows=(None,) * keys.integer("num_hidden_layers"),
+            windows=(None,) * keys.num_layers(),
             delta=delta,
             state=delta.state(_recurrent_layers(keys)),
             **settings,
@@ -40,7 +40,7 @@ class HybridConfig(DecoderConfig):
 
 
 def _recurrent_layers(keys: Keys) -> tuple[int, ...]:
-    num_layers, interval = keys.integer("num_hidden_layers"), keys.integer("full_attention_interval", 4)
+    num_layers, interval = keys.num_layers(), keys.integer("full_attention_interval", 4)
     kinds = [FULL if (i + 1) % interval == 0 else RECURRENT for i in range(num_layers)]
     kinds = keys.texts("layer_types", kinds)
     if len(kinds) != num_layers or not {RECURRENT, FULL}.issuperset(kinds) or FULL not in kinds:

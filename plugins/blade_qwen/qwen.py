@@ -47,5 +47,5 @@ class Qwen3Moe(Qwen2Moe):
     def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
         keys = Keys(config)
         window = keys.integer("sliding_window") if keys.flag("use_sliding_window", False) else None
-        windows = (window,) * keys.integer("num_hidden_layers")
+        windows = (window,) * keys.num_layers()
         return DecoderConfig.read(keys, qk_norm=True, windows=windows, mixture=MixtureConfig.read(keys))

@@ -22,7 +22,7 @@ class Qwen1:
     def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
         keys = Keys(config)
         num_heads, hidden_size = keys.integer("num_attention_heads"), keys.integer("hidden_size")
-        num_layers, head_dim = keys.integer("num_hidden_layers"), keys.integer("kv_channels", hidden_size // num_heads)
+        num_layers, head_dim = keys.num_layers(), keys.integer("kv_channels", hidden_size // num_heads)
         rotary_dim = int(head_dim * keys.number("rotary_pct", 1.0))
         if rotary_dim % 2 or not 2 < rotary_dim <= head_dim:
             keys.refuse("rotary_pct", f"a share of the head's {head_dim} channels that makes pairs of them")

@@ -41,6 +41,7 @@ def test_the_name_in_the_hub_s_cache(tmp_path: Path) -> None:
         (("a.gguf",), "has no config.json. Name the file: "),
         (("config.json",), "no .safetensors file is in it. Fetch the whole model"),
         (("config.json", "pytorch_model.bin"), "in pytorch_model.bin: blade reads no pickles"),
+        (("config.json", "openvino_model.bin", "openvino_model.xml"), "holds a model made for OpenVINO. Give the one"),
         (("config.json", "model.pt"), "in model.pt: blade reads no pickles"),
         (("config.json", "model.pth"), "convert them with transformers"),
     ],

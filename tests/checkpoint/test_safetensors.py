@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from blade.checkpoint.gguf import read_gguf
 from blade.checkpoint.safetensors import SafetensorsWeights, read_header
 from blade.errors import CheckpointError
 
@@ -106,6 +107,13 @@ def test_absurd_header_lengths(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="no sound safetensors file"):
         read_header(path)
+
+
+def test_pointers_of_git_lfs(tmp_path: Path) -> None:
+    for name, read in (("model.safetensors", read_header), ("model.gguf", read_gguf)):
+        (path := tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n")
+        with pytest.raises(CheckpointError, match=rf"{name} is not the file itself .* run `git lfs pull`"):
+            read(path)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

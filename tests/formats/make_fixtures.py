@@ -399,6 +399,7 @@ def hqq(**sizes: Any) -> Callable[[Path], Dense]:
 
 CASES: dict[str, Callable[[Path], Dense]] = {
     "hqq": hqq(nbits=4, group_size=32),
+    "hqq-3": hqq(nbits=3, group_size=32),
     "hqq-8": hqq(nbits=8, group_size=64),  # of rows of 96: groups run on
     "hqq-few": hqq(
         q_proj={"nbits": 1, "group_size": 32},

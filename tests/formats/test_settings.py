@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from format_cases import FIXTURES as F
-from format_cases import PLUGINS, assembled, make, settings_of
+from format_cases import PLUGINS, assembled, make, settings_of, stored
+from safetensors.torch import save_file
 from tensors import gptq, pack
 
 from blade import CheckpointError, ConfigError
+from blade.assembly import load_model
 from blade.testing import TensorWeights
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
@@ -150,7 +156,8 @@ INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale":
         (AO, PLAIN_INT8 | {"a._weight_zero_point": BYTES}, "has shape (8, 32); to those beside it belongs (8, 1)."),
         (AO, PLAIN_INT8 | {"a._weight_act_pre_scale": torch.ones(32)}, "a._weight_act_pre_scale is not served: the"),
         (HQQ, QUARTERS | {"a.axis": torch.tensor(0)}, "Tensor a.axis is 0: groups of columns are not served."),
-        (HQQ, QUARTERS | {"a.nbits": torch.tensor(3)}, "Tensor a.nbits is 3; served are 1, 2, 4, 8."),
+        (HQQ, QUARTERS | {"a.nbits": torch.tensor(5)}, "Tensor a.nbits is 5; served are 1, 2, 3, 4, 8."),
+        (HQQ, QUARTERS | {"a.nbits": torch.tensor(3)}, "a.W_q has shape (8, 16), which is none for (8, 32) of 3"),
         (HQQ, QUARTERS | {"a.quant_zero": torch.tensor(1)}, "a.quant_zero is 1: zeros that are quantised are not"),
         (HQQ, QUARTERS | {"a.shape": torch.tensor([8, 64])}, "a.W_q has shape (8, 16), which is none for (8, 64) of 4"),
         (
@@ -177,6 +184,15 @@ def test_a_quantised_tensor_is_not_taken_for_plain_numbers() -> None:
     weights = SafetensorsWeights(F / "ct-fp8")
     with pytest.raises(CheckpointError, match=r"q_proj\.weight' is of F8_E4M3, which is no plain number"):
         weights.get("model.layers.0.self_attn.q_proj.weight", torch.float32)
+
+
+def test_quantised_tensors_without_a_word_of_them_in_config_json(tmp_path: Path) -> None:
+    config, tensors = stored("gptq")
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor .*q_proj\.weight. It has .*config.json needs its quanti"):
+        load_model(assembled(tmp_path))
 
 
 def test_what_is_quantised_is_not_quantised_again() -> None:

@@ -29,7 +29,7 @@ from blade_native.reference import TorchOps
 
 # The tables of bitsandbytes become integers, which costs up to 0.4 % of a block's largest number.
 TABLES = {"bnb-nf4": 0.02, "bnb-fp4": 0.02}  # of a product's norm; elsewhere that of scales in float16
-IN_HALF = {"torchao-int4": 2**-10, "hqq": 2**-10, "hqq-8": 2**-10, "hqq-few": 2**-10}  # minima in float16 too
+IN_HALF = dict.fromkeys(("torchao-int4", "hqq", "hqq-3", "hqq-8", "hqq-few"), 2**-10)  # minima in float16 too
 TOLERANCE = TABLES | IN_HALF
 HEADS = {"torchao-embeddings": 32 * 64}  # a tied head that is there once more
 NUM_PARAMS = 32 * 64 + 64 * 3 + (32 + 32 + 32 + 32) * 64 + 3 * 96 * 64

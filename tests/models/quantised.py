@@ -127,9 +127,17 @@ def fp8_blocks(w: Tensor, group: int = GROUP) -> Written:
     return {"weight": q, "weight_scale_inv": scales}, exact
 
 
+def mxfp8(w: Tensor) -> Written:
+    exponents = (groups_of(w, GROUP).abs().amax(2) / FP8_MOST).log2().ceil()
+    wide = spread(torch.exp2(exponents), GROUP, w.shape[1])
+    q = (w / wide).to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": (exponents + 127).to(torch.uint8)}, q.float() * wide
+
+
 def codes(w: Tensor, wide: Tensor, table: Tensor) -> Tensor:
     """The number of the table's entry next to each of w / wide: [N, K]."""
-    return ((w / wide)[..., None] - table).abs().argmin(2).to(torch.uint8)
+    entries, numbers = table.sort()
+    return numbers[torch.bucketize(w / wide, (entries[1:] + entries[:-1]) / 2)].to(torch.uint8)
 
 
 def nvfp4(w: Tensor) -> Written:
@@ -247,6 +255,10 @@ def formats(group: int) -> dict[str, Format]:
         "ct-mxfp4": Format(
             compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=GROUP), mxfp4
         ),
+        "ct-mxfp8": Format(
+            compressed("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=GROUP), mxfp8
+        ),
+        "fbgemm-fp8": Format({"quant_method": "fbgemm_fp8"}, fp8_rows),
         "fp8": Format({"quant_method": "fp8", "weight_block_size": [group, group]}, partial(fp8_blocks, group=group)),
         "bnb-nf4": Format({"quant_method": "bitsandbytes", "load_in_4bit": True}, nf4),
         "bnb-int8": Format({"quant_method": "bitsandbytes", "load_in_8bit": True}, bytes_by_row),

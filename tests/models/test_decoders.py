@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from stepper import Stepper, all_together, one_by_one
 
+from blade import CheckpointError
 from blade_native import cpu_ops
 from blade_native.cpu import CpuOps
 from blade_native.reference import TorchOps
@@ -46,6 +48,12 @@ def test_replayed_steps_give_the_same(reference: Reference) -> None:
     stepper = Stepper(reference, captured=True)
     assert error(stepper.run(one_by_one(lengths(reference), chunk=7)), reference) < 1e-4
     assert error(stepper.run(one_by_one(lengths(reference), chunk=1)), reference) < 1e-4
+
+
+def test_more_layers_than_config_json_says_are_not_dropped(qwen3_reference: Reference) -> None:
+    fewer = replace(qwen3_reference, config=qwen3_reference.config | {"num_hidden_layers": 2, "layer_types": None})
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 2, but there is a tensor model\.layers\.2\."):
+        Stepper(fewer)
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 32])

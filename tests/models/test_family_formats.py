@@ -42,7 +42,11 @@ FAMILIES = [
     "llama grouped untied", "llama4", "qwen1", "qwen2 tied", "qwen2 moe", "qwen3", "qwen3 moe", "qwen3 next",
     "qwen3.5", "qwen3.5 vision", "qwen3.5 moe",
 ]  # fmt: skip
-OF_MLX = {"llama grouped untied", "qwen2 tied", "qwen3"}  # whose tensors MLX leaves as they are
+SOME = {  # families of the formats that are not for all, or read as others are
+    "mlx": {"llama grouped untied", "qwen2 tied", "qwen3"},  # whose tensors MLX leaves as they are
+    "ct-mxfp8": {"llama4", "qwen2 moe", "qwen3", "qwen3 next"},
+    "fbgemm-fp8": {"qwen1", "qwen3 moe", "qwen3.5"},
+}
 PLUGINS = Plugins(
     {
         "gptq": blade_gptq, "awq": blade_awq, "auto-round": blade_auto_round, "fp8": blade_fp8, "mlx": blade_mlx,
@@ -54,7 +58,7 @@ PROMPT = [3, 1, 4, 15, 9, 26, 5, 35]
 WITH_KERNELS = {"ct-int4", "ct-w8a8", "fp8", "int4"}  # whose activations are rounded too
 IN_HALF = {"bnb-nf4"}  # whose scales lose something in float16
 PAIRS = [
-    (family, kind) for family in FAMILIES for kind in (*FORMATS, "int8", "int4") if kind != "mlx" or family in OF_MLX
+    (family, kind) for family in FAMILIES for kind in (*FORMATS, "int8", "int4") if family in SOME.get(kind, FAMILIES)
 ]
 
 

@@ -85,7 +85,7 @@ def test_windows() -> None:
         ({"hidden_size": None}, "config.json has no hidden_size"),
         ({"hidden_size": "64"}, "hidden_size must be an integer from 1 to 2147483647, not '64'"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be"),
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": 2**20}, "num_hidden_layers must be an integer from 1 to 1024, not 1048576"),
         ({"vocab_size": True}, "vocab_size must be"),
         ({"intermediate_size": 96.0}, "intermediate_size must be"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of the 4 attention heads, not 3"),

@@ -170,6 +170,8 @@ def test_sentencepiece_adds_bos_and_a_space_unless_told() -> None:
     [
         (byte_level_metadata(pre="klingon"), "tokenizer.ggml.pre 'klingon'"),
         (byte_level_metadata(model="wordpiece"), "tokenizer.ggml.model 'wordpiece'"),
+        (byte_level_metadata(pre=["qwen2"]), r"tokenizer.ggml.pre \['qwen2'\]"),
+        (byte_level_metadata(model=["gpt2"]), r"tokenizer.ggml.model \['gpt2'\]"),
         (byte_level_metadata(tokens=None), "tokenizer.ggml.tokens"),
         (byte_level_metadata(merges=None), "tokenizer.ggml.merges"),
         (byte_level_metadata(merges=["a b c"]), "malformed"),

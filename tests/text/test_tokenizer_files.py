@@ -165,7 +165,6 @@ def test_vocab_and_merges_are_converted(tmp_path: Path) -> None:
     ("files", "names"),
     [
         ({}, "holds no tokenizer.json"),
-        ({"qwen.tiktoken": ""}, "pass --tokenizer-dir with a folder of Qwen1.5's"),
         ({"tokenizer.json": "{}"}, "tokenizer.json"),
         ({"tokenizer.model": "x"}, "LlamaTokenizer cannot read"),
     ],
