@@ -61,7 +61,7 @@ class Ledger:
         self._num_seqs = num_seqs
         (self._drafted if num_tokens > num_seqs else self._plain)[num_seqs].append(took)
 
-    def _verified(self, _: Any, __: int, num_accepted: int, *, seconds: float) -> None:
+    def _verified(self, _: Any, __: int, num_accepted: int, num_again: int, *, seconds: float) -> None:
         self._drafting += seconds
         if self._num_seqs:
-            self._accepted[self._num_seqs] += num_accepted
+            self._accepted[self._num_seqs] += num_accepted - num_again  # those have to be computed once more
