@@ -69,8 +69,8 @@ def draw(
         again = [i for i, row in enumerate(drawn) if not row.enough and math.isfinite(row.peak)]
         if not again:
             return drawn, lines
-        grown = {i: way._replace(size=more_than(way.size)) for way, members in groups.items() for i in members}
-        groups = _grouped((i, grown[i]) for i in again)
+        way_at = {i: way for way, members in groups.items() for i in members}
+        groups = _grouped((i, way_at[i]._replace(size=more_than(way_at[i].size))) for i in again)
 
 
 def _grouped(ways: Iterable[tuple[int, Way]]) -> dict[Way, list[int]]:

@@ -116,3 +116,16 @@ def test_forbidden_tokens_are_never_drawn() -> None:
 
 def test_sizes_grow_until_all() -> None:
     assert [more_than(0), more_than(63), more_than(64), more_than(5000)] == [64, 64, 1024, ALL]
+
+
+def test_one_row_needs_more_candidates_while_another_has_all() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 10_048, generator=generator) * 0.01
+    params = [SamplingParams(max_tokens=1, top_k=5000), SamplingParams(max_tokens=1, top_p=0.99)]
+    u = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    settings = Settings(
+        torch.tensor([5000, ALL]), torch.tensor([float("inf"), 0.99], dtype=torch.float64), torch.zeros(2), u
+    )
+    drawn, _ = drawing.draw(x.clone(), [drawing.way_of(each, 10_048) for each in params], settings, None)
+    expected = [reference(x[:1], u[:1], top_k=5000), reference(x[1:], u[1:], top_p=0.99)]
+    assert [[row.token_id] for row in drawn] == expected
