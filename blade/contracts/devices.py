@@ -152,6 +152,20 @@ class Ops(Protocol):
         that holds NaN or +infinity the value is not finite and the id any."""
         ...
 
+    def draw(
+        self, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """A token of each row: logits [R, V] float32, which may be overwritten -> argmax's values [R] and the ids [R]
+        int64 drawn. None: there is no kernel for it, and torch draws.
+
+        All on this device: temperatures [R] float32, 0 for argmax's id; top_k [R] int64, at least 1, V and more keep
+        all; top_p [R] float64, above 0, 1 and more keep all; min_p [R] float32; u [R] float64 in [0, 1). Logits are
+        divided by the temperature; of what that leaves the top_k most likely are kept, of these for as long as the more
+        likely ones have less than a share of top_p, of these the ones at least min_p times as likely as the most likely
+        one, and each time those that are as likely as the last of them. Of the kept ones, in the order of ids, that is
+        drawn in which u of their sum lies. Of a row whose value is not finite the id is any."""
+        ...
+
 
 class Attention(Protocol):
     """Paged attention on one device. It alone knows the layout of the KV it allocates. A block that changed hands keeps

@@ -90,6 +90,12 @@ class DefaultOps:
     def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         return default_recurrence.gated_rms_norm(x, gate, weight, eps)
 
+    def draw(
+        self, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """None: in torch."""
+        return None
+
 
 class MixedExperts:
     """contracts.Experts: expert by expert, each on the rows that chose it."""

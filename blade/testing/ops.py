@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from blade.contracts import Ops
+from blade.testing.draw import check_draw
 from blade.testing.recurrence import check_recurrence
 from blade.testing.require import require
 from blade.testing.tolerance import require_close
@@ -45,6 +46,7 @@ def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
         _check_experts(ops, dtype, generator)
         check_recurrence(ops, dtype, generator)
     _check_argmax(ops)
+    check_draw(ops)
     _check_route(ops)
 
 

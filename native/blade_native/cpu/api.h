@@ -228,6 +228,24 @@ struct ArgmaxCall {
     int32_t threads;
 };
 
+// A token of each row of logits [rows, n], which become anything. Of the tokens, after division by temperatures [rows]: the
+// top_k [rows] most likely (n and more: all), of those the most likely that together have a share of top_p [rows] (1 and
+// more: all), of those the ones at least min_p [rows] times as likely as the most likely one; those as likely as the last
+// of them too. u [rows], in [0, 1), says which, in the order of ids. peaks and ids [rows]: the largest logit, as ArgmaxCall
+// has it, and the token; the first of the most likely ones where a temperature is 0 or the peak is not finite.
+struct DrawCall {
+    float* logits;
+    int64_t rows, n;
+    const float* temperatures;
+    const int64_t* top_k;  // at least 1
+    const double* top_p;
+    const float* min_p;
+    const double* u;
+    float* peaks;
+    int64_t* ids;
+    int32_t threads;
+};
+
 // logits [rows, n] -> values and ids [rows, k], largest first, equal ones by id. k <= n.
 struct TopKCall {
     const float* logits;

@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "parallel.h"
+#include "peaks.h"
 #include "vec.h"
 
 namespace {
@@ -15,40 +16,6 @@ struct Candidate {
         return value > other.value || (value == other.value && index < other.index);
     }
 };
-
-constexpr long CHUNK = 4096;  // logits that a thread looks at together
-
-struct Peak {
-    float value;
-    float spoilt;  // 0, or NaN where there is NaN or +infinity
-};
-
-// max() gives its second operand where one is NaN.
-Peak find_peak(const float* logits, long n) {
-    vec::F most = vec::set(-__builtin_inff()), spoilt = vec::zero(), least = vec::set(-3e38f);
-    auto add = [&](vec::F x) {
-        most = vec::max(x, most);
-        spoilt = vec::fma(vec::max(least, x), vec::zero(), spoilt);
-    };
-    vec::for_lanes(n, [&](long i, int lanes) {
-        vec::F x = vec::load_some(logits + i, lanes);
-        add(lanes == vec::LANES ? x : vec::keep(x, 0, lanes, -__builtin_inff()));
-    });
-    return {vec::max_lane(most), vec::sum(spoilt)};
-}
-
-int64_t argmax(const float* row, long n, const Peak* peaks, float& value) {
-    long best = 0, num_chunks = (n + CHUNK - 1) / CHUNK;
-    float spoilt = peaks[0].spoilt;
-    for (long i = 1; i < num_chunks; i++) {
-        if (peaks[i].value > peaks[best].value) best = i;
-        spoilt += peaks[i].spoilt;
-    }
-    value = peaks[best].value + spoilt;
-    const float *from = row + best * CHUNK, *to = std::min(from + CHUNK, row + n);
-    const float* at = std::find(from, to, peaks[best].value);
-    return at < to ? at - row : 0;
-}
 
 // The largest of the floor and sixteen logits; NaN counts for nothing.
 float highest(const float* logits, float floor) { return vec::max_lane(vec::max(vec::load(logits), vec::set(floor))); }
@@ -86,7 +53,7 @@ EXPORT int blade_argmax(const ArgmaxCall* call) {
         peaks[i] = find_peak(c.logits + i / num_chunks * c.n + from, std::min(CHUNK, c.n - from));
     });
     for (long row = 0; row < c.rows; row++)
-        c.ids[row] = argmax(c.logits + row * c.n, c.n, peaks + row * num_chunks, c.values[row]);
+        c.ids[row] = argmax(c.logits + row * c.n, c.n, CHUNK, peaks + row * num_chunks, c.values[row]);
     return OK;
 }
 

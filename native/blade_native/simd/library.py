@@ -154,6 +154,10 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
         "kv": PTR, "step": PTR, "q": PTR, "q_stride": LONG, "scale": c_float, "window": LONG, "out": PTR,
     },
     "argmax": {"logits": PTR, "rows": LONG, "n": LONG, "values": PTR, "ids": PTR},
+    "draw": {
+        "logits": PTR, "rows": LONG, "n": LONG, "temperatures": PTR, "top_k": PTR, "top_p": PTR, "min_p": PTR, "u": PTR,
+        "peaks": PTR, "ids": PTR,
+    },
     "top_k": {"logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "values": PTR, "ids": PTR},
     "short_conv": {
         "dtype": INT, "slots": PTR, "x": PTR, "x_stride": LONG, "channels": LONG, "window": LONG, "weight": PTR,
@@ -223,6 +227,7 @@ class Library:
     rope_and_store: Kernel
     attend: Kernel
     argmax: Kernel
+    draw: Kernel
     top_k: Kernel
     route: Kernel
     experts: Kernel

@@ -229,6 +229,23 @@ class SimdOps(DefaultOps):
         self.library.argmax(logits.data_ptr(), *logits.shape, values.data_ptr(), ids.data_ptr(), self.threads)
         return values, ids
 
+    def draw(
+        self, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows, vocab_size = logits.shape
+        check("logits", logits, torch.float32, (rows, vocab_size))
+        check("temperatures", temperatures, torch.float32, (rows,))
+        check("top_k", top_k, torch.int64, (rows,))
+        check("top_p", top_p, torch.float64, (rows,))
+        check("min_p", min_p, torch.float32, (rows,))
+        check("u", u, torch.float64, (rows,))
+        peaks, ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        self.library.draw(
+            logits.data_ptr(), rows, vocab_size, temperatures.data_ptr(), top_k.data_ptr(), top_p.data_ptr(),
+            min_p.data_ptr(), u.data_ptr(), peaks.data_ptr(), ids.data_ptr(), self.threads,
+        )  # fmt: skip
+        return peaks, ids
+
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
         check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
