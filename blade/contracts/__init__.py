@@ -3,7 +3,7 @@
 An object fits by having the methods; nothing needs to inherit. `blade.testing` has a `check_*` kit for most of them.
 """
 
-from blade.contracts.devices import Attention, Executor, Ops, Runner
+from blade.contracts.devices import Attention, DraftRunner, Executor, Ops, Runner
 from blade.contracts.heads import (
     NORMED,
     DraftHead,
@@ -26,6 +26,7 @@ __all__ = [
     "Blocks",
     "DraftHead",
     "DraftModel",
+    "DraftRunner",
     "Drafter",
     "EngineClient",
     "Executor",

@@ -222,6 +222,18 @@ class Runner(Protocol):
         ...
 
 
+class DraftRunner(Runner, Protocol):
+    """The runner of a draft model, which can draw several tokens before anybody on the host knows the first."""
+
+    def draft(self, step: Step, limits: Seq[int]) -> list[list[int]]:
+        """Forward the step, which has all that its sequences owe, and go on from what is drawn: limits[i] ids that may
+        follow seqs[i], no limit larger than the one before it, the last 1 at least. The ids are guesses: of a sequence
+        that nothing can be sampled for they are any. All blocks are there, for limits[i] - 1 tokens beside those owed;
+        the sequences are left as they are, and KV is stored of all but the last id. No sequence has an adapter or a
+        draft."""
+        ...
+
+
 class Executor(Protocol):
     """Where the ranks run: in this process, in local processes, on other machines."""
 

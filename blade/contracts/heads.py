@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from blade.contracts.models import Linear, Loader
     from blade.contracts.policies import Blocks
-    from blade.types import Batch, KVCache, ModelConfig, Sampled, Sequence, Step
+    from blade.types import Batch, KVCache, ModelConfig, Sequence, Step
 
 NORMED = -1
 
@@ -106,12 +106,14 @@ class HeadRunner(Protocol):
         """As Head.enter."""
         ...
 
-    def run(
-        self, step: Step, states: Seq[Tensor], texts: Seq[Sequence] = ()
-    ) -> tuple[list[Sampled | Exception], Tensor]:
+    def run(self, step: Step, states: Seq[Tensor]) -> None:
         """Compute the step's places: its sequences' tokens are those *after* the `states`, which are given in parts,
-        [T, width] all together. With `texts`, one for each sequence, whose tokens end where the sequence's do, what
-        may follow each of them and the states left there, [R, width], good until the next call; else nothing."""
+        [T, width] all together."""
+        ...
+
+    def draft(self, step: Step, states: Seq[Tensor], texts: Seq[Sequence], limits: Seq[int]) -> list[list[int]]:
+        """The same, and go on from the states that are left and what is drawn: limits[i] ids that may follow texts[i],
+        whose tokens end where those of the step's i-th sequence do. All else is as DraftRunner.draft has it."""
         ...
 
     def forget(self, text: Sequence) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.contracts.devices import Runner
+    from blade.contracts.devices import DraftRunner
     from blade.types import Draft, Sequence, Step
 
 
@@ -98,7 +98,7 @@ class DraftModel:
     sequence with the id and params of one of the target's is sampled with the very random numbers the target will use.
     """
 
-    runner: Runner
+    runner: DraftRunner
     blocks: Blocks
     max_context: int  # tokens
 

@@ -13,6 +13,7 @@ from blade.types import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     from blade.types import Sequence, Step
 
@@ -55,6 +56,34 @@ def build_batch(
         state_in=ints[3] if states else None,
         state_out=ints[4] if states else None,
         ancestors=longs[4] if any_trees else None,
+    )
+
+
+def build_decodes(
+    seqs: list[Sequence],
+    positions: Seq[int],
+    ids: torch.Tensor,
+    block_size: int,
+    to_device: Callable[[torch.Tensor], torch.Tensor],
+) -> Batch:
+    """One token of each sequence, positions[i] of seqs[i], after all those before it. Its ids [B] are on the device."""
+    num = len(seqs)
+    places = zip(seqs, positions, strict=True)
+    slots = array("q", [seq.blocks[i // block_size] * block_size + i % block_size for seq, i in places])
+    longs = _joined([array("q", positions), slots, array("q", range(num))], torch.int64, to_device)
+    kv_lens = [position + 1 for position in positions]
+    parts = [array("i", range(num + 1)), array("i", kv_lens), _block_tables(seqs)]
+    ints = _joined(parts, torch.int32, to_device)
+    return Batch(
+        input_ids=ids,
+        positions=longs[0],
+        slots=longs[1],
+        logits_rows=longs[2],
+        cu_seqlens=ints[0],
+        context_lens=ints[1],
+        block_tables=ints[2].view(num, -1),
+        query_lens=[1] * num,
+        kv_lens=kv_lens,
     )
 
 

@@ -61,9 +61,7 @@ def draw(
     groups = _grouped(enumerate(ways))
     while True:
         for way, members in groups.items():
-            rows = torch.tensor(members, device=x.device)
-            some = slice(None) if len(members) == len(x) else rows  # a view where it can be, not a copy
-            ids, enough = _draw_alike(way, x[some], peaks[some], settings and settings.of(rows))
+            rows, ids, enough = _draw_some(way, members, x, peaks, settings)
             table[rows, 0], table[rows, 2] = ids.double(), enough.double()
         drawn, lines = _fetch(table, raw)
         again = [i for i, row in enumerate(drawn) if not row.enough and math.isfinite(row.peak)]
@@ -73,11 +71,32 @@ def draw(
         groups = _grouped((i, way_at[i]._replace(size=more_than(way_at[i].size))) for i in again)
 
 
+def guess(x: Tensor, ways: Seq[Way], settings: Settings | None) -> Tensor:
+    """As `draw`, but ids [R] alone, which stay on the device: from the candidates that are looked at first, whether
+    these were enough or not. Where there is nothing to draw from it is any id below W."""
+    peaks = tiles.peaks(x)
+    found = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for way, members in _grouped(enumerate(ways)).items():
+        rows, ids, _ = _draw_some(way, members, x, peaks, settings)
+        found[rows] = ids
+    return found
+
+
 def _grouped(ways: Iterable[tuple[int, Way]]) -> dict[Way, list[int]]:
     groups: dict[Way, list[int]] = {}
     for i, way in ways:
         groups.setdefault(way, []).append(i)
     return groups
+
+
+def _draw_some(
+    way: Way, members: list[int], x: Tensor, peaks: Tensor, settings: Settings | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `members` among the rows as a tensor, their ids, and whether the tokens looked at were enough: [len(members)]
+    each."""
+    rows = torch.tensor(members).to(x.device, non_blocking=True)
+    some = slice(None) if len(members) == len(x) else rows  # a view where it can be, not a copy
+    return rows, *_draw_alike(way, x[some], peaks[some], settings and settings.of(rows))
 
 
 def _draw_alike(way: Way, x: Tensor, peaks: Tensor, settings: Settings | None) -> tuple[Tensor, Tensor]:

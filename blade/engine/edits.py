@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
     seq: Sequence
     position: int
-    path: list[int] | None = None  # the drafts before it, where they are a tree's
+    path: list[int] | None = None  # the drafts before it, where they are not the first ones of seq.draft_ids
 
     @property
     def num_output(self) -> int:
@@ -104,6 +104,11 @@ def _make(seq: Sequence, vocab_size: int) -> Kept:
 def is_edited(params: SamplingParams) -> bool:
     """Whether the logits are changed before they are drawn from."""
     return bool(params.logit_bias or params.processors or params.min_tokens or has_penalties(params))
+
+
+def depends_on_ids(params: SamplingParams) -> bool:
+    """Whether how they are changed depends on which tokens were output."""
+    return bool(params.processors or has_penalties(params))
 
 
 def _penalize(x: Tensor, edited: Seq[Edited]) -> None:

@@ -20,7 +20,7 @@ import msgspec
 from blade.types import Draft, Sequence, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -38,7 +38,7 @@ class Mirror:
         """`base`: position of the first hidden state there is."""
         params = msgspec.structs.replace(seq.params, logprobs=None)
         self.base = base
-        self.text = Sequence(seq.id, seq.prompt_ids, params)  # with the drafts so far: what is drawn depends on it
+        self.text = Sequence(seq.id, seq.prompt_ids, params)  # what is drawn depends on it
         # Its tokens are those after base; what is computed of it are the places whose KV is right.
         namespace = b"%d|%b" % (seq.prompt_ids[0], seq.namespace)  # states depend on the first token as well
         self.places = Sequence(seq.id, seq.prompt_ids[base + 1 :], params, namespace=namespace)
@@ -90,17 +90,6 @@ class Mirror:
             self.unread.insert(0, self.last)
             self.num_unread += 1
 
-    def draft(self, token_id: int) -> None:
-        self.text.draft_ids.append(token_id)
-        self.places.output_ids.append(token_id)
-
-    def take_back(self, computed: int) -> list[int]:
-        """Forget what was drafted and give it; `computed` places are right."""
-        drafted, self.text.draft_ids = self.text.draft_ids, []
-        del self.places.output_ids[len(self.places.output_ids) - len(drafted) :]
-        self.places.computed = computed
-        return drafted
-
 
 class HeadDrafter:
     """contracts.HiddenReader over a head."""
@@ -125,25 +114,15 @@ class HeadDrafter:
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         mirrors = [self._ready(seq) if limit else None for seq, limit in zip(seqs, limits, strict=True)]
-        limit_of = {
-            mirror.text.id: min(limit, self._max_context - mirror.places.num_tokens)
+        going = [
+            (mirror, min(limit, self._max_context - mirror.places.num_tokens))
             for mirror, limit in zip(mirrors, limits, strict=True)
             if mirror is not None
-        }
-        going = [mirror for mirror in mirrors if mirror is not None][: self._max_step_tokens]
-        if sum(mirror.num_ready for mirror in going) > self._max_step_tokens:
-            self._read(going, keep=1)
-        states, computed = None, dict[int, int]()
-        for depth in range(max(limits, default=0)):
-            rows = [i for i, mirror in enumerate(going) if limit_of[mirror.text.id] > depth]
-            if states is not None and len(rows) < len(going):
-                states = states[rows]
-            going, states = self._advance([going[i] for i in rows], states)
-            if not computed:
-                computed = {mirror.text.id: mirror.places.computed for mirror in going}
-            if not going:
-                break
-        return [self._draft(mirror, computed) for mirror in mirrors]
+        ][: self._max_step_tokens]
+        if sum(mirror.num_ready for mirror, _ in going) > self._max_step_tokens:
+            self._read([mirror for mirror, _ in going], keep=1)
+        drafts = self._draft([item for item in going if self._is_known(item[0])])
+        return [Draft(drafts.get(seq.id, [])) for seq in seqs]
 
     def forget(self, seq: Sequence) -> None:
         if (mirror := self._mirrors.pop(seq.id, None)) is not None:
@@ -176,10 +155,10 @@ class HeadDrafter:
         step = Step()
         parts: list[Tensor] = []
         for mirror in mirrors:
-            if self._mirrors.get(mirror.text.id) is not mirror:
-                continue  # it has given its blocks to another
+            if not self._is_known(mirror):
+                continue
             while (num := min(mirror.num_ready - keep, self._max_step_tokens - sum(step.num_tokens))) > 0:
-                if not self._grow(mirror, num, step):
+                if not self._grow(mirror, num, {places.id for places in step.seqs}):
                     self.forget(mirror.text)  # what comes next begins a new one
                     break
                 step.add(mirror.places, num)
@@ -192,52 +171,49 @@ class HeadDrafter:
 
     def _compute(self, step: Step, parts: list[Tensor]) -> None:
         self._runner.run(step, parts)
+        self._book(step)
+
+    def _draft(self, mirrors: list[tuple[Mirror, int]]) -> dict[int, list[int]]:
+        """Ids that may follow, by id of the sequence. `mirrors`: with the most ids of each."""
+        used = {mirror.text.id for mirror, _ in mirrors}
+        limits = [(self._reserve(mirror, limit, used), mirror) for mirror, limit in mirrors]
+        going = sorted(((limit, mirror) for limit, mirror in limits if limit), key=lambda item: -item[0])
+        if not going:
+            return {}
+        step = Step()
+        parts: list[Tensor] = []
+        for _, mirror in going:
+            num = mirror.places.num_owed
+            step.add(mirror.places, num)
+            parts += mirror.pop(num)
+        ids = self._runner.draft(step, parts, [mirror.text for _, mirror in going], [limit for limit, _ in going])
+        self._book(step)
+        return dict(zip((places.id for places in step.seqs), ids, strict=True))
+
+    def _book(self, step: Step) -> None:
+        """The step has been computed. Let others with the same prefix find it; without its beginning it is of no use
+        to them."""
         for places, num in zip(step.seqs, step.num_tokens, strict=True):
             places.computed += num
-            self._share(self._mirrors[places.id])
+            if not self._mirrors[places.id].base:
+                self._blocks.commit(places)
 
-    def _advance(self, mirrors: list[Mirror], states: Tensor | None) -> tuple[list[Mirror], Tensor | None]:
-        """Draft one more token of each for which there is room. `states`: a row for each, left at its last place; None:
-        those that it has not read. Those that got a token, with the states left."""
-        step, active = Step(), list[Mirror]()
-        parts: list[Tensor] = []
-        for row, mirror in enumerate(mirrors):
-            num = mirror.places.num_owed
-            if self._grow(mirror, num, step, mirrors):
-                step.add(mirror.places, num)
-                parts += mirror.pop(num) if states is None else [states[row : row + 1]]
-                active.append(mirror)
-        if not active:
-            return [], None
-        sampled, left = self._runner.run(step, parts, [mirror.text for mirror in active])
-        rows = []
-        for row, (mirror, num, token) in enumerate(zip(active, step.num_tokens, sampled, strict=True)):
-            mirror.places.computed += num
-            if not isinstance(token, Exception):  # else its own request will find out why
-                mirror.draft(token.token_id)
-                rows.append(row)
-        return [active[row] for row in rows], left if len(rows) == len(active) else left[rows]
+    def _reserve(self, mirror: Mirror, limit: int, used: Collection[int]) -> int:
+        """Blocks for its owed places and for a draft; of how many ids, at most `limit`."""
+        while limit and not self._grow(mirror, mirror.places.num_owed + limit - 1, used):
+            limit -= 1
+        return limit
 
-    def _draft(self, mirror: Mirror | None, computed: Mapping[int, int]) -> Draft:
-        """What was drafted, taken back from the mirror; `computed`: places that are right, by id of the sequence."""
-        if mirror is None or mirror.text.id not in computed:
-            return Draft()
-        ids = mirror.take_back(computed[mirror.text.id])
-        if self._mirrors.get(mirror.text.id) is mirror:  # it has not given its blocks to another
-            self._share(mirror)
-        return Draft(ids)
-
-    def _share(self, mirror: Mirror) -> None:
-        """Let others with the same prefix find what was computed; without its beginning it is of no use to them."""
-        if not mirror.base:
-            self._blocks.commit(mirror.places)
-
-    def _grow(self, mirror: Mirror, num: int, step: Step, keep: Seq[Mirror] = ()) -> bool:
-        """Blocks for its next places, if need be those of mirrors that are not in use."""
+    def _grow(self, mirror: Mirror, num: int, used: Collection[int]) -> bool:
+        """Blocks for its next places, if need be those of mirrors that are not in use, by id of the sequence."""
         while not self._blocks.grow(mirror.places, num):
-            used = {mirror.text.id, *(places.id for places in step.seqs), *(other.text.id for other in keep)}
-            victim = next((m for m in self._mirrors.values() if m.places.blocks and m.text.id not in used), None)
+            others = (m for m in self._mirrors.values() if m.places.blocks and m.text.id not in used)
+            victim = next((m for m in others if m is not mirror), None)
             if victim is None:
                 return False
             self.forget(victim.text)
         return True
+
+    def _is_known(self, mirror: Mirror) -> bool:
+        """It has not given its blocks to another."""
+        return self._mirrors.get(mirror.text.id) is mirror

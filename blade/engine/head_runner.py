@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.engine.batch import build_batch
+from blade.engine.chain import Chain
 from blade.engine.sampler import Row, Sampler
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Head, Ops
-    from blade.types import Batch, CaptureOptions, KVCache, Sampled, Sequence, Step
+    from blade.types import Batch, CaptureOptions, KVCache, Sequence, Step
 
 
 class HeadRunner:
@@ -30,17 +31,16 @@ class HeadRunner:
         self.config = head.config
         self.hidden_states = head.hidden_states
         self._head, self._ops, self._block_size = head, ops, options.block_size
-        shape = (max_tokens, head.width)
-        self._states = torch.zeros(shape, dtype=head.dtype, device=ops.device)
-        self._left = torch.zeros(shape, dtype=head.dtype, device=ops.device)
+        self._states = torch.zeros(max_tokens, head.width, dtype=head.dtype, device=ops.device)
         self._sampler = Sampler(head.config.vocab_size, ops, secret)
         self._forward = ops.capture(self, kv, options)
+        self._chain = Chain(self._forward, self._guess, options.block_size, ops.to_device)
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
-        """Logits [R, the head's own vocabulary] float32 after the places whose states are in `_states`; what is left
-        there goes to `_left`."""
+        """Logits [R, the head's own vocabulary] float32 after the places whose states are in `_states`. What is left
+        there takes their place, for the step that goes on from it."""
         logits, left = self._head.forward(batch, self._states[: len(batch.input_ids)], kv)
-        self._ops.copy_rows(left, self._left[: len(left)])
+        self._ops.copy_rows(left, self._states[: len(left)])
         return logits
 
     @torch.inference_mode()
@@ -48,30 +48,32 @@ class HeadRunner:
         return self._head.enter(hidden)
 
     @torch.inference_mode()
-    def run(
-        self, step: Step, states: Seq[Tensor], texts: Seq[Sequence] = ()
-    ) -> tuple[list[Sampled | Exception], Tensor]:
-        start = 0
-        for part in states:
-            self._states[start : start + len(part)].copy_(part)
-            start += len(part)
+    def run(self, step: Step, states: Seq[Tensor]) -> None:
+        self._take(states)
         batch = build_batch(step, self._block_size, self._ops.to_device)
-        if not texts:  # what might follow is not asked for
-            batch = replace(batch, logits_rows=batch.logits_rows[:0])
-        logits = self._forward(batch)
-        left = self._left[: len(texts)]
-        if not texts:
-            return [], left
-        rows = [Row(text, text.num_tokens - 1) for text in texts]
-        return [*self._sampler.sample(self._of_target(logits), rows)], left
+        self._forward(replace(batch, logits_rows=batch.logits_rows[:0]))  # what might follow is not asked for
+
+    @torch.inference_mode()
+    def draft(self, step: Step, states: Seq[Tensor], texts: Seq[Sequence], limits: Seq[int]) -> list[list[int]]:
+        self._take(states)
+        return self._chain.draft(step, limits, texts)
 
     def forget(self, text: Sequence) -> None:
         self._sampler.forget(text)
 
-    def _of_target(self, logits: Tensor) -> Tensor:
-        """[R, vocab_size]; tokens that the head does not know are never drawn."""
+    def _take(self, states: Seq[Tensor]) -> None:
+        start = 0
+        for part in states:
+            self._states[start : start + len(part)].copy_(part)
+            start += len(part)
+
+    def _guess(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
+        """Of the model's ids; those that the head does not know are never drawn."""
         ids = self._head.target_ids
         if ids is None:
-            return logits
+            return self._sampler.guess(logits, rows)
+        if self._sampler.is_plain(rows):
+            return ids[self._sampler.guess(logits, rows)]
         shape = len(logits), self.config.vocab_size
-        return torch.full(shape, -torch.inf, device=logits.device).index_copy_(1, ids, logits)
+        of_target = torch.full(shape, -torch.inf, device=logits.device).index_copy_(1, ids, logits)
+        return self._sampler.guess(of_target, rows)

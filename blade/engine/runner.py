@@ -8,6 +8,7 @@ import torch
 
 from blade.engine.adapted import AdaptedForward
 from blade.engine.batch import build_batch, num_rows
+from blade.engine.chain import Chain
 from blade.engine.sampler import Row, Sampler
 from blade.engine.trees import paths, tree_of
 from blade.engine.verify import accept
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """Owns a model, its KV cache and the sampler (contracts.Runner)."""
+    """Owns a model, its KV cache and the sampler (contracts.Runner; of a draft model, contracts.DraftRunner)."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class ModelRunner:
         self.block_size = options.block_size
         self.states = model.config.state is not None
         self.sampler = Sampler(model.config.vocab_size, ops, secret)
+        self.chain = Chain(self.forward, self.sampler.guess, options.block_size, ops.to_device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
@@ -67,6 +69,10 @@ class ModelRunner:
         if self.hidden is not None:
             self.hidden.hand_over(step, results)
         return results
+
+    @torch.inference_mode()
+    def draft(self, step: Step, limits: Seq[int]) -> list[list[int]]:
+        return self.chain.draft(step, limits, step.seqs)
 
     def _forward(self, step: Step, batch: Batch) -> Tensor:
         adapters = [seq.adapter for seq in step.seqs]

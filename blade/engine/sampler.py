@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.engine import tiles
-from blade.engine.drawing import GREEDY, Drawn, draw, way_of
+from blade.engine.drawing import GREEDY, Drawn, Way, draw, guess, way_of
 from blade.engine.edits import LogitEdits, Row, is_edited
 from blade.engine.logprobs import RawLogprobs, read_line
 from blade.engine.truncation import ALL, Settings
@@ -57,24 +57,33 @@ class Sampler:
 
         The same call again gives the same results: all that is kept between calls follows from the sequences' tokens.
         """
-        ways = [way_of(row.seq.params, self.vocab_size) for row in rows]
-        if all(
-            way == GREEDY and row.seq.params.logprobs is None and not is_edited(row.seq.params)
-            for way, row in zip(ways, rows, strict=True)
-        ):
+        ways, asked = self._ways(rows), [row.seq.params.logprobs for row in rows]
+        if self.is_plain(rows) and all(num_top is None for num_top in asked):
             return self._argmax(logits, rows)
         x = tiles.pad(logits)  # [R, W]
-        asked = [row.seq.params.logprobs for row in rows]
         reported = [i for i, num_top in enumerate(asked) if num_top is not None]
         raw = RawLogprobs(x, reported, max(num_top or 0 for num_top in asked)) if reported else None
         failed = self._edits.apply(x, rows)
-        settings = None
-        if any(way != GREEDY for way in ways):
-            _apply_temperature(x, rows)
-            settings = self._settings(rows)
-        drawn, lines = draw(x, ways, settings, raw)
+        drawn, lines = draw(x, ways, self._settings(x, ways, rows), raw)
         line_of = dict(zip(reported, lines, strict=True))
         return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
+
+    def guess(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
+        """What `sample` would find, most of the time, without waiting for the device: ids [R] int64 that stay there. A
+        draft's: where the tokens that are looked at first are not enough, it is one of these all the same, and where
+        there is none to sample, any. Only edits look at ids on the host."""
+        if self.is_plain(rows):
+            return self.ops.argmax(logits)[1]
+        x, ways = tiles.pad(logits), self._ways(rows)
+        self._edits.apply(x, rows)
+        return guess(x, ways, self._settings(x, ways, rows)).clamp_(max=self.vocab_size - 1)
+
+    def is_plain(self, rows: Seq[Row]) -> bool:
+        """Whether each is drawn by its largest logit alone, as the model leaves it."""
+        return all(way == GREEDY for way in self._ways(rows)) and not any(is_edited(row.seq.params) for row in rows)
+
+    def _ways(self, rows: Seq[Row]) -> list[Way]:
+        return [way_of(row.seq.params, self.vocab_size) for row in rows]
 
     def _argmax(self, logits: Tensor, rows: Seq[Row]) -> list[Sampled | SamplingError]:
         peaks, ids = (values.tolist() for values in self.ops.argmax(logits))
@@ -85,7 +94,11 @@ class Sampler:
         """The sequence has ended."""
         self._edits.forget(seq)
 
-    def _settings(self, rows: Seq[Row]) -> Settings:
+    def _settings(self, x: Tensor, ways: Seq[Way], rows: Seq[Row]) -> Settings | None:
+        """With the temperature applied to x; None where all rows are greedy."""
+        if all(way == GREEDY for way in ways):
+            return None
+        _apply_temperature(x, rows)
         params = [row.seq.params for row in rows]
         seqs = (row.seq for row in rows)
         seeds = (self._secret + seq.id if seq.params.seed is None else seq.params.seed for seq in seqs)

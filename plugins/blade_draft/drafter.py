@@ -26,19 +26,11 @@ class ModelDrafter:
         self._mirrors: OrderedDict[int, Sequence] = OrderedDict()  # by id; the one asked for last at the end
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
-        mirrors = [self._follow(seq) if limit else None for seq, limit in zip(seqs, limits, strict=True)]
-        active = [(mirror, limit) for mirror, limit in zip(mirrors, limits, strict=True) if mirror is not None]
-        starts = {mirror.id: len(mirror.output_ids) for mirror, _ in active}
+        followed = [(self._follow(seq), limit) for seq, limit in zip(seqs, limits, strict=True) if limit]
+        active = [(mirror, limit) for mirror, limit in followed if mirror is not None]
         self._catch_up([mirror for mirror, _ in active])
-        for depth in range(max(limits, default=0)):
-            going = [m for m, limit in active if depth < limit and len(m.output_ids) == starts[m.id] + depth]
-            if not going:
-                break
-            self._advance(going)
-        return [
-            Draft([] if mirror is None else mirror.output_ids[starts[mirror.id] :] if mirror.id in starts else [])
-            for mirror in mirrors
-        ]
+        drafts = self._draft(active)
+        return [Draft(drafts.get(seq.id, [])) for seq in seqs]
 
     def forget(self, seq: Sequence) -> None:
         if (mirror := self._mirrors.pop(seq.id, None)) is not None:
@@ -78,40 +70,40 @@ class ModelDrafter:
 
     def _catch_up(self, mirrors: list[Sequence]) -> None:
         """Compute all but the last token of each, in steps of bounded size."""
+        most = self._max_step_tokens
         for mirror in mirrors:
-            while mirror.num_owed > self._max_step_tokens:
-                if not self._run([mirror], [self._max_step_tokens]):
-                    break
+            while mirror.num_owed > most and self._grow(mirror, most, keep=mirrors):
+                self._model.runner.run(Step([mirror], [most]))
+                mirror.computed += most
 
-    def _advance(self, mirrors: list[Sequence]) -> None:
-        """One more token for each."""
-        while mirrors:
-            part: list[Sequence] = []
-            room = self._max_step_tokens
-            while mirrors and mirrors[0].num_owed <= room:
-                part.append(mirrors.pop(0))
-                room -= part[-1].num_owed
-            if not part:
-                break
-            self._run(part, [mirror.num_owed for mirror in part])
+    def _draft(self, mirrors: list[tuple[Sequence, int]]) -> dict[int, list[int]]:
+        """Ids that may follow, by id of the sequence. `mirrors`: with the most ids of each."""
+        keep = [mirror for mirror, _ in mirrors]
+        most = self._max_step_tokens
+        ready = [(mirror, self._reserve(mirror, limit, keep)) for mirror, limit in mirrors if mirror.num_owed <= most]
+        going = sorted((item for item in ready if item[1]), key=lambda item: -item[1])
+        drafts = dict[int, list[int]]()
+        while going:
+            step, limits = Step(), list[int]()
+            while going and sum(step.num_tokens) + going[0][0].num_owed <= most:
+                mirror, limit = going.pop(0)
+                step.add(mirror, mirror.num_owed)
+                limits.append(limit)
+            for mirror, ids in zip(step.seqs, self._model.runner.draft(step, limits), strict=True):
+                mirror.output_ids += ids
+                mirror.computed = mirror.num_tokens - 1
+                drafts[mirror.id] = ids
+        return drafts
 
-    def _run(self, mirrors: list[Sequence], num_tokens: list[int]) -> bool:
-        """Run a step of those that there are blocks for. False: of none."""
-        step = Step()
-        for mirror, num in zip(mirrors, num_tokens, strict=True):
-            if self._grow(mirror, num, keep=mirrors):
-                step.add(mirror, num)
-        if not len(step):
-            return False
-        for mirror, num, sampled in zip(step.seqs, step.num_tokens, self._model.runner.run(step), strict=True):
-            if isinstance(sampled, Exception):
-                continue  # it has no further token; its own request will find out why
-            mirror.computed += num
-            mirror.output_ids += [token.token_id for token in sampled]
-        return True
+    def _reserve(self, mirror: Sequence, limit: int, keep: list[Sequence]) -> int:
+        """Blocks for what it owes and for a draft; of how many ids, at most `limit`."""
+        limit = min(limit, self._model.max_context - mirror.num_tokens)
+        while limit and not self._grow(mirror, mirror.num_owed + limit - 1, keep):
+            limit -= 1
+        return limit
 
     def _grow(self, mirror: Sequence, num_tokens: int, keep: list[Sequence]) -> bool:
-        """Blocks for its next tokens, if need be those of mirrors that were not asked for lately."""
+        """Blocks for its next tokens, if need be those of mirrors that are not in use."""
         while not self._model.blocks.grow(mirror, num_tokens):
             victim = next((m for m in self._mirrors.values() if m.blocks and m not in keep), None)
             if victim is None:

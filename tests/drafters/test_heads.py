@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from fetches import count_fetches
 from head_references import (
     DRAFT_VOCAB,
     EPS,
@@ -327,3 +328,17 @@ def test_what_is_drawn_depends_on_the_draft_so_far(case: Case) -> None:
     first = world.drafter.propose([seq], [4])[0].ids
     assert first.count(50) > 1  # the bias is stronger than the penalties, which add up
     assert world.drafter.propose([seq], [4])[0].ids == first
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_k": 9}])
+def test_the_host_waits_once_for_a_draft(case: Case, monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]) -> None:
+    """However many tokens it has; and never while it reads hidden states."""
+    nums = []
+    for limit in (1, 5):
+        world = World(case)
+        seqs = [world.seq(i, list(range(i, 23 + i)), **params) for i in range(3)]
+        nums.append(count_fetches(monkeypatch, lambda: world.show(seqs, [range(23)] * 3, [0, 1, 2])))  # noqa: B023
+        for seq in seqs:
+            seq.output_ids = [9]
+        nums.append(count_fetches(monkeypatch, lambda: world.drafter.propose(seqs, [limit, 1, limit])))  # noqa: B023
+    assert nums == [0, 1, 0, 1]
