@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
     token_id: int
     peak: float  # its largest logit; not finite when there was nothing to draw from
-    enough: bool  # tokens were looked at
+    enough: bool = True  # tokens were looked at
 
 
 def way_of(params: SamplingParams, vocab_size: int) -> Way:
@@ -47,14 +47,17 @@ def way_of(params: SamplingParams, vocab_size: int) -> Way:
     return Way(more_than(params.top_k), whole=params.top_k == 0 and params.top_p < 1)
 
 
-def draw(
-    x: Tensor, ways: Seq[Way], settings: Settings | None, raw: RawLogprobs | None
-) -> tuple[list[Drawn], list[list[float]]]:
-    """A token for each row of logits x [R, W], temperature applied, and the lines of `raw.columns` for these tokens.
+Lines = list[list[float]]  # of RawLogprobs.columns
 
-    `settings` may be None when all rows are greedy. One copy to the host, and one more for each time that some row's
-    truncation turns out to keep more than the candidates looked at.
+
+def draw(x: Tensor, ways: Seq[Way], settings: Settings, raw: RawLogprobs | None) -> tuple[list[Drawn], Lines]:
+    """A token for each row of logits x [R, W], which are divided by their temperatures, and the lines of `raw.columns`
+    for these tokens: contracts.Ops.draw in torch.
+
+    One copy to the host, and one more for each time that some row's truncation turns out to keep more than the
+    candidates looked at.
     """
+    _apply_temperatures(x, settings)
     peaks = tiles.peaks(x)  # [R, W / TILE]
     table = torch.ones(len(x), 3, dtype=torch.float64, device=x.device)  # a line is a Drawn
     table[:, 1] = peaks.amax(-1)
@@ -71,9 +74,17 @@ def draw(
         groups = _grouped((i, way_at[i]._replace(size=more_than(way_at[i].size))) for i in again)
 
 
-def guess(x: Tensor, ways: Seq[Way], settings: Settings | None) -> Tensor:
+def fetch(peaks: Tensor, ids: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], Lines]:
+    """As `draw`, of what an op has drawn, [R] each."""
+    if raw is None and ids.is_cpu:  # nothing is to be copied
+        return [Drawn(*row) for row in zip(ids.tolist(), peaks.tolist(), strict=True)], []
+    return _fetch(torch.stack((ids.double(), peaks.double()), 1), raw)
+
+
+def guess(x: Tensor, ways: Seq[Way], settings: Settings) -> Tensor:
     """As `draw`, but ids [R] alone, which stay on the device: from the candidates that are looked at first, whether
     these were enough or not. Where there is nothing to draw from it is any id below W."""
+    _apply_temperatures(x, settings)
     peaks = tiles.peaks(x)
     found = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for way, members in _grouped(enumerate(ways)).items():
@@ -90,18 +101,18 @@ def _grouped(ways: Iterable[tuple[int, Way]]) -> dict[Way, list[int]]:
 
 
 def _draw_some(
-    way: Way, members: list[int], x: Tensor, peaks: Tensor, settings: Settings | None
+    way: Way, members: list[int], x: Tensor, peaks: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `members` among the rows as a tensor, their ids, and whether the tokens looked at were enough: [len(members)]
     each."""
     rows = torch.tensor(members).to(x.device, non_blocking=True)
     some = slice(None) if len(members) == len(x) else rows  # a view where it can be, not a copy
-    return rows, *_draw_alike(way, x[some], peaks[some], settings and settings.of(rows))
+    return rows, *_draw_alike(way, x[some], peaks[some], settings.of(rows))
 
 
-def _draw_alike(way: Way, x: Tensor, peaks: Tensor, settings: Settings | None) -> tuple[Tensor, Tensor]:
+def _draw_alike(way: Way, x: Tensor, peaks: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Ids, and whether the tokens looked at were enough, both [R]."""
-    if settings is None or way == GREEDY:
+    if way == GREEDY:
         ids = tiles.argmax(x, peaks)
     elif way == UNTRUNCATED:
         ids = tiles.draw(torch.softmax(x, -1), settings.u)
@@ -112,7 +123,13 @@ def _draw_alike(way: Way, x: Tensor, peaks: Tensor, settings: Settings | None) -
     return ids, torch.ones_like(ids)
 
 
-def _fetch(table: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], list[list[float]]]:
+def _apply_temperatures(x: Tensor, settings: Settings) -> None:
+    """0 is greedy: nothing changes which is largest."""
+    given = settings.temperatures
+    x.div_(torch.where(given > 0, given, 1.0)[:, None])
+
+
+def _fetch(table: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], Lines]:
     """The one copy to the host."""
     num, width = table.shape
     if raw is None:
@@ -123,4 +140,4 @@ def _fetch(table: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], list[li
         rest = values[num * width :]
         lines = [rest[i : i + columns.shape[1]] for i in range(0, len(rest), columns.shape[1])]
     rows = (values[i : i + width] for i in range(0, num * width, width))
-    return [Drawn(int(token_id), peak, bool(enough)) for token_id, peak, enough in rows], lines
+    return [Drawn(int(token_id), peak, *map(bool, enough)) for token_id, peak, *enough in rows], lines

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.engine import tiles
-from blade.engine.drawing import GREEDY, Drawn, Way, draw, guess, way_of
+from blade.engine.drawing import GREEDY, Drawn, Lines, Way, draw, fetch, guess, way_of
 from blade.engine.edits import LogitEdits, Row, is_edited
 from blade.engine.logprobs import RawLogprobs, read_line
 from blade.engine.truncation import ALL, Settings
@@ -58,13 +58,11 @@ class Sampler:
         The same call again gives the same results: all that is kept between calls follows from the sequences' tokens.
         """
         ways, asked = self._ways(rows), [row.seq.params.logprobs for row in rows]
-        if self.is_plain(rows) and all(num_top is None for num_top in asked):
-            return self._argmax(logits, rows)
         x = tiles.pad(logits)  # [R, W]
         reported = [i for i, num_top in enumerate(asked) if num_top is not None]
         raw = RawLogprobs(x, reported, max(num_top or 0 for num_top in asked)) if reported else None
         failed = self._edits.apply(x, rows)
-        drawn, lines = draw(x, ways, self._settings(x, ways, rows), raw)
+        drawn, lines = self._draw(x, ways, rows, raw)
         line_of = dict(zip(reported, lines, strict=True))
         return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
 
@@ -72,46 +70,52 @@ class Sampler:
         """What `sample` would find, most of the time, without waiting for the device: ids [R] int64 that stay there. A
         draft's: where the tokens that are looked at first are not enough, it is one of these all the same, and where
         there is none to sample, any. Only edits look at ids on the host."""
-        if self.is_plain(rows):
-            return self.ops.argmax(logits)[1]
         x, ways = tiles.pad(logits), self._ways(rows)
         self._edits.apply(x, rows)
-        return guess(x, ways, self._settings(x, ways, rows)).clamp_(max=self.vocab_size - 1)
+        if _are_greedy(ways):
+            ids = self.ops.argmax(x)[1]
+        else:
+            settings = self._settings(ways, rows)
+            found = self._by_op(x, settings)
+            ids = guess(x, ways, settings) if found is None else found[1]
+        return ids.clamp_(max=self.vocab_size - 1)
 
     def is_plain(self, rows: Seq[Row]) -> bool:
         """Whether each is drawn by its largest logit alone, as the model leaves it."""
-        return all(way == GREEDY for way in self._ways(rows)) and not any(is_edited(row.seq.params) for row in rows)
-
-    def _ways(self, rows: Seq[Row]) -> list[Way]:
-        return [way_of(row.seq.params, self.vocab_size) for row in rows]
-
-    def _argmax(self, logits: Tensor, rows: Seq[Row]) -> list[Sampled | SamplingError]:
-        peaks, ids = (values.tolist() for values in self.ops.argmax(logits))
-        drawn = (Drawn(token_id, peak, True) for token_id, peak in zip(ids, peaks, strict=True))
-        return [self._result(row.seq, result, None, None) for row, result in zip(rows, drawn, strict=True)]
+        return _are_greedy(self._ways(rows)) and not any(is_edited(row.seq.params) for row in rows)
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended."""
         self._edits.forget(seq)
 
-    def _settings(self, x: Tensor, ways: Seq[Way], rows: Seq[Row]) -> Settings | None:
-        """With the temperature applied to x; None where all rows are greedy."""
-        if all(way == GREEDY for way in ways):
-            return None
-        _apply_temperature(x, rows)
+    def _ways(self, rows: Seq[Row]) -> list[Way]:
+        return [way_of(row.seq.params, self.vocab_size) for row in rows]
+
+    def _draw(self, x: Tensor, ways: Seq[Way], rows: Seq[Row], raw: RawLogprobs | None) -> tuple[list[Drawn], Lines]:
+        if _are_greedy(ways):
+            return fetch(*self.ops.argmax(x), raw)
+        settings = self._settings(ways, rows)
+        found = self._by_op(x, settings)
+        return draw(x, ways, settings, raw) if found is None else fetch(*found, raw)
+
+    def _by_op(self, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
+        each = settings
+        return self.ops.draw(x, each.temperatures, each.top_k, each.top_p, each.min_p, each.u)
+
+    def _settings(self, ways: Seq[Way], rows: Seq[Row]) -> Settings:
         params = [row.seq.params for row in rows]
         seqs = (row.seq for row in rows)
         seeds = (self._secret + seq.id if seq.params.seed is None else seq.params.seed for seq in seqs)
-        u = uniforms(seeds, (row.position for row in rows)).tolist()
         columns = [
+            [0.0 if way == GREEDY else max(p.temperature, COLDEST) for way, p in zip(ways, params, strict=True)],
             [float(p.top_k or ALL) for p in params],
             [p.top_p if p.top_p < 1 else math.inf for p in params],
             [p.min_p for p in params],
-            u,
+            uniforms(seeds, (row.position for row in rows)).tolist(),
         ]
         table = torch.tensor(columns, dtype=torch.float64).to(self.device, non_blocking=True)
-        top_k, top_p, min_p, u = table
-        return Settings(top_k.long(), top_p, min_p.float(), u)
+        temperatures, top_k, top_p, min_p, u = table
+        return Settings(temperatures.float(), top_k.long(), top_p, min_p.float(), u)
 
     def _result(
         self, seq: Sequence, drawn: Drawn, line: list[float] | None, raised: Exception | None
@@ -127,8 +131,5 @@ class Sampler:
         return Sampled(drawn.token_id, *read_line(line, seq.params.logprobs or 0))
 
 
-def _apply_temperature(x: Tensor, rows: Seq[Row]) -> None:
-    given = [row.seq.params.temperature for row in rows]
-    if any(temperature not in (0, 1) for temperature in given):  # 0 is greedy: nothing changes which is largest
-        divisors = torch.tensor([max(temperature, COLDEST) if temperature else 1.0 for temperature in given])
-        x.div_(divisors.to(x.device, non_blocking=True)[:, None])
+def _are_greedy(ways: Seq[Way]) -> bool:
+    return all(way == GREEDY for way in ways)

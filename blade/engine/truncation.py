@@ -23,8 +23,9 @@ SIZES = (64, 1024, ALL)  # how many of the most likely tokens are looked at, one
 
 @dataclass(slots=True)
 class Settings:
-    """One entry per row, all on the device."""
+    """One entry per row, all on the device: what contracts.Ops.draw wants to know, in its order."""
 
+    temperatures: Tensor  # [R] float32, 0: greedy
     top_k: Tensor  # [R] int64, ALL is off
     top_p: Tensor  # [R] float64, infinity is off
     min_p: Tensor  # [R] float32, 0 is off

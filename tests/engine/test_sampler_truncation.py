@@ -59,7 +59,9 @@ def reference(logits: Tensor, u: Tensor, temperature: float = 1.0, **truncations
 def settings_of(u: Tensor, params: SamplingParams) -> Settings:
     ones = torch.ones(len(u))
     top_p = params.top_p if params.top_p < 1 else float("inf")
-    return Settings((params.top_k or ALL) * ones.long(), top_p * ones.double(), params.min_p * ones, u)
+    return Settings(
+        params.temperature * ones, (params.top_k or ALL) * ones.long(), top_p * ones.double(), params.min_p * ones, u
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [100, 10_000])
@@ -71,8 +73,7 @@ def test_draws_equal_the_reference(given: dict[str, Any], spread: float, vocab_s
     u = torch.rand(NUM_ROWS, generator=generator, dtype=torch.float64)
     params = SamplingParams(max_tokens=1, **given)
     way = drawing.way_of(params, vocab_size)
-    x = tiles.pad(logits / params.temperature)
-    drawn, _ = drawing.draw(x, [way] * NUM_ROWS, settings_of(u, params), None)
+    drawn, _ = drawing.draw(tiles.pad(logits.clone()), [way] * NUM_ROWS, settings_of(u, params), None)
     assert [row.token_id for row in drawn] == reference(logits, u, **given)
 
 
@@ -124,7 +125,11 @@ def test_one_row_needs_more_candidates_while_another_has_all() -> None:
     params = [SamplingParams(max_tokens=1, top_k=5000), SamplingParams(max_tokens=1, top_p=0.99)]
     u = torch.tensor([0.5, 0.5], dtype=torch.float64)
     settings = Settings(
-        torch.tensor([5000, ALL]), torch.tensor([float("inf"), 0.99], dtype=torch.float64), torch.zeros(2), u
+        torch.ones(2),
+        torch.tensor([5000, ALL]),
+        torch.tensor([float("inf"), 0.99], dtype=torch.float64),
+        torch.zeros(2),
+        u,
     )
     drawn, _ = drawing.draw(x.clone(), [drawing.way_of(each, 10_048) for each in params], settings, None)
     expected = [reference(x[:1], u[:1], top_k=5000), reference(x[1:], u[1:], top_p=0.99)]

@@ -31,13 +31,13 @@ def test_draws_as_torch_does(ops: SimdOps, vocab_size: int, spread: float) -> No
         [0 if way == GREEDY else each.temperature for way, each in zip(ways, PARAMS, strict=True)]
     )
     settings = Settings(
+        temperatures,
         torch.tensor([each.top_k or ALL for each in PARAMS]),
         torch.tensor([each.top_p if each.top_p < 1 else math.inf for each in PARAMS], dtype=torch.float64),
         torch.tensor([each.min_p for each in PARAMS]),
         torch.rand(len(PARAMS), dtype=torch.float64),
     )
-    divided = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
-    expected, _ = draw(tiles.pad(divided), ways, settings, None)
+    expected, _ = draw(tiles.pad(logits.clone()), ways, settings, None)
     peaks, ids = ops.draw(logits.clone(), temperatures, settings.top_k, settings.top_p, settings.min_p, settings.u)
     assert torch.equal(peaks, logits.amax(-1))
     assert ids.tolist() == [row.token_id for row in expected]
