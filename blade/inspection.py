@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from blade.assembly import choose, own_heads
+from blade.assembly import check_shapes, choose, load_text, own_heads, tokenizer_source
 from blade.checkpoint.open import open_checkpoint
 from blade.checkpoint.progress import console_progress
 from blade.checkpoint.source import resolve
@@ -62,6 +62,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     architectures: list[str]
     num_params: int
     stored_bytes: int
+    tokenizer: str | None = None  # the files that it is read from; null: there are none, or the model is not served
     problem: str | None = None  # why it cannot be served here, and the remedy
     served: Served | None = None  # null: it cannot, whatever the machine
 
@@ -118,11 +119,21 @@ def _served(assembly: Assembly) -> Inspection:
         head_bytes=heads.weight_bytes if heads else 0,
     )
     files = _files(assembly.checkpoint) | {"name": assembly.model_name, "num_params": assembly.num_params}
-    return Inspection(**files, problem=_memory_problem(assembly), served=served)
+    return Inspection(**files, tokenizer=tokenizer_source(assembly), problem=_problem(assembly), served=served)
 
 
 def _speed(num_bytes: int, bandwidth: float, num_layers: int) -> float:
     return 1 / (num_bytes / (SHARE * bandwidth) + num_layers * LAYER_SECONDS + TOKEN_SECONDS)
+
+
+def _problem(assembly: Assembly) -> str | None:
+    """The first that a start would end with."""
+    try:
+        check_shapes(assembly)
+        load_text(assembly)
+    except BladeError as error:
+        return str(error)
+    return _memory_problem(assembly)
 
 
 def _memory_problem(assembly: Assembly) -> str | None:
@@ -166,6 +177,7 @@ def lines(found: Inspection) -> Iterator[str]:
     yield f"family   {', '.join(found.architectures) or 'none stated'}{_shape(served) if served else ''}"
     yield f"files    {found.format}, {found.num_params / 1e6:,.0f} M parameters in {size(found.stored_bytes)}"
     if served:
+        yield f"text     tokenizer from {found.tokenizer}" if found.tokenizer else "text     no tokenizer"
         yield from _resources(served)
     if found.problem:
         yield f"problem  {found.problem}"

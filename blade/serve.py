@@ -24,7 +24,7 @@ from blade.api.app import App
 from blade.api.context import ServerContext
 from blade.api.routes import ROUTES
 from blade.api.server import Address, reserve, serve_http
-from blade.assembly import build_engine, choose, load_draft, load_model, load_text, make_adapters
+from blade.assembly import build_engine, check_shapes, choose, load_draft, load_model, load_text, make_adapters
 from blade.banner import command_line, describe, ready
 from blade.checkpoint.progress import console_progress
 from blade.engine.memory import size
@@ -67,12 +67,11 @@ def link_torch() -> None:
 def dry_run(config: Config) -> None:
     """Print what `run` would do with this config, without loading weights. What it reads beside them is read, so that
     a folder that is not sound is told of."""
-    from blade.checkpoint.peft import read_adapter
-
     assembly = choose(config, load(config.plugins))
+    adapters = make_adapters(assembly)
+    check_shapes(assembly, adapters)
     load_text(assembly)
-    for adapter in config.model.lora:
-        read_adapter(_folder_of(adapter)[1])
+    _adapter_table(assembly, adapters)
     memory = assembly.plan_memory(reserved=assembly.weight_bytes)
     print("\n".join([*describe(assembly, memory), "", command_line(config)]))
 

@@ -63,6 +63,53 @@ def test_a_context_that_does_not_fit(tiny_llama: Path, capsys: pytest.CaptureFix
     assert "here " not in printed
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"vocab_size": 288},
+            "Tensor model.embed_tokens.weight in model.safetensors has shape (272, 64); by config.json (vocab_size 288)"
+            " it would be (288, 64).",
+        ),
+        (
+            {"num_key_value_heads": 1, "head_dim": 16},
+            "Tensor model.layers.0.self_attn.k_proj.weight in model.safetensors has shape (32, 64); by config.json "
+            "(num_key_value_heads 1 times head_dim 16, head_dim 16) it would be (16, 64).",
+        ),
+        (
+            {"intermediate_size": 96},
+            "Tensor model.layers.0.mlp.gate_proj.weight in model.safetensors has shape (128, 64); by config.json "
+            "(intermediate_size 96) it would be (96, 64).",
+        ),
+    ],
+)
+def test_tensors_of_another_shape_than_config_json_says(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, int], words: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", str(folder)])
+    assert f"problem  {words}\n" in capsys.readouterr().out
+    for stop in (["--dry-run"], ["--port", "0"]):  # a start says the same
+        with pytest.raises(SystemExit, match="2"):
+            main(["serve", "--model", str(folder), *stop])
+        assert f"blade: {words}\n" in capsys.readouterr().err
+
+
+def test_where_the_tokenizer_is_read_from(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspected(capsys, str(tiny_llama))["tokenizer"] == "tokenizer.json"
+    folder = shutil.copytree(tiny_llama, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", str(folder)])
+    printed = capsys.readouterr().out
+    assert "text     no tokenizer\n" in printed
+    assert "holds no tokenizer.json" in printed
+    found = inspected(capsys, str(folder), "--tokenizer-dir", str(tiny_llama))
+    assert found["tokenizer"] == f"tokenizer.json in {tiny_llama}"
+
+
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", str(tmp_path)])

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from blade.assembly.shapes import explained
 from blade.errors import ConfigError
 from blade.types import Limits
 
@@ -32,7 +33,8 @@ def load_model(
     weights, quantization = assembly.weights, assembly.form.quantization
     loader = Loader(weights, assembly.ops, assembly.attention, assembly.dtype, quantization, advance, adapters)
     config = replace(assembly.model_config, max_context=assembly.max_context)
-    model: Model = cast("Architecture", assembly.architecture).build(config, loader)
+    with explained(assembly):
+        model: Model = cast("Architecture", assembly.architecture).build(config, loader)
     return model
 
 

@@ -33,6 +33,18 @@ def load_text(assembly: Assembly) -> tuple[HFTokenizer, ChatTemplate | None]:
     return tokenizer, load_chat_template(folder, metadata, assembly.config.model.chat_template)
 
 
+def tokenizer_source(assembly: Assembly) -> str | None:
+    """The files that the tokenizer is read from, for a person; None where there are none."""
+    from blade.text.tokenizer_files import tokenizer_names
+
+    folder, metadata = _text_files(assembly)
+    if metadata is not None:
+        return "the file's metadata"
+    names = tokenizer_names(folder)
+    elsewhere = f" in {folder}" if assembly.config.model.tokenizer_dir is not None else ""
+    return f"{' and '.join(names)}{elsewhere}" if names else None
+
+
 def _text_files(assembly: Assembly) -> tuple[Path, dict[str, Any] | None]:
     """Where the tokenizer is: a folder, or a GGUF file with its metadata."""
     options = assembly.config.model

@@ -14,6 +14,8 @@ from blade.errors import CheckpointError
 from blade.types import GGMLBlocks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -70,6 +72,10 @@ class GGUFWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
+
+    def file_of(self, name: str) -> Path | None:
+        """Where the tensor lies; None where there is none of that name."""
+        return self._tensors[name][0].path if name in self._tensors else None
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Blocks are float32 unless another type is asked for."""

@@ -151,6 +151,10 @@ class SafetensorsWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
 
+    def file_of(self, name: str) -> Path | None:
+        """Where the tensor lies; None where there is none of that name."""
+        return self._tensors[name][0].path if name in self._tensors else None
+
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, header = self._find(name)
         if dtype is not None and dtype.is_floating_point and header.dtype not in _NUMBERS:

@@ -82,6 +82,11 @@ class Ops(Protocol):
         """x [N, D], rows [R] int64 -> [R, D]."""
         ...
 
+    def scale_rows(self, x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
+        """x [T, H, D] (whose tokens may lie apart) times factors [N] float32 at rows [T] int64, in float32 inside ->
+        [T, H, D]."""
+        ...
+
     def copy_rows(self, x: Tensor, out: Tensor) -> None:
         """out [N, D] = x [N, D], of one dtype; rows of either may lie apart."""
         ...
@@ -112,9 +117,10 @@ class Ops(Protocol):
         """x [T, D] * sigmoid(gate), gate [T, D] or [T, 1] (whose rows may lie apart); may work in place on x."""
         ...
 
-    def route(self, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    def route(self, logits: Tensor, k: int, normalize: bool, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
         """A router's choice: logits [T, E] -> ids [T, k] int64 of the k most likely experts, largest first, equal ones
-        by id, and their weights [T, k] float32: their softmax over all E, with `normalize` divided by their sum."""
+        by id, and their weights [T, k] float32: their softmax over all E, or each one's sigmoid, with `normalize`
+        divided by their sum."""
         ...
 
     def short_conv(self, x: Tensor, weight: Tensor, batch: Batch, state: Tensor) -> Tensor:

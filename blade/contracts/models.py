@@ -69,9 +69,10 @@ class Linear(Protocol):
 class Experts(Protocol):
     """A mixture of feed-forward networks (Shazeer et al. 2017), each down(silu(gate(x)) * up(x))."""
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool = False) -> Tensor:
         """x [T, D], a token's experts `ids` [T, k] int64 (all different) and their `weights` [T, k] float32: the
-        weighted sum of what they make of x, [T, D]. A row depends on nothing but itself."""
+        weighted sum of what they make of x, [T, D]; with `weigh_input` (Llama 4) the sum of what they make of x times
+        their weight, both rounded to x's dtype. A row depends on nothing but itself."""
         ...
 
 

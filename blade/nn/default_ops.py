@@ -53,6 +53,9 @@ class DefaultOps:
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
+    def scale_rows(self, x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
+        return (x * factors[rows][:, None, None]).to(x.dtype)
+
     def copy_rows(self, x: Tensor, out: Tensor) -> None:
         out.copy_(x)
 
@@ -72,10 +75,10 @@ class DefaultOps:
     def sigmoid_mul(self, x: Tensor, gate: Tensor) -> Tensor:
         return torch.sigmoid(gate).mul(x)
 
-    def route(self, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    def route(self, logits: Tensor, k: int, normalize: bool, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
         logits = logits.float()
         ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
-        weights = logits.softmax(-1).gather(1, ids)
+        weights = (logits.sigmoid() if sigmoid else logits.softmax(-1)).gather(1, ids)
         return ids, weights / weights.sum(-1, keepdim=True) if normalize else weights
 
     def short_conv(self, x: Tensor, weight: Tensor, batch: Batch, state: Tensor) -> Tensor:
@@ -103,10 +106,12 @@ class MixedExperts:
     def __init__(self, silu_mul: Callable[[Tensor], Tensor], gate_up: Seq[Linear], down: Seq[Linear]) -> None:
         self.silu_mul, self.gate_up, self.down = silu_mul, gate_up, down
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool = False) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in torch.unique(ids).tolist():
             rows, places = (ids == expert).nonzero(as_tuple=True)
-            y = self.down[expert](self.silu_mul(self.gate_up[expert](x[rows])), torch.float32)
-            out.index_add_(0, rows, y * weights[rows, places, None])
+            inner, shares = x[rows], weights[rows, places, None]
+            inner = inner * shares.to(x.dtype) if weigh_input else inner
+            y = self.down[expert](self.silu_mul(self.gate_up[expert](inner)), torch.float32)
+            out.index_add_(0, rows, y if weigh_input else y * shares)
         return out.to(x.dtype)

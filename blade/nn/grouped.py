@@ -133,10 +133,14 @@ class Dequantized:
     def num_params(self, name: str, weights: Weights) -> int | None:
         return self._format.num_params(name, weights)
 
+    def sizes(self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights) -> dict[str, int]:
+        """As GroupedQuantization.sizes."""
+        return self._format.sizes(prefixes, shapes, weights)
+
     def linear(
         self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
     ) -> Linear | None:
-        if not any(self._format.sizes(prefixes, shapes, weights).values()):
+        if not any(self.sizes(prefixes, shapes, weights).values()):
             return None
         return self._format.plain(prefixes, weights, ops, dtype)
 

@@ -65,18 +65,17 @@ class Loader:
         return self.ops.to_device(self._get(name, shape, dtype))
 
     def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
-        expected: Seq[tuple[int, int] | None] = shapes or [None] * len(prefixes)
-        ops = self.ops if order is None else as_ops(RowOrder(self.ops, order))
-        linear = self._quantized(prefixes, expected, ops) or self._plain(prefixes, expected, ops)
+        linear = self._linear(prefixes, shapes or [None] * len(prefixes), order)
         if self._adapters is None or shapes is None or not all(map(_is_adaptable, prefixes)):
             return linear
         return self._adapters.wrap(prefixes, shapes, linear, order)
 
     def experts(self, prefix: str, gate_up: Seq[Linear], down: Seq[Linear], shape: tuple[int, int]) -> Experts:
-        experts = self.ops.experts(gate_up, down)
+        experts = self._mixture(gate_up, down)
         if self._adapters is None:
             return experts
-        return self._adapters.wrap_experts(prefix, ExpertShapes(len(down), *shape), experts, gate_up, down)
+        shapes = ExpertShapes(len(down), *shape, transposed=getattr(self._weights, "transposed", False))
+        return self._adapters.wrap_experts(prefix, shapes, experts, gate_up, down)
 
     def _base(self, prefix: str) -> tuple[Tensor, Tensor | None]:
         """What the matrix under a prefix stands for, and its bias, read once more: float32."""
@@ -89,11 +88,20 @@ class Loader:
     def embedding(
         self, prefix: str, shape: tuple[int, int] | None = None, tied: Linear | None = None
     ) -> Callable[[Tensor], Tensor]:
-        tied = tied.base if isinstance(tied, AdaptedLinear) else tied
+        rows = self._rows(prefix, shape, tied.base if isinstance(tied, AdaptedLinear) else tied)
+        return rows if self._adapters is None or shape is None else self._adapters.wrap_embedding(prefix, shape, rows)
+
+    def _linear(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], order: Tensor | None) -> Linear:
+        ops = self.ops if order is None else as_ops(RowOrder(self.ops, order))
+        return self._quantized(prefixes, shapes, ops) or self._plain(prefixes, shapes, ops)
+
+    def _mixture(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
+        return self.ops.experts(gate_up, down)
+
+    def _rows(self, prefix: str, shape: tuple[int, int] | None, tied: Linear | None) -> Callable[[Tensor], Tensor]:
         table = tied or self._quantized((prefix,), [shape], self.ops)
         rows = self.ops.embedding_of(table, self.dtype) if table else None
-        rows = rows or self.ops.embedding(self._table(prefix, shape))
-        return rows if self._adapters is None or shape is None else self._adapters.wrap_embedding(prefix, shape, rows)
+        return rows or self.ops.embedding(self._table(prefix, shape))
 
     def _table(self, prefix: str, shape: tuple[int, int] | None) -> Tensor:
         """An embedding's plain numbers; it is in already where it is quantised, and nothing is told of it."""

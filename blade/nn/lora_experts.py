@@ -3,7 +3,8 @@ whose adapter changes an expert are computed once more, expert by expert.
 
 PEFT has updates of experts in two forms: of linears of their own, `experts.3.up_proj`; and, as `target_parameters`, of
 what transformers 5 keeps all experts of a layer in, `gate_up_proj` and `down_proj`. The latter's tensors are under
-`experts` and, the second one, `experts.base_layer`: A [E r, K], expert by expert, and B [N, r E], rank by rank.
+`experts` and, the second one, `experts.base_layer`: A [E r, K], expert by expert, and B [N, r E], rank by rank; where
+matrices are kept transposed, as Llama 4's, N and K are those of the transposed ones.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ExpertShapes:
     num: int
     inner: int
     outer: int
+    transposed: bool = False  # in the tensors of all experts
 
     @property
     def gate_up(self) -> list[tuple[int, int]]:
@@ -53,6 +55,7 @@ def split_experts(name: str, prefix: str, shapes: ExpertShapes, updates: dict[st
             continue
         part = updates.pop(key)
         n, k = len(part.b), part.a.shape[1]
+        n, k = (k, n) if shapes.transposed else (n, k)
         kinds = {
             (2 * shapes.inner, shapes.outer): ("gate_proj", "up_proj"),
             (shapes.outer, shapes.inner): ("down_proj",),
@@ -62,16 +65,17 @@ def split_experts(name: str, prefix: str, shapes: ExpertShapes, updates: dict[st
                 f"The adapter {name!r} has an update of {part.num_experts} experts of ({n}, {k}) under {prefix}, which "
                 f"has {shapes.num}, {shapes.outer} to {shapes.inner} and back."
             )
-        for expert, (a, b) in enumerate(_parts(part)):
+        for expert, (a, b) in enumerate(_parts(part, shapes.transposed)):
             for kind, rows in zip(kinds[n, k], b.chunk(len(kinds[n, k])), strict=True):
                 updates[f"{prefix}.{expert}.{kind}"] = LowRank(a, rows, part.scale)
 
 
-def _parts(part: LowRank) -> list[tuple[Tensor, Tensor]]:
+def _parts(part: LowRank, transposed: bool) -> list[tuple[Tensor, Tensor]]:
     """A [r, K] and B [N, r] of each expert."""
     num = part.num_experts
     b = part.b.view(len(part.b), -1, num).permute(2, 0, 1)
-    return list(zip(part.a.view(num, -1, part.a.shape[1]), b, strict=True))
+    pairs = zip(part.a.view(num, -1, part.a.shape[1]), b, strict=True)
+    return [(b.T, a.T) if transposed else (a, b) for a, b in pairs]
 
 
 class AdaptedExperts:
@@ -81,26 +85,27 @@ class AdaptedExperts:
         self._base, self._gate_up, self._down = base, gate_up, down
         self._prefix, self._adapters = prefix, adapters
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        y = self._base(x, ids, weights)
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool = False) -> Tensor:
+        y = self._base(x, ids, weights, weigh_input)
         for adapter, rows in self._adapters.of(len(x)):
             updates = adapter.experts.get(self._prefix)
             if updates is None:
                 continue
             at = torch.arange(len(x), device=x.device) if rows is None else rows
-            y[at] = self._mixed(x[at], ids[at], weights[at], updates)
+            y[at] = self._mixed(x[at], ids[at], weights[at], weigh_input, updates)
         return y
 
-    def _mixed(self, x: Tensor, ids: Tensor, weights: Tensor, updates: Updates) -> Tensor:
+    def _mixed(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool, updates: Updates) -> Tensor:
         """As DefaultOps does it, with the updates."""
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in torch.unique(ids).tolist():
             rows, places = (ids == expert).nonzero(as_tuple=True)
             gate_up, down = updates[expert]
-            inner = x[rows]
+            inner, shares = x[rows], weights[rows, places, None]
+            inner = inner * shares.to(x.dtype) if weigh_input else inner
             inner = self._adapters.ops.silu_mul(_adapted(self._gate_up[expert], gate_up, inner, x.dtype))
             y = _adapted(self._down[expert], down, inner, torch.float32)
-            out.index_add_(0, rows, y * weights[rows, places, None])
+            out.index_add_(0, rows, y if weigh_input else y * shares)
         return out.to(x.dtype)
 
 

@@ -45,17 +45,14 @@ class MixtureConfig:
         )
 
 
-def load_experts(
-    name: str, num_experts: int, inner: int, outer: int, loader: Loader, adaptable: bool = True
-) -> Experts:
-    """The experts under `name`, feed-forward networks outer -> inner -> outer, each in the checkpoint's format.
-    `adaptable`: they are called with the step's tokens as they are, so that LoRA adapters can be told apart."""
+def load_experts(name: str, num_experts: int, inner: int, outer: int, loader: Loader) -> Experts:
+    """The experts under `name`, feed-forward networks outer -> inner -> outer, each in the checkpoint's format."""
     prefixes = [f"{name}.{expert}" for expert in range(num_experts)]
     gate_up = [
         loader.linear(f"{prefix}.gate_proj", f"{prefix}.up_proj", shapes=[(inner, outer)] * 2) for prefix in prefixes
     ]
     down = [loader.linear(f"{prefix}.down_proj", shapes=[(outer, inner)]) for prefix in prefixes]
-    return loader.experts(name, gate_up, down, (inner, outer)) if adaptable else loader.ops.experts(gate_up, down)
+    return loader.experts(name, gate_up, down, (inner, outer))
 
 
 class SharedExpert:

@@ -42,10 +42,18 @@ def _instead(name: str, weights: Weights) -> str:
     return f"It has {found}: for quantised weights config.json needs its quantization_config." if found else ""
 
 
+class WrongShape(CheckpointError):
+    """A tensor, or what it holds, has another shape than the model's."""
+
+    def __init__(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        super().__init__(f"Tensor {name} has shape {found}; by config.json it would be {expected}.")
+        self.name, self.found, self.expected = name, found, expected
+
+
 def check_expected(name: str, found: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
-    """Raise CheckpointError where what the tensor holds is of another shape than the model's."""
+    """Raise WrongShape where what the tensor holds is of another shape than the model's."""
     if shape is not None and found != shape:
-        raise CheckpointError(f"Tensor {name} has shape {found}; by config.json it would be {shape}.")
+        raise WrongShape(name, found, shape)
 
 
 def stacked_bias(prefixes: Seq[str], sizes: Seq[int], weights: Weights, dtype: torch.dtype) -> Tensor | None:

@@ -120,15 +120,25 @@ def _check_experts(ops: Ops, dtype: torch.dtype, generator: torch.Generator) -> 
         ids = torch.stack([torch.randperm(num_experts - 1, generator=generator)[:k] for _ in x])  # the last has no rows
         weights = torch.rand(num_tokens, k, generator=generator)
         expected = torch.zeros(num_tokens, width)
+        weighed = torch.zeros(num_tokens, width)  # on their way in
         for row, column in torch.cartesian_prod(torch.arange(num_tokens), torch.arange(k)).tolist():
-            expert = int(ids[row, column])
-            gate, up = (gate_up[expert].float() @ x[row].float()).chunk(2)
-            y = down[expert].float() @ (gate * gate.sigmoid() * up)
-            expected[row] += weights[row, column] * y
-        found = experts(*map(ops.to_device, (x, ids, weights)))
+            expert, share = int(ids[row, column]), weights[row, column]
+            matrices = gate_up[expert].float(), down[expert].float()
+            expected[row] += share * _feed_forward(x[row].float(), *matrices)
+            weighed[row] += _feed_forward((x[row] * share.to(dtype)).float(), *matrices)
+        x, ids, weights = map(ops.to_device, (x, ids, weights))
+        found = experts(x, ids, weights, weigh_input=True)
+        require_close("experts, weigh_input", found, weighed, dtype, factor=4)
+        found = experts(x, ids, weights)
         require_close("experts", found, expected, dtype, factor=4)  # what lies between the linears is rounded too
-        alone = torch.cat([experts(*(ops.to_device(y[i : i + 1]) for y in (x, ids, weights))) for i in range(len(x))])
+        rows = (slice(i, i + 1) for i in range(len(x)))
+        alone = torch.cat([experts(x[row], ids[row], weights[row]) for row in rows])
         require_close("experts, row by row", alone, expected, dtype, factor=4)
+
+
+def _feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (gate_up @ x).chunk(2)
+    return down @ (gate * gate.sigmoid() * up)
 
 
 def _check_route(ops: Ops) -> None:
@@ -142,6 +152,8 @@ def _check_route(ops: Ops) -> None:
             ids, weights = ops.route(ops.to_device(logits), k, normalize)
             require(ids.tolist() == order[:, :k].tolist(), "route: not the largest, or equal ones not by id")
             require_close("route", weights, expected, torch.float32)
+        _, weights = ops.route(ops.to_device(logits), k, False, sigmoid=True)
+        require_close("route, sigmoid", weights, logits.gather(1, order[:, :k]).sigmoid(), torch.float32)
 
 
 def _check_rows(ops: Ops, x: Tensor) -> None:
@@ -150,6 +162,9 @@ def _check_rows(ops: Ops, x: Tensor) -> None:
     for rows in (torch.tensor([3, 49, 0, 3]), torch.tensor([], dtype=torch.int64)):
         found = ops.take_rows(ops.to_device(x), ops.to_device(rows))
         require(torch.equal(found.cpu(), x[rows]), "take_rows does not give the rows as they are")
+    heads, factors, picked = x.view(len(x), -1, 16)[:, 1:4], torch.rand(7) + 1, torch.arange(len(x)) % 7
+    scaled = ops.scale_rows(*map(ops.to_device, (heads, factors, picked)))
+    require_close("scale_rows", scaled, heads.float() * factors[picked][:, None, None], x.dtype)
     for start in (0, 32):  # a row by itself, and one that lies inside a wider one
         out, expected = (torch.zeros(len(x), x.shape[1] + start, dtype=x.dtype) for _ in range(2))
         expected[:, start:] = x

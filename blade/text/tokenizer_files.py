@@ -27,6 +27,12 @@ def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None]:
     return tokenizer, _eos_token_ids(folder, tokenizer, eos), bos
 
 
+def tokenizer_names(folder: Path) -> tuple[str, ...]:
+    """The files of a folder that `read_folder` reads the vocabulary from; none of them: ()."""
+    kinds = ("tokenizer.json",), ("vocab.json", "merges.txt"), (qwen_tiktoken.NAME,), ("tokenizer.model",)
+    return next((names for names in kinds if all((folder / name).is_file() for name in names)), ())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when there is no such file."""
     if not path.is_file():
@@ -38,23 +44,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return _convert(folder)
+    path, names = folder / "tokenizer.json", tokenizer_names(folder)
+    if path.name not in names:
+        return _convert(folder, names)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         raise CheckpointError(f"{path} is no tokenizer that the installed tokenizers library can read.") from error
 
 
-def _convert(folder: Path) -> Tokenizer:
+def _convert(folder: Path, names: tuple[str, ...]) -> Tokenizer:
     """From older files, by transformers' own classes; importing them takes seconds."""
     remedy = _REMEDY
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if "vocab.json" in names:
         name = "Qwen2Tokenizer"
-    elif (folder / qwen_tiktoken.NAME).is_file():
+    elif qwen_tiktoken.NAME in names:
         return qwen_tiktoken.read_qwen_tiktoken(folder / qwen_tiktoken.NAME)
-    elif (folder / "tokenizer.model").is_file():
+    elif "tokenizer.model" in names:
         name = "LlamaTokenizer"
         remedy = f"Install the packages sentencepiece and protobuf if they are missing. Else: {_REMEDY}"
     else:

@@ -174,28 +174,20 @@ class PlainAttention(SelfAttention):
         return super().__call__(x, self.still, batch, layer_kv)
 
     def queries(self, q: Tensor, batch: Batch) -> Tensor:
-        if self.sharpness is None:
-            return q
-        return (q * self.sharpness[batch.positions][:, None, None]).to(q.dtype)
+        return q if self.sharpness is None else self.ops.scale_rows(q, self.sharpness, batch.positions)
 
 
 class InputWeighedMixture:
-    """blade.nn.ChannelMixer: experts get what a token is weighed by the router's sigmoid; one expert gets all as it
-    is."""
+    """blade.nn.ChannelMixer: experts get a token weighed by the router's sigmoid; one expert gets all as it is."""
 
     def __init__(self, name: str, config: MixtureConfig, hidden_size: int, loader: Loader) -> None:
         self.ops, self.num_active = loader.ops, config.num_active
         self.router = loader.linear(f"{name}.router", shapes=[(config.num_experts, hidden_size)])
         inner = config.intermediate_size
-        once = config.num_active == 1  # or a token is there several times
-        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader, once)
+        self.experts = load_experts(f"{name}.experts", config.num_experts, inner, hidden_size, loader)
         self.shared = FeedForward(f"{name}.shared_expert", inner, hidden_size, loader)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [T, hidden_size] -> what is to be added up, [T, hidden_size] each."""
-        logits = self.router(x, torch.float32)
-        ids, _ = self.ops.route(logits, self.num_active, False)
-        weights = logits.gather(1, ids).sigmoid().to(x.dtype)  # [T, k]
-        weighed = (x.unsqueeze(1) * weights.unsqueeze(2)).flatten(0, 1)  # [T * k, hidden_size]
-        mixed = self.experts(weighed, ids.reshape(-1, 1), torch.ones(len(weighed), 1, device=x.device))
-        return (*self.shared(x), mixed.view(len(x), self.num_active, -1).sum(1))
+        ids, weights = self.ops.route(self.router(x, torch.float32), self.num_active, False, sigmoid=True)
+        return (*self.shared(x), self.experts(x, ids, weights, weigh_input=True))

@@ -23,6 +23,10 @@ SIZES = {
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 224, "max_position_embeddings": 256,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+LLAMA4 = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "intermediate_size_mlp": 48,
+    "no_rope_layers": [1],
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, what differs, the adapter
     "dora": (
         "Llama",
@@ -39,6 +43,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, what
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
     ),
+    "llama4-experts": (
+        "Llama4",
+        LLAMA4,
+        {
+            "r": 2,
+            "target_modules": ["v_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
     "experts-down": ("Qwen3Moe", EXPERTS, {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}),
 }
 
@@ -47,7 +60,8 @@ def make(name: str) -> torch.Tensor:
     """PEFT's logits after each token of the prompt."""
     family, sizes, settings = CASES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | sizes)
+    text = "Text" if family == "Llama4" else ""
+    config = getattr(transformers, f"{family}{text}Config")(**SIZES | sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for key, parameter in model.named_parameters():
         parameter.data.normal_(mean=float("norm" in key), std=0.2).copy_(parameter.data.bfloat16())

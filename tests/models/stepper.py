@@ -13,6 +13,7 @@ import blade_qwen
 from blade import CaptureOptions, KVSpec
 from blade.engine.state_cache import with_states
 from blade.nn import Loader
+from blade.nn.shape_check import ShapeCheck
 from blade.plugins import Plugins
 from blade.testing.attention import make_batch
 from blade_native import cpu_ops, paged_attention
@@ -48,7 +49,9 @@ class Stepper:
         config = architecture.configure(reference.config)
         seen = getattr(architecture, "weights", lambda config, weights: weights)
         weights = seen(reference.config, reference.weights)
-        self.model = architecture.build(config, Loader(weights, self.ops, attention, dtype, quantization))
+        source = weights, self.ops, attention, dtype, quantization
+        architecture.build(replace(config, max_context=1), ShapeCheck(*source))  # which finds nothing wrong
+        self.model = architecture.build(config, Loader(*source))
         sizes = [-(-len(prompt) // block_size) for prompt in reference.prompts]
         order = random.Random(0).sample(range(sum(sizes)), sum(sizes))
         self.tables = [[order.pop() for _ in range(size)] for size in sizes]

@@ -29,7 +29,7 @@ class Model:
         self.ops = ops
         self.attention = SimdAttention(PagedAttention(torch.device("cpu")), ops.library, ops.threads)
         self.kv = self.attention.allocate(spec(HEADS, KV_HEADS, D // HEADS, "float32"), 40)[0]
-        self.cos_sin = torch.randn(200, D // HEADS)
+        self.cos_sin, self.sharpness = torch.randn(200, D // HEADS), torch.rand(200)
         self.norm = torch.ones(D)
         self.head = ops.linear(torch.randn(VOCAB, D), None)
         self.embed = ops.embedding_of(self.head, torch.float32)
@@ -42,6 +42,7 @@ class Model:
         residual = self.embed(batch.input_ids)
         heads = self.qkv(self.ops.rms_norm(residual, self.norm, 1e-6)).view(len(residual), -1, D // HEADS)
         q, k, v = heads.split_with_sizes((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        q = self.ops.scale_rows(q, self.sharpness, batch.positions)
         q, k = self.attention.rope_and_store(q, k, v, self.cos_sin, batch, self.kv)
         x = self.attention.attend(q, k, v, batch, self.kv, 0.25, None)
         x, residual = self.ops.add_rms_norm(x, residual, self.norm, 1e-6)

@@ -41,9 +41,11 @@ def dense(
     return gate_up, down, made
 
 
-def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = torch.einsum("tkid,td->tki", gate_up[ids].double(), x.double()).chunk(2, dim=-1)
-    hidden = gate * gate.sigmoid() * up * weights.double()[..., None]
+def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, weigh_input: bool = False) -> Tensor:
+    inputs = x[:, None].expand(*ids.shape, -1)
+    inputs = inputs * weights.to(x.dtype)[..., None] if weigh_input else inputs
+    gate, up = torch.einsum("tkid,tkd->tki", gate_up[ids].double(), inputs.double()).chunk(2, dim=-1)
+    hidden = gate * gate.sigmoid() * up * (1 if weigh_input else weights.double()[..., None])
     return torch.einsum("tkdi,tki->td", down[ids].double(), hidden)
 
 
@@ -55,9 +57,10 @@ def grouped(ops: SimdOps, formats: list[str], width: int, inner: int) -> tuple[l
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weigh_input", [False, True])
 @pytest.mark.parametrize(("num_experts", "width", "inner"), SHAPES)
 def test_dense_experts_equal_their_formula(
-    ops: SimdOps, num_experts: int, width: int, inner: int, dtype: torch.dtype
+    ops: SimdOps, num_experts: int, width: int, inner: int, weigh_input: bool, dtype: torch.dtype
 ) -> None:
     gate_up, down, mixture = dense(ops, num_experts, width, inner, dtype)
     tolerance = 1e-5 if dtype is torch.float32 else 2**-7
@@ -65,8 +68,8 @@ def test_dense_experts_equal_their_formula(
         for k in {1, min(4, num_experts), num_experts}:
             ids, weights = choices(num_tokens, num_experts, k)
             x = torch.randn(num_tokens, width).to(dtype)
-            want = exact(x, ids, weights, gate_up, down)
-            y = mixture(x, ids, weights)
+            want = exact(x, ids, weights, gate_up, down, weigh_input)
+            y = mixture(x, ids, weights, weigh_input)
             assert y.dtype is dtype
             torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance * float(want.abs().max()))
 
@@ -85,6 +88,9 @@ def test_quantised_experts_equal_the_twin(ops: SimdOps, formats: list[str]) -> N
         atol = 1e-5 * float(want.abs().max())
         torch.testing.assert_close(mixture(x.float(), ids, weights), want, rtol=0, atol=atol)
         torch.testing.assert_close(mixture(x, ids, weights), want.bfloat16(), rtol=2**-7, atol=atol)
+        want = twin(x.float(), ids, weights, weigh_input=True)
+        atol = 1e-5 * float(want.abs().max())
+        torch.testing.assert_close(mixture(x.float(), ids, weights, weigh_input=True), want, rtol=0, atol=atol)
 
 
 def test_experts_whose_columns_lie_in_orders_of_their_own(ops: SimdOps) -> None:
@@ -112,11 +118,12 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, kind: str) ->
         mixture = ops.experts(*grouped(ops, [kind] * 12, 64, 96))  # type: ignore[assignment]
     ids, weights = choices(num_tokens, 12, 4)
     x = torch.randn(num_tokens, 64).to(torch.float32 if kind == "float32" else torch.bfloat16)
-    whole = mixture(x, ids, weights)
-    for rows in (slice(0, 1), slice(3, 5), slice(0, 7), slice(40, 73), slice(1000, None)):
-        assert torch.equal(mixture(x[rows], ids[rows], weights[rows]), whole[rows])
     one_thread = SimdOps(ops.base, ops.library, 1).experts(mixture.gate_up, mixture.down)
-    assert torch.equal(one_thread(x, ids, weights), whole)
+    for weigh_input in (False, True):
+        whole = mixture(x, ids, weights, weigh_input)
+        for rows in (slice(0, 1), slice(3, 5), slice(0, 7), slice(40, 73), slice(1000, None)):
+            assert torch.equal(mixture(x[rows], ids[rows], weights[rows], weigh_input), whole[rows])
+        assert torch.equal(one_thread(x, ids, weights, weigh_input), whole)
 
 
 def test_bias_and_repeated_experts(ops: SimdOps) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -14,15 +16,17 @@ ROWS = [1, 2, 7, 33, 200]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (8, 2), (60, 4), (61, 16), (128, 8), (512, 10), (17, 17)])
-def test_route(ops: SimdOps, num_experts: int, k: int, normalize: bool, dtype: torch.dtype) -> None:
+def test_route(ops: SimdOps, num_experts: int, k: int, sigmoid: bool, normalize: bool, dtype: torch.dtype) -> None:
     for rows in ROWS:
         logits = torch.randn(rows, num_experts).mul(4).round().to(dtype)  # many equal values
-        ids, weights = ops.route(logits, k, normalize)
-        want_ids, want_weights = TorchOps().route(logits, k, normalize)
+        ids, weights = ops.route(logits, k, normalize, sigmoid)
+        want_ids, want_weights = TorchOps().route(logits, k, normalize, sigmoid)
         assert torch.equal(ids, want_ids)
         torch.testing.assert_close(weights, want_weights, rtol=1e-5, atol=1e-7)
-        assert torch.equal(weights[-1:], ops.route(logits[-1:], k, normalize)[1])  # whatever rows stand beside it
+        alone = ops.route(logits[-1:], k, normalize, sigmoid)[1]
+        assert torch.equal(weights[-1:], alone)  # whatever rows stand beside it
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -39,6 +43,11 @@ def test_route_never_names_an_expert_that_is_not_there(ops: SimdOps, normalize: 
     assert weights[:4].isnan().all()
     assert weights[4:].tolist() == [[1.0, *[0.0] * 15], [1.0, *[pytest.approx(0, abs=1e-37)] * 15]]
     assert ids[4].tolist() == [7, *range(7), *range(8, 16)]
+    same, weights = ops.route(logits, 16, normalize, sigmoid=True)
+    assert torch.equal(same, ids)
+    assert weights[:4].isnan().all()
+    first = 1 if normalize else pytest.approx(1 / (1 + math.exp(-1)))
+    assert weights[4].tolist() == [first, *[0.0] * 15]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -59,6 +59,18 @@ def test_add_rows(ops: SimdOps, d: int, dtype: torch.dtype) -> None:
         ops.add_rows(y, None, x)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_scale_rows(ops: SimdOps, num_tokens: int, dtype: torch.dtype) -> None:
+    q = torch.randn(num_tokens, 9, 24).to(dtype)[:, 2:7]
+    factors, rows = torch.rand(100) + 1, torch.randint(100, (num_tokens,))
+    want = (q.float() * factors[rows][:, None, None]).to(dtype)
+    assert torch.equal(ops.scale_rows(q, factors, rows), want)
+    assert torch.equal(TorchOps().scale_rows(q, factors, rows), want)
+    with pytest.raises(ValueError, match="rows"):
+        ops.scale_rows(q.float(), factors, torch.zeros(num_tokens + 1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)
 def test_copy_rows(ops: SimdOps, dtype: torch.dtype) -> None:
     wide, out = torch.randn(40, 900).to(dtype), torch.zeros(50, 300, dtype=dtype)

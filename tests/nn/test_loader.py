@@ -9,6 +9,7 @@ import torch
 
 from blade import CheckpointError
 from blade.nn import Loader
+from blade.nn.shape_check import ShapeCheck
 from blade.testing import TensorWeights
 from blade_native.reference import TorchOps
 
@@ -26,8 +27,8 @@ WEIGHTS = TensorWeights(
 X = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
 
 
-def loader(**settings: Any) -> Loader:
-    return Loader(WEIGHTS, TorchOps(), None, torch.float32, **settings)  # type: ignore[arg-type]
+def loader(kind: type[Loader] = Loader, **settings: Any) -> Loader:
+    return kind(WEIGHTS, TorchOps(), None, torch.float32, **settings)  # type: ignore[arg-type]
 
 
 def test_tensors_come_in_the_dtype_of_the_run() -> None:
@@ -55,10 +56,26 @@ def test_linears_are_stacked_and_missing_biases_are_zero() -> None:
         (lambda it: it.linear("c"), "Tensor c.bias has shape (3,)"),
     ],
 )
-def test_what_does_not_fit_is_named(load: Any, words: str) -> None:
+@pytest.mark.parametrize("kind", [Loader, ShapeCheck])
+def test_what_does_not_fit_is_named(load: Any, words: str, kind: type[Loader]) -> None:
     with pytest.raises(CheckpointError) as caught:
-        load(loader())
+        load(loader(kind))
     assert words in str(caught.value)
+
+
+def test_shapes_are_checked_by_headers_alone() -> None:
+    class Headers(TensorWeights):
+        def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+            raise AssertionError(name)
+
+    it = ShapeCheck(Headers(WEIGHTS.tensors), TorchOps(), None, torch.float32)  # type: ignore[arg-type]
+    linear = it.linear("a", "b", shapes=[(3, 4), (2, 4)])
+    it.embedding("own", (3, 4))
+    assert it.tensor("norm.weight", (4,)).add(1).shape == (4,)
+    with pytest.raises(CheckpointError, match="own"):
+        it.embedding("own", (3, 5))
+    with pytest.raises(TypeError, match="nothing has been loaded"):
+        linear(X)
 
 
 def test_progress_counts_each_tensor_once_in_bytes() -> None:

@@ -184,6 +184,17 @@ struct SiluMulCall {
     int32_t threads;
 };
 
+// y [rows, d] = x * factors[at[row]], x with x_stride elements from row to row.
+struct ScaleRowsCall {
+    int32_t dtype;
+    const void* x;
+    int64_t rows, d, x_stride;
+    const float* factors;
+    const int64_t* at;
+    void* y;
+    int32_t threads;
+};
+
 // x [rows, d] *= sigmoid(gate), in place; gate [rows, d] or [rows, 1] with gate_stride elements from row to row.
 struct SigmoidMulCall {
     int32_t dtype;
@@ -255,13 +266,13 @@ struct TopKCall {
     int32_t threads;
 };
 
-// logits [rows, n] -> ids [rows, k] of the largest, equal ones by id, and their shares of the softmax; with `normalize`
-// of the sum of these k. Of a row with NaN or +infinity the weights are NaN and the ids any in range. 1 <= k <= n.
+// logits [rows, n] -> ids [rows, k] of the largest, equal ones by id, and their shares of the softmax, or with `sigmoid`
+// their own; with `normalize` divided by the sum of these k. Of a row with NaN or +infinity the weights are NaN and the ids any in range. 1 <= k <= n.
 struct RouteCall {
     int32_t dtype;
     const void* logits;
     int64_t rows, n, k;
-    int32_t normalize;
+    int32_t normalize, sigmoid;
     int64_t* ids;
     float* weights;
     int32_t threads;
@@ -279,6 +290,7 @@ struct ExpertsCall {
     const int64_t* ids;
     const float* weights;
     void* y;
+    int32_t weigh_input;  // the weights are x's, rounded to dtype as their products are, and not the outputs'
     int32_t threads;
 };
 

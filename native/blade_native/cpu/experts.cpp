@@ -2,7 +2,8 @@
 // chose, and their weighted sum is its result. Tokens are sorted by expert, so that an expert's weights are read once;
 // the panels of all experts are one pool of work, so that eight small matrices keep as many threads busy as a large one.
 //
-//   pack       the rows of each expert as its first matrix wants them; a token alone with several experts once for all
+//   pack       the rows of each expert as its first matrix wants them, weighed where the input is; else a token alone
+//              with several experts once for all
 //   gate, up   items (expert, panels); who ends an expert's last one packs silu(gate) * up for the second matrix
 //   down       items of output columns: each goes through all experts in order and adds onto its columns of the tokens
 //
@@ -80,7 +81,12 @@ private:
         }
         for (long e = 0; e < c_.num_experts; e++) starts_[e + 1] += starts_[e];
         std::vector<long> next(starts_.begin(), starts_.end() - 1);
-        for (long i = 0; i < m_ * c_.k; i++) targets_[next[ids_[i]]++] = {int32_t(i / c_.k), weights_[i]};
+        if (c_.weigh_input) shares_.resize(m_ * c_.k);
+        for (long i = 0; i < m_ * c_.k; i++) {
+            long place = next[ids_[i]]++;
+            targets_[place] = {int32_t(i / c_.k), c_.weigh_input ? 1.0f : weights_[i]};
+            if (c_.weigh_input) shares_[place] = weights_[i];
+        }
         return true;
     }
 
@@ -115,7 +121,7 @@ private:
             expert.down.tiles = take(expert.down.packed_bytes());
             expert.down.targets = expert.targets, expert.down.call.y = sums_;
             const Expert*& other = alone[expert.targets[0].row];
-            if (rows == 1 && other && pack_alike(other->gate_up.linear, expert.gate_up.linear)) {
+            if (rows == 1 && other && !c_.weigh_input && pack_alike(other->gate_up.linear, expert.gate_up.linear)) {
                 expert.gate_up.tiles = other->gate_up.tiles;
                 continue;
             }
@@ -145,10 +151,30 @@ private:
             long start = job.tiling.start(item.tile), row_bytes = job.linear.k * element();
             char* rows = rows_of(thread);
             for (int r = 0; r < job.tiling.height(item.tile); r++, rows += row_bytes) {
-                memcpy(rows, x_ + expert.targets[start + r].row * c_.d * element(), c_.d * element());
+                copy_row(expert.targets + start + r, rows);
                 memset(rows + c_.d * element(), 0, row_bytes - c_.d * element());
             }
             pack_tile(job, item.tile, rows_of(thread));
+        });
+    }
+
+    void copy_row(const Target* target, char* out) const {
+        const char* row = x_ + target->row * c_.d * element();
+        if (!c_.weigh_input)
+            memcpy(out, row, c_.d * element());
+        else if (c_.dtype == FLOAT32)
+            weigh((const float*)row, shares_[target - targets_.data()], (float*)out);
+        else
+            weigh((const bf16*)row, shares_[target - targets_.data()], (bf16*)out);
+    }
+
+    template <class E>
+    void weigh(const E* row, float share, E* out) const {
+        E rounded;
+        vec::store_some(&rounded, vec::set(share), 1);
+        vec::F factor = vec::set(vec::to_float(rounded));
+        vec::for_lanes(c_.d, [&](long i, int lanes) {
+            vec::store_some(out + i, vec::mul(vec::load_some(row + i, lanes), factor), lanes);
         });
     }
 
@@ -227,6 +253,7 @@ private:
     const float* weights_;
     std::vector<long> starts_;     // by expert, of its pairs
     std::vector<Target> targets_;  // of all pairs
+    std::vector<float> shares_;    // of the input, of all pairs; empty where the outputs are weighed
     std::vector<Expert> experts_;  // that have tokens
     std::vector<std::atomic<long>> left_;  // by expert: items of gate_up that are not done
     std::vector<PackItem> pack_items_;

@@ -37,17 +37,20 @@ float sum_exp(const E* logits, long n, float peak) {
     return vec::sum(total);
 }
 
-// values [k] -> their shares e^(x - peak) / total, or of their own sum.
-void weigh(const float* values, long k, float peak, float total, bool normalize, float* weights) {
+// values [k] -> their shares e^(x - peak) / total, or their sigmoids; with `normalize` divided by their own sum.
+// total: as sum_exp gives it.
+void weigh(const float* values, long k, float peak, float total, bool sigmoid, bool normalize, float* weights) {
     float own = 0;
     vec::for_lanes(k, [&](long i, int lanes) {
-        vec::store_some(weights + i, vec::exp(vec::sub(vec::load_some(values + i, lanes), vec::set(peak))), lanes);
+        vec::F x = vec::load_some(values + i, lanes);
+        x = sigmoid ? vec::sigmoid(x) : vec::exp(vec::sub(x, vec::set(peak)));
+        vec::store_some(weights + i, x, lanes);
     });
     for (long i = 0; i < k; i++) {
         if (values[i] == -INF) weights[i] = 0;
         own += weights[i];
     }
-    float divisor = total == total && normalize ? own : total;
+    float divisor = total != total ? total : normalize ? own : sigmoid ? 1.0f : total;
     for (long i = 0; i < k; i++) weights[i] /= divisor;
 }
 
@@ -62,7 +65,7 @@ void route_row(const RouteCall& c, long row, float* keys, float* values) {
         c.ids[row * c.k + i] = at - keys;
     }
     float total = sum_exp(logits, c.n, values[0]);
-    weigh(values, c.k, values[0], total, c.normalize, c.weights + row * c.k);
+    weigh(values, c.k, values[0], total, c.sigmoid, c.normalize, c.weights + row * c.k);
 }
 }  // namespace
 

@@ -1,5 +1,5 @@
 // What works row by row: root mean square norms (Zhang & Sennrich 2019), gates, such as a gated MLP's (Shazeer 2020), rows
-// taken out of a table, added to one and copied into one.
+// taken out of a table, added to one, copied into one and scaled.
 // Sums and exponentials are float32 whatever the dtype.
 #include <algorithm>
 #include <cmath>
@@ -90,6 +90,18 @@ void add_rows(const AddRowsCall& c) {
 }
 
 template <class E>
+void scale_rows(const ScaleRowsCall& c) {
+    parallel_for(c.threads, c.rows, grain(c.d), [&](long row, int) {
+        const E* x = (const E*)c.x + row * c.x_stride;
+        E* y = (E*)c.y + row * c.d;
+        vec::F factor = vec::set(c.factors[c.at[row]]);
+        vec::for_lanes(c.d, [&](long i, int lanes) {
+            vec::store_some(y + i, vec::mul(vec::load_some(x + i, lanes), factor), lanes);
+        });
+    });
+}
+
+template <class E>
 void sigmoid_mul(const SigmoidMulCall& c) {
     parallel_for(c.threads, c.rows, grain(2 * c.d), [&](long row, int) {
         E* x = (E*)c.x + row * c.d;
@@ -155,6 +167,15 @@ EXPORT int blade_sigmoid_mul(const SigmoidMulCall* call) {
         sigmoid_mul<float>(c);
     else
         sigmoid_mul<bf16>(c);
+    return OK;
+}
+
+EXPORT int blade_scale_rows(const ScaleRowsCall* call) {
+    auto& c = *call;
+    if (c.dtype == FLOAT32)
+        scale_rows<float>(c);
+    else
+        scale_rows<bf16>(c);
     return OK;
 }
 

@@ -35,6 +35,7 @@ Tape = list[tuple[Kernel, ctypes.Structure]]
 MAX_TOKENS = 64  # of a step worth capturing: beyond it the calls are nothing beside their work
 MAX_CAPTURES = 64  # shapes; the one that was not used for longest makes room
 MAX_SEEN = 4096  # shapes remembered because they came once
+INPUTS = ("input_ids", "logits_rows", "positions")  # of a batch, that calls may point into
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
@@ -114,12 +115,13 @@ class Capture:
         self.program = program
         self._steps = steps
         self._logits = logits
-        self._ids, self._rows = (_pointers(x, uses) for x in (batch.input_ids, batch.logits_rows))
+        found = ((field, _pointers(getattr(batch, field), uses)) for field in INPUTS)
+        self._inputs = [(field, pointers) for field, pointers in found if pointers]
 
     def replay(self, batch: Batch) -> Tensor:
         """The logits, good until the next replay of any capture."""
-        for pointers, x in ((self._ids, batch.input_ids), (self._rows, batch.logits_rows)):
-            address = x.data_ptr()
+        for name, pointers in self._inputs:
+            address = getattr(batch, name).data_ptr()
             for call, field, offset in pointers:
                 setattr(call, field, address + offset)
         for step in self._steps:
@@ -178,13 +180,8 @@ class CapturedForward:
         return shape in self._seen
 
     def _capture(self, shape: Shape, batch: Batch) -> Tensor:
-        static = replace(
-            batch,
-            input_ids=batch.input_ids.clone(),
-            logits_rows=batch.logits_rows.clone(),
-            query_lens=Hidden(),
-            kv_lens=Hidden(),
-        )
+        inputs: dict[str, Any] = {field: getattr(batch, field).clone() for field in INPUTS}
+        static = replace(batch, **inputs, query_lens=Hidden(), kv_lens=Hidden())
         recording = self._library.recording
         tape: Tape = []
         recording.tape, recording.steps = tape, []

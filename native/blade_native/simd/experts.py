@@ -26,7 +26,7 @@ class PackedExperts:
         self._matrices = tuple(_addresses(linears) for linears in (gate_up, down))
         self._fixed = *map(ctypes.addressof, self._matrices), len(gate_up), self.d, self.inner
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool = False) -> Tensor:
         """Raises IndexError where an id is none of an expert."""
         if x.dtype not in DTYPES or self.dtypes - {x.dtype}:
             raise TypeError(f"x is {x.dtype}, the weights want {self.dtypes or 'float32 or bfloat16'}")
@@ -38,7 +38,7 @@ class PackedExperts:
         check("weights", weights, torch.float32, (m, k))
         y = torch.empty_like(x)
         tensors = DTYPES[x.dtype], x.data_ptr(), m, k, ids.data_ptr(), weights.data_ptr(), y.data_ptr()
-        self._library.experts(*self._fixed, *tensors, self._threads)
+        self._library.experts(*self._fixed, *tensors, weigh_input, self._threads)
         return y
 
 

@@ -133,6 +133,9 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     "linear": {"linear": PTR, "x": PTR, "x_dtype": INT, "m": LONG, "y": PTR, "y_dtype": INT, "y_stride": LONG},
     "unpack_rows": {"linear": PTR, "rows": PTR, "num_rows": LONG, "out": PTR, "dtype": INT},
     "take_rows": {"table": PTR, "rows": PTR, "num_rows": LONG, "row_bytes": LONG, "out": PTR},
+    "scale_rows": {
+        "dtype": INT, "x": PTR, "rows": LONG, "d": LONG, "x_stride": LONG, "factors": PTR, "at": PTR, "y": PTR,
+    },
     "copy_rows": {"x": PTR, "num_rows": LONG, "row_bytes": LONG, "x_stride": LONG, "out": PTR, "out_stride": LONG},
     "add_rows": {"dtype": INT, "x": PTR, "rows": PTR, "num_rows": LONG, "d": LONG, "y": PTR},
     "rms_norm": {
@@ -174,10 +177,11 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     },
     "experts": {
         "gate_up": PTR, "down": PTR, "num_experts": LONG, "d": LONG, "inner": LONG, "dtype": INT, "x": PTR, "m": LONG,
-        "k": LONG, "ids": PTR, "weights": PTR, "y": PTR,
+        "k": LONG, "ids": PTR, "weights": PTR, "y": PTR, "weigh_input": INT,
     },
     "route": {
-        "dtype": INT, "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "normalize": INT, "ids": PTR, "weights": PTR,
+        "dtype": INT, "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "normalize": INT, "sigmoid": INT,
+        "ids": PTR, "weights": PTR,
     },
 }  # fmt: skip
 
@@ -218,6 +222,7 @@ class Library:
     linear: Kernel
     unpack_rows: Kernel
     take_rows: Kernel
+    scale_rows: Kernel
     copy_rows: Kernel
     add_rows: Kernel
     rms_norm: Kernel

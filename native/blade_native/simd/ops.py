@@ -16,7 +16,7 @@ from blade.nn import DefaultOps, dequantize
 from blade_native.simd.bandwidth import read_bandwidth
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
-from blade_native.simd.check import DTYPES, check, check_rows
+from blade_native.simd.check import DTYPES, check, check_heads, check_rows
 from blade_native.simd.experts import packed_experts
 from blade_native.simd.library import Library
 from blade_native.simd.linear import PackedLinear, pack_dense
@@ -100,6 +100,19 @@ class SimdOps(DefaultOps):
         row_bytes = x.shape[1] * x.itemsize
         self.library.take_rows(x.data_ptr(), rows.data_ptr(), rows.numel(), row_bytes, out.data_ptr(), self.threads)
         return out
+
+    def scale_rows(self, x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
+        """Rows are trusted to be in range."""
+        if x.dtype not in DTYPES:
+            return super().scale_rows(x, factors, rows)
+        num_tokens, num_heads, head_dim = x.shape
+        check_heads("x", x, x.dtype, (num_tokens, num_heads, head_dim))
+        check("factors", factors, torch.float32, (factors.numel(),))
+        check("rows", rows, torch.int64, (num_tokens,))
+        y = x.new_empty(x.shape)
+        where = x.data_ptr(), num_tokens, num_heads * head_dim, x.stride(0), factors.data_ptr(), rows.data_ptr()
+        self.library.scale_rows(DTYPES[x.dtype], *where, y.data_ptr(), self.threads)
+        return y
 
     def copy_rows(self, x: Tensor, out: Tensor) -> None:
         """x and out [N, D] of any dtype."""
@@ -190,10 +203,10 @@ class SimdOps(DefaultOps):
         self.library.sigmoid_mul(DTYPES[x.dtype], *where, rows, d, width, gate.stride(0), self.threads)
         return x
 
-    def route(self, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    def route(self, logits: Tensor, k: int, normalize: bool, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
         """Of a row with NaN or +infinity the weights are NaN and the ids any in range."""
         if logits.dtype not in DTYPES:
-            return super().route(logits, k, normalize)
+            return super().route(logits, k, normalize, sigmoid)
         rows, num_experts = logits.shape
         check("logits", logits, logits.dtype, (rows, num_experts))
         if not 1 <= k <= num_experts:
@@ -201,8 +214,8 @@ class SimdOps(DefaultOps):
         ids = logits.new_empty((rows, k), dtype=torch.int64)
         weights = logits.new_empty((rows, k), dtype=torch.float32)
         into = ids.data_ptr(), weights.data_ptr()
-        dtype = DTYPES[logits.dtype]
-        self.library.route(dtype, logits.data_ptr(), rows, num_experts, k, normalize, *into, self.threads)
+        dtype, how = DTYPES[logits.dtype], (normalize, sigmoid)
+        self.library.route(dtype, logits.data_ptr(), rows, num_experts, k, *how, *into, self.threads)
         return ids, weights
 
     def short_conv(self, x: Tensor, weight: Tensor, batch: Batch, state: Tensor) -> Tensor:
