@@ -29,6 +29,7 @@ from blade.engine.engine import Engine
 from blade.plugins import load
 
 NONE = "none"
+DRAFT_MODELS = {"model", "eagle3", "mtp"}  # the drafters that need one
 CONTROL = "control"  # without drafts as well: how far apart two measurements of the same are
 # Of replies where many run at a time, by --max-tokens: if they were alike, all would begin and end together without
 # drafts, and none would wait for another's prompt, as many do in life.
@@ -59,7 +60,7 @@ class Contender:
         names = () if name in (NONE, CONTROL) else tuple(name.split("+"))
         engine = replace(assembly.config.engine, drafter=names, adaptive_drafts=not fixed)
         assembly = replace(assembly, config=replace(assembly.config, engine=engine))
-        if "model" not in names:
+        if not DRAFT_MODELS.intersection(names):
             assembly, draft = replace(assembly, draft=None), None
         self.name = name
         self.engine: Engine = build_engine(assembly, model, assembly.plan_memory(), draft)
@@ -219,7 +220,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", help="or: a folder or a .gguf file")
     parser.add_argument("--quantize", help="as blade serve --quantize")
     parser.add_argument("--dtype", default="auto", help="as blade serve --dtype")
-    parser.add_argument("--draft", help="as blade serve --draft.model; ask for it with --drafters model")
+    parser.add_argument("--draft", help="as blade serve --draft.model; ask for it with --drafters model or eagle3")
     parser.add_argument("--drafters", default="suffix,ngram", help=f"ways to compare; a+b is a chain, {CONTROL} none")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)

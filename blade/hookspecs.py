@@ -80,7 +80,9 @@ def register_drafters(register: Register) -> None:
     architectures that ``--draft.model`` may have, the first of them where its config.json names none. One that drafts
     with heads out of the model's own checkpoint has an attribute `head`: head(config.json's content: Mapping, weights:
     contracts.Weights) -> contracts.HeadArchitecture, raising CheckpointError where there are none. That of a
-    contracts.TreeDrafter has an attribute `trees`, True."""
+    contracts.TreeDrafter has an attribute `trees`, True. A factory that refuses some options may have an attribute
+    `check_options`: check_options(config: EngineConfig) -> None, called before anything is loaded, raising
+    ConfigError."""
 
 
 @hookspec

@@ -162,7 +162,8 @@ def _prepare(config: Config, path: Path, backends: Registry) -> None:
 
 
 def _check_names(config: Config, plugins: Plugins) -> None:
-    """Refuse unknown names of what is made only after the weights are loaded, which may take minutes."""
+    """Refuse unknown names of what is made only after the weights are loaded, which may take minutes, and options that
+    a drafter would then refuse."""
     for hook, name in (
         ("register_schedulers", config.engine.scheduler),
         ("register_executors", config.engine.executor),
@@ -172,6 +173,10 @@ def _check_names(config: Config, plugins: Plugins) -> None:
     ):
         if name is not None:
             plugins.registry(hook).entry(name)
+    for name in config.engine.drafter:
+        check = getattr(plugins.registry("register_drafters")[name], "check_options", None)
+        if check is not None:
+            check(config.engine)
 
 
 def _default_checkpoint(config: Config, plugins: Plugins) -> DefaultCheckpoint | None:

@@ -34,15 +34,18 @@ class LookaheadDrafter:
 
     def __init__(self, config: EngineConfig, draft_model: object) -> None:
         self._num_columns, self._ngram_size = config.lookahead_window_size, config.lookahead_ngram_size
-        self._num_guesses = config.lookahead_guess_set_size
-        window = self._num_columns - 1 + self._num_columns * (self._ngram_size - 2)
-        self.tree_size = window + self._num_guesses * (self._ngram_size - 1)
-        if self.tree_size > MOST_IDS:
+        self._num_guesses, self.tree_size = config.lookahead_guess_set_size, _tree_size(config)
+        self._known: dict[int, Lookahead] = {}  # by id of the sequence
+
+    @staticmethod
+    def check_options(config: EngineConfig) -> None:
+        """Raises ConfigError for sizes of which no step could verify all; see hookspecs.register_drafters."""
+        size = _tree_size(config)
+        if size > MOST_IDS:
             raise ConfigError(
-                f"--drafter lookahead would have {self.tree_size} tokens verified in a step, of at most {MOST_IDS}.",
+                f"--drafter lookahead would have {size} tokens verified in a step, of at most {MOST_IDS}.",
                 "Make --lookahead-window-size, --lookahead-ngram-size or --lookahead-guess-set-size smaller.",
             )
-        self._known: dict[int, Lookahead] = {}  # by id of the sequence
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         budget = TOKENS_PER_CALL
@@ -92,6 +95,13 @@ class LookaheadDrafter:
         known.ends = known.window.plant(tree)
         known.drafted = tree.ids
         return Draft(tree.ids, min(len(guesses), MOST_EVIDENCE), parents=tree.parents)
+
+
+def _tree_size(config: EngineConfig) -> int:
+    """Of the window, whose column 0 begins with a token that is sure, and of the n-grams."""
+    num_columns, num_after_first = config.lookahead_window_size, config.lookahead_ngram_size - 1
+    window = num_columns - 1 + num_columns * (num_after_first - 1)
+    return window + config.lookahead_guess_set_size * num_after_first
 
 
 def _num_new(seq: Sequence, ids: Seq[int]) -> int:

@@ -180,10 +180,10 @@ def test_nor_does_a_rounded_kv_cache(target: Any, quant: str) -> None:
 
 
 def test_more_than_a_row_can_see_is_refused() -> None:
+    sizes = {"lookahead_window_size": 15, "lookahead_ngram_size": 5, "lookahead_guess_set_size": 15}
+    engine = EngineConfig(drafter=("lookahead",), **sizes)
     with pytest.raises(ConfigError, match="would have 119 tokens verified in a step, of at most 63"):
-        LookaheadDrafter(
-            EngineConfig(lookahead_window_size=15, lookahead_ngram_size=5, lookahead_guess_set_size=15), None
-        )
+        choose(Config(model=ModelOptions(model="nowhere"), engine=engine), load())  # before anything is looked for
     with pytest.raises(ConfigError, match="--lookahead-ngram-size"):
         EngineConfig(lookahead_ngram_size=1)
 
