@@ -210,6 +210,7 @@ class KVSpec:
     dtype: str  # torch's name: "float32", "bfloat16", "float16"
     block_size: int = 16  # tokens per block
     storage: str | None = None  # what K and V are rounded to: one of the attention's kv_storages. None: kept in dtype
+    trees: bool = False  # whether steps over it may have drafts that are trees
 
 
 @dataclass(slots=True, frozen=True)

@@ -51,7 +51,13 @@ class Assembly:
             dtype=str(self.dtype).removeprefix("torch."),
             block_size=self.config.engine.block_size,
             storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
+            trees=self.drafts_trees,
         )
+
+    @property
+    def drafts_trees(self) -> bool:
+        registry = self.plugins.registry("register_drafters")
+        return any(getattr(registry[name], "trees", False) for name in self.config.engine.drafter)
 
     @property
     def weight_bytes(self) -> int:

@@ -44,14 +44,27 @@ def rotated(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, num_owed: int, scale: float, window: int | None, chunk: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_owed: int,
+    scale: float,
+    window: int | None,
+    chunk: int | None = None,
+    tree: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Dense causal attention of the last num_owed of L tokens: q [owed, H, D], k and v [L, KV, D], in float64."""
+    """Dense causal attention of the last num_owed of L tokens: q [owed, H, D], k and v [L, KV, D], in float64.
+    `tree`: of owed tokens that are one, the positions [L] of all, and which of the owed each of them sees, bool
+    [owed, owed]."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
-    queries, keys = torch.arange(len(k) - num_owed, len(k))[:, None], torch.arange(len(k))
-    hidden = (keys > queries) | (queries - keys >= (window or len(k)))
+    keys = torch.arange(len(k)) if tree is None else tree[0]
+    queries = keys[len(k) - num_owed :, None]
+    hidden = keys > queries
+    if tree is not None:
+        hidden[:, len(k) - num_owed :] = ~tree[1]
+    hidden |= queries - keys >= (window or len(k))
     if chunk:
         hidden |= queries // chunk != keys // chunk
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)

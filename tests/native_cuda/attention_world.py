@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from native_cpu.batches import attended, ragged, rotated
 from torch import Tensor
 
 from blade import Batch, KVSpec
+from blade.engine.trees import ancestors, depths
 from blade_native import kv_codes
 from blade_native.attention import PagedAttention
 from blade_native.cuda.attention import CudaAttention, LayerKV
@@ -45,6 +46,7 @@ class World:
     kv_lens: list[int]
     block_size: int = 16
     rotary_dim: int = 0
+    trees: dict[int, list[int]] = field(default_factory=dict)  # of sequences whose owed tokens are one: Draft.parents
     batch: Batch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +68,27 @@ class World:
         batch.block_tables = self.whole.block_tables
         slots = self.whole.slots.split(self.kv_lens)
         batch.slots = torch.cat([s[len(s) - n :] for s, n in zip(slots, query_lens, strict=True)])
-        return batch
+        if not self.trees:
+            return batch
+        owed = enumerate(zip(self.kv_lens, query_lens, strict=True))
+        positions = torch.cat([self.positions(i)[length - n :] for i, (length, n) in owed])
+        seen = [ancestors(self.trees[i]) if i in self.trees else [0] * n for i, n in enumerate(query_lens)]
+        return replace(batch, positions=positions, ancestors=torch.tensor([bits for part in seen for bits in part]))
+
+    def positions(self, seq: int) -> Tensor:
+        """Of all its tokens, [L]."""
+        if seq not in self.trees:
+            return torch.arange(self.kv_lens[seq])
+        depth = torch.tensor(depths(self.trees[seq]))
+        start = self.kv_lens[seq] - len(depth)
+        return torch.cat((torch.arange(start), start + depth))
+
+    def tree(self, seq: int) -> tuple[Tensor, Tensor] | None:
+        """See `attended`."""
+        if seq not in self.trees:
+            return None
+        bits = torch.tensor(ancestors(self.trees[seq]))
+        return self.positions(seq), (bits[:, None] >> torch.arange(len(bits)) & 1).bool()
 
     def last(self, xs: list[Tensor], query_lens: list[int]) -> Tensor:
         return torch.cat([x[len(x) - n :] for x, n in zip(xs, query_lens, strict=True)])
@@ -101,11 +123,11 @@ class World:
     def want(self, query_lens: list[int], window: int | None = None, chunk: int | None = None) -> Tensor:
         """In float64 over the keys and values as the cache holds them."""
         parts = []
-        for q, k, v, n in zip(self.q, self.k, self.v, query_lens, strict=True):
-            at = torch.arange(len(k))
+        for seq, (q, k, v, n) in enumerate(zip(self.q, self.k, self.v, query_lens, strict=True)):
+            at = self.positions(seq)
             q, k = (rotated(x, self.cos_sin, at).to(self.shape.dtype) for x in (q, k))
             k, v = keys_as_stored(k, self.shape.storage), stored(v, self.shape.storage)
-            parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window, chunk))
+            parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window, chunk, self.tree(seq)))
         return torch.cat(parts)
 
 

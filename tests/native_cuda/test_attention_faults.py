@@ -32,6 +32,16 @@ def run_prefill(launcher: Launcher, source: Path) -> None:
         check(World(attention(kernels, 1), shape, (4, 1), [300, 41, 150]), [12, 40, 33], window)
 
 
+def run_trees(launcher: Launcher, source: Path) -> None:
+    """Windows within the trees; chains beside their other paths, so that positions are far behind places."""
+    kernels = AttentionKernels(Redirected(launcher, source))
+    kernels.add(SHAPES[:1], trees=True)
+    parents = [[*range(-1, 15), -1, *range(16, 46)], [-1, -1, *range(28)]]
+    trees = dict(enumerate(parents))
+    for window in (None, 6):
+        check(World(attention(kernels, 1), SHAPES[0], (2, 1), [140, 40, 60], trees=trees), [48, 31, 20], window)
+
+
 def run_store(launcher: Launcher, source: Path) -> None:
     """Some tokens on top of a past, a prompt from its start, and a sequence of one token, also without the prompt."""
     kernels = AttentionKernels(Redirected(launcher, source))
@@ -50,7 +60,7 @@ SHARED_BY_BOTH = [
         "ptx::cp_async16(to + Stage::VALUES, values + i * STEP, true);",
         "result",
     ),
-    Fault("a window off by one", "max(0, position + 1 - window)", "max(0, position - window)", "result"),
+    Fault("a window off by one", "max(0, position + 1 - reach)", "max(0, position - reach)", "result"),
     Fault("weights without the scale of values", "a = a == 0.f ? 0.f : a * factor.x;", "", "result"),
     Fault("sums not rescaled", "      l[h] *= shrink[h];\n", "", "result"),
     Fault("scores of the wrong rows", "tile & 1 : tile >> 1) * 8", "tile >> 1 : tile & 1) * 8", "result"),
@@ -62,8 +72,8 @@ DECODE = Suite(
         *SHARED_BY_BOTH,
         Fault(
             "one key too many",
-            "row < seq.num_rows ? position + 1 : 0",
-            "row < seq.num_rows ? position + 2 : 0",
+            "row < seq.num_rows ? start + query + 1 : 0",
+            "row < seq.num_rows ? start + query + 2 : 0",
             "result",
         ),
         Fault(
@@ -83,7 +93,7 @@ PREFILL = Suite(
     run_prefill,
     [
         *SHARED_BY_BOTH,
-        Fault("not causal", "to[h] = row < seq.num_rows ? position(row) + 1 : 0;", "to[h] = seq.context;", "result"),
+        Fault("not causal", "row < seq.num_rows ? start + query + 1 : 0", "seq.context", "result"),
         Fault(
             "a short ring",
             "const unsigned char* stage = shared + tile %",
@@ -112,7 +122,23 @@ STORE = Suite(
         ),
     ],
 )
+TREES = Suite(
+    SOURCES / "paged_prefill.cu",
+    run_trees,
+    [
+        Fault("a mask off by one", "key + t * 2 - start)", "key + t * 2 - start + 1)", "result"),
+        Fault("keys of all paths", "return {from, start, path};", "return plain;", "result"),
+        Fault("reach by places", "start + __popcll(path) - 1", "start + query", "result"),
+        Fault("ancestors out of reach", "position < from; ++position", "position < start; ++position", "result"),
+        Fault("bits after the last", "first >= 64 || first <= -64", "false", "undefined"),
+        Fault("rows that begin late", "in_tree ? first_position : position(row)", "position(row)", "result"),
+    ],
+)
 QUICK = ("values past the end",)
+
+
+def test_faults_in_trees_are_caught() -> None:
+    assert TREES.survivors(("a mask off by one",)) == []
 
 
 def test_faults_in_the_store_are_caught() -> None:

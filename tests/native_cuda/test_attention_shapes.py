@@ -33,9 +33,10 @@ def test_all_that_is_launched_is_checked(dtype: torch.dtype, storage: torch.dtyp
         "paged_merge.cu": 32 * MERGE_WARPS,
     }
     shared = {"paged_decode.cu": shape.decode_shared_bytes, "paged_prefill.cu": shape.prefill_shared_bytes}
-    for source, names in shape.expressions().items():
+    plain, trees = shape.expressions(), shape.expressions(trees=True)
+    for source, names in plain.items():
         declared = {check.expression: check.limits for check in checks(inline(SOURCES / source))}
-        for name in names:
+        for name in names + trees.get(source, []):
             if source == "paged_merge.cu":  # the same machine code for every storage
                 name = f"merge_chunks<{CUDA_NAMES[dtype]}, signed char, {head_dim}>"
             assert threads[source] == declared[name].threads

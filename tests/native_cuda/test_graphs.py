@@ -146,9 +146,10 @@ def test_what_is_replayed(launcher: Launcher) -> None:
     decode = world.batch(decodes(0, 1, after=0))
     mixed = world.batch(decodes(0, after=0) | {1: (0, 3)})
     without_logits = replace(decode, logits_rows=decode.logits_rows[:1])  # one of them is a chunk of a prompt
+    tree = replace(world.batch({0: (20, 22)}), ancestors=torch.tensor([1, 3]))
     too_many = replace(decode, query_lens=[1] * 5, logits_rows=torch.arange(5))
     too_long = replace(decode, block_tables=torch.zeros(2, 7, dtype=torch.int32))
-    assert [model.size_for(batch) for batch in (mixed, without_logits, too_many, too_long)] == [None] * 4
+    assert [model.size_for(batch) for batch in (mixed, without_logits, tree, too_many, too_long)] == [None] * 5
 
 
 def test_graphs_hold_our_launches_in_order(launcher: Launcher) -> None:

@@ -73,6 +73,8 @@ def test_the_example_of_the_manual(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 NEGATIVE = {
+    "an unknown base": "struct A : B { int x; };\n__global__ void f(const A a) {}",
+    "padding before a member": "struct B { long long x; int y; };\nstruct A : B { int z; };\n__global__ void f(A a) {}",
     "no struct": "__global__ void f(int* x) {}",
     "an array member": "struct A { int x[4]; };\n__global__ void f(const A a) {}",
     "a nested struct": "struct B { int x; };\nstruct A { B b; };\n__global__ void f(A a) {}",

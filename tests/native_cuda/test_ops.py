@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blade_native.cuda
-from blade import ConfigError, Float8Weight
+from blade import CaptureOptions, ConfigError, Float8Weight
 from blade.nn import dequantize
+from blade.testing import FakeModel
 from blade_native import cuda_ops, paged_attention
 from blade_native.attention import PagedAttention
 from blade_native.cuda import CudaOps, launch
@@ -104,6 +107,47 @@ def test_quantised_weights(ops: CudaOps) -> None:
     assert rows is not None
     assert torch.equal(rows(torch.tensor([3])), dequantize(weight, torch.bfloat16)[3:4])
     assert ops.embedding_of(ops.quantized_linear([weight, weight], None), torch.bfloat16) is None
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device: of these ops the default mixture has some per expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names += [name] * (name in ("nonzero", "_unique2", "index", "_local_scalar_dense", "bincount"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mixture_of_experts_waits_once_and_is_not_recorded(
+    launcher: Launcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    ops = CudaOps(Base(), launcher)
+    draw = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(5, 32, 24, generator=draw), torch.randn(5, 24, 16, generator=draw)
+    linears = [[ops.linear(weight, None) for weight in weights] for weights in (gate_up, down)]
+    x, weights = torch.randn(7, 24, generator=draw), torch.rand(7, 3, generator=draw)
+    ids = torch.rand(7, 4, generator=draw).argsort(1)[:, :3]  # the last expert is never chosen
+    experts, default = ops.experts(*linears), TorchOps().experts(*linears)
+    with Waits() as waits:
+        found = experts(x, ids, weights)
+    assert not waits.names
+    with Waits() as waits:
+        torch.testing.assert_close(found, default(x, ids, weights))
+    assert "nonzero" in waits.names
+    assert experts(x[:0], ids[:0], weights[:0]).shape == (0, 24)
+    alone = [
+        default(x * share, one, torch.ones(7, 1))
+        for share, one in zip(weights.split(1, 1), ids.split(1, 1), strict=True)
+    ]
+    torch.testing.assert_close(experts(x, ids, weights, weigh_input=True), sum(alone))
+    options = CaptureOptions(batch_sizes=(1,), max_context=16)
+    with caplog.at_level(logging.WARNING):
+        ops.capture(FakeModel(), [], options)
+    assert "which experts are chosen" in caplog.text
 
 
 def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:

@@ -32,6 +32,18 @@ struct AttentionArgs {
   float scale_log2;           // of the scores, times LOG2E
 };
 
+// Of a step with drafts that are trees (Miao et al. 2024, "SpecInfer"). In a type of its own: more than 128 bytes of
+// arguments would change the machine code of all other steps.
+template <class T, class S>
+struct TreeArgs : AttentionArgs<T, S> {
+  const long long* ancestors;  // [T]: which of the tokens of its sequence's step a token sees, bit i the i-th; its own
+                               // is the highest. 0: a token of no tree
+};
+template <class Args>
+constexpr bool TREES = false;
+template <class T, class S>
+constexpr bool TREES<TreeArgs<T, S>> = true;
+
 // One sequence of the batch: where its tokens lie, and how its keys [begin, context) are cut.
 struct Sequence {
   int first_token, num_queries, num_rows, context, begin, chunk, num_chunks;
@@ -56,6 +68,28 @@ __device__ __forceinline__ Sequence find_sequence(const Args& args, int index) {
   while (seq.chunk * MAX_CHUNKS < num_keys) seq.chunk *= 2;
   seq.num_chunks = (num_keys + seq.chunk - 1) / seq.chunk;
   return seq;
+}
+
+// What a row sees: keys [from, to), and in a tree those of the step's own keys whose bits are set in `path`. There a key
+// lies where its turn in the step puts it, at its position or behind. Windows and chunks go by positions, and a token's
+// follows from the number of its ancestors, which come in their order.
+struct Sight {
+  int from, to;
+  unsigned long long path;
+};
+
+template <class Args>
+__device__ __forceinline__ Sight find_sight(const Args& args, const Sequence& seq, int row) {
+  const int start = seq.context - seq.num_queries, query = row / args.group;
+  const Sight plain = {first_key(start + query, args.reach), row < seq.num_rows ? start + query + 1 : 0, 0};
+  if constexpr (TREES<Args>) {
+    unsigned long long path = row < seq.num_rows ? args.ancestors[seq.first_token + query] : 0;
+    if (path == 0) return plain;
+    const int from = first_key(start + __popcll(path) - 1, args.reach);
+    for (int position = start; position < from; ++position) path &= path - 1;
+    return {from, start, path};
+  }
+  return plain;
 }
 
 // Index of (token, head, chunk) among the partial results.

@@ -18,6 +18,7 @@ from blade_native.cuda.attention_kernels import (
     SPLIT_ROWS,
     STORAGE,
     STORE_WARPS,
+    Attending,
     AttentionKernels,
     Shape,
 )
@@ -60,6 +61,9 @@ class LayerKV:
         self.spec, self.shape = spec, shape
         self.group = spec.num_heads // spec.num_kv_heads
         self.kernels = kernels.get(shape)
+        self.all_kernels = kernels
+        if spec.trees:
+            kernels.trees(shape)
         device, rows = kernels.launcher.device, (num_blocks, 2, spec.num_kv_heads, spec.block_size)
         num_bytes = spec.head_dim * shape.storage.itemsize
         self.kv = torch.zeros((*rows, num_bytes), dtype=torch.uint8, device=device).view(shape.storage)
@@ -69,6 +73,10 @@ class LayerKV:
         self.origins = origins if shape.related else None
         self.origin_scales = torch.zeros(firsts, device=device) if self.scales is not None else None
 
+    def attending(self, trees: bool) -> Attending:
+        """Those for trees are compiled now where the spec did not announce them."""
+        return self.all_kernels.trees(self.shape) if trees else self.kernels.attending
+
 
 class CudaAttention:
     """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes are allocated and
@@ -76,9 +84,10 @@ class CudaAttention:
 
     A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
     step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
+    Steps with trees of drafts have kernels of their own, which other steps know nothing of.
     """
 
-    capturable = chunked = True
+    capturable = chunked = trees = True
     kv_storages = tuple(STORAGE)
 
     def __init__(self, base: Attention, kernels: AttentionKernels, num_sms: int | None = None) -> None:
@@ -188,6 +197,9 @@ class CudaAttention:
             "scale_log2": scale * LOG2E,
         }
         _launch(layer_kv, plan, split, simt_rows, arguments)
+        if split.max_chunks > 1:
+            grid = (-(-spec.num_heads // MERGE_WARPS), plan.num_seqs)
+            layer_kv.kernels.merge(grid, (32 * MERGE_WARPS,), **arguments)
         return out
 
     def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:
@@ -197,7 +209,10 @@ class CudaAttention:
 
 
 def _launch(layer_kv: LayerKV, plan: Plan, split: Split, simt_rows: int, arguments: dict[str, Any]) -> None:
-    kernels, num_kv_heads = layer_kv.kernels, layer_kv.spec.num_kv_heads
+    ancestors, num_kv_heads = plan.batch.ancestors, layer_kv.spec.num_kv_heads
+    kernels = layer_kv.attending(ancestors is not None)
+    if ancestors is not None:
+        arguments = {**arguments, "ancestors": ancestors}
     if kernels.decode and plan.any_short:
         block = (32 * layer_kv.shape.decode_ring[0],)
         kernels.decode((split.grid, num_kv_heads, plan.num_seqs), block, **arguments)
@@ -207,8 +222,6 @@ def _launch(layer_kv: LayerKV, plan: Plan, split: Split, simt_rows: int, argumen
     if kernels.simt and plan.max_rows:
         grid = (plan.num_seqs * arguments["num_tiles"], num_kv_heads, split.grid)
         kernels.simt[simt_rows](grid, (32 * SIMT_WARPS,), **arguments)
-    if split.max_chunks > 1:
-        kernels.merge((-(-layer_kv.spec.num_heads // MERGE_WARPS), plan.num_seqs), (32 * MERGE_WARPS,), **arguments)
 
 
 def _simt_rows(plan: Plan, group: int) -> int:

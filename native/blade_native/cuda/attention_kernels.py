@@ -71,30 +71,42 @@ class Shape:
         warps, keys, stages = self.prefill_ring
         return self.shared_bytes(warps, stages * self.stage_bytes(keys))
 
-    def expressions(self) -> dict[str, list[str]]:
-        """Source -> the kernels this shape takes from it."""
-        named = {"kv_store.cu": [f"rope_and_store<{self.types}>"], "paged_merge.cu": [f"merge_chunks<{self.types}>"]}
+    def expressions(self, trees: bool = False) -> dict[str, list[str]]:
+        """Source -> the kernels this shape takes from it; with `trees` those that steps with trees attend with."""
+        suffix = "_trees" if trees else ""
         if self.tensor_cores:
-            named["paged_decode.cu"] = [f"paged_decode<{self.types}>"]
-            named["paged_prefill.cu"] = [f"paged_prefill<{self.types}>"]
+            named = {f"paged_{kind}.cu": [f"paged_{kind}{suffix}<{self.types}>"] for kind in ("decode", "prefill")}
         else:
-            named["paged_simt.cu"] = [f"paged_simt<{self.types}, {rows}>" for rows in SIMT_ROWS]
+            named = {"paged_simt.cu": [f"paged_simt{suffix}<{self.types}, {rows}>" for rows in SIMT_ROWS]}
+        if not trees:
+            named["kv_store.cu"] = [f"rope_and_store<{self.types}>"]
+            named["paged_merge.cu"] = [f"merge_chunks<{self.types}>"]
         return named
 
 
-class ShapeKernels:
-    """The kernels of one shape."""
+class Attending:
+    """The kernels that steps of one shape attend with: those with trees of drafts, or the others."""
 
-    def __init__(self, shape: Shape, modules: dict[str, Module]) -> None:
+    def __init__(self, shape: Shape, modules: dict[str, Module], trees: bool) -> None:
         def named(source: str, shared_bytes: int = 0) -> list[Kernel]:
-            names = shape.expressions().get(source, [])
+            names = shape.expressions(trees).get(source, [])
             return [modules[source].kernel(name, shared_bytes) for name in names]
 
-        (self.store,) = named("kv_store.cu")
-        (self.merge,) = named("paged_merge.cu")
         self.decode = next(iter(named("paged_decode.cu", shape.decode_shared_bytes)), None)
         self.prefill = next(iter(named("paged_prefill.cu", shape.prefill_shared_bytes)), None)
         self.simt = dict(zip(SIMT_ROWS, named("paged_simt.cu"), strict=False))
+
+
+class ShapeKernels:
+    """The kernels of one shape, but for those that only steps with trees need."""
+
+    def __init__(self, shape: Shape, modules: dict[str, Module]) -> None:
+        def named(source: str) -> Kernel:
+            (name,) = shape.expressions()[source]
+            return modules[source].kernel(name)
+
+        self.store, self.merge = named("kv_store.cu"), named("paged_merge.cu")
+        self.attending = Attending(shape, modules, trees=False)
 
 
 class AttentionKernels:
@@ -102,15 +114,16 @@ class AttentionKernels:
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
-        self._modules: dict[Shape, dict[str, Module]] = {}
+        self._modules: dict[tuple[Shape, bool], dict[str, Module]] = {}
         self._ready: dict[Shape, ShapeKernels] = {}
+        self._trees: dict[Shape, Attending] = {}
 
-    def add(self, shapes: Iterable[Shape]) -> None:
+    def add(self, shapes: Iterable[Shape], trees: bool = False) -> None:
         """Announce shapes, which are compiled when they are first asked for (by the emulator's double at once)."""
-        new = [shape for shape in dict.fromkeys(shapes) if shape not in self._modules]
+        new = [(shape, trees) for shape in dict.fromkeys(shapes) if (shape, trees) not in self._modules]
         wanted: dict[str, list[str]] = {}
-        for shape in new:
-            for source, names in shape.expressions().items():
+        for shape, _ in new:
+            for source, names in shape.expressions(trees).items():
                 wanted.setdefault(source, []).extend(names)
         modules = {source: self.launcher.load(source, names) for source, names in wanted.items()}
         self._modules.update(dict.fromkeys(new, modules))
@@ -119,5 +132,12 @@ class AttentionKernels:
         """Compiles where that has not been done: call it while loading."""
         if shape not in self._ready:
             self.add([shape])
-            self._ready[shape] = ShapeKernels(shape, self._modules[shape])
+            self._ready[shape] = ShapeKernels(shape, self._modules[shape, False])
         return self._ready[shape]
+
+    def trees(self, shape: Shape) -> Attending:
+        """As `get`, for steps with trees."""
+        if shape not in self._trees:
+            self.add([shape], trees=True)
+            self._trees[shape] = Attending(shape, self._modules[shape, True], trees=True)
+        return self._trees[shape]

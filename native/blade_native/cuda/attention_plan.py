@@ -35,6 +35,8 @@ class Plan:
         check("cu_seqlens", batch.cu_seqlens, torch.int32, (self.num_seqs + 1,))
         check("context_lens", batch.context_lens, torch.int32, (self.num_seqs,))
         check("block_tables", batch.block_tables, torch.int32, (self.num_seqs, self.table_stride))
+        if batch.ancestors is not None:
+            check("ancestors", batch.ancestors, torch.int64, (self.num_tokens,))
         self._blocks_wanted = BLOCKS_PER_SM * num_sms
         self._num_kv_heads = num_kv_heads
         self._splits: dict[int, Split] = {}

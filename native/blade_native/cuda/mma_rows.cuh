@@ -95,12 +95,14 @@ struct MmaRows {
     return BYTES ? j / 2 * 16 + 4 * t + 2 * (i & 1) + (j & 1) : j * 8 + 2 * t + (i & 1);
   }
 
-  // Attend to the stage's keys, the first of which has position key. If masked, row h sees [from[h], to[h]) alone.
-  __device__ __forceinline__ void attend(const unsigned char* stage, int key, bool masked, const int (&from)[2],
-                                         const int (&to)[2], float scale) {
+  // Attend to the stage's keys, the first of which is `key`. If masked, row h sees what sights[h] says; the first key
+  // of the step is `start`.
+  template <bool WITH_TREES>
+  __device__ __forceinline__ void attend(const unsigned char* stage, int key, bool masked, const Sight (&sights)[2],
+                                         int start, float scale) {
     float s[SCORES][4] = {};
     add_scores(stage, s);
-    if (masked) mask(key, from, to, s);
+    if (masked) mask<WITH_TREES>(key, sights, start, s);
     float top[2] = {m[0], m[1]}, base[2], shrink[2];
 #pragma unroll
     for (int j = 0; j < SCORES; ++j)
@@ -124,15 +126,25 @@ struct MmaRows {
     add_values(stage, s, base, scale);
   }
 
-  __device__ __forceinline__ void mask(int key, const int (&from)[2], const int (&to)[2],
-                                       float (&s)[SCORES][4]) const {
+  template <bool WITH_TREES>
+  __device__ __forceinline__ void mask(int key, const Sight (&sights)[2], int start, float (&s)[SCORES][4]) const {
+    unsigned long long seen[2] = {};  // of the keys from the lane's first on
+    if constexpr (WITH_TREES)
+      for (int h = 0; h < 2; ++h) seen[h] = bits_from(sights[h].path, key + t * 2 - start);
 #pragma unroll
     for (int j = 0; j < SCORES; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = key + j * 8 + t * 2 + (i & 1);
-        if (at < from[i >> 1] || at >= to[i >> 1]) s[j][i] = NEG_INF;
+        const bool before = at < sights[i >> 1].to || (WITH_TREES && seen[i >> 1] >> (j * 8 + (i & 1)) & 1);
+        if (at < sights[i >> 1].from || !before) s[j][i] = NEG_INF;
       }
+  }
+
+  // The bits from bit `first` on; there are 0s on either side of the 64.
+  static __device__ __forceinline__ unsigned long long bits_from(unsigned long long bits, int first) {
+    if (first >= 64 || first <= -64) return 0;
+    return first >= 0 ? bits >> first : bits << -first;
   }
 
   // s += q k^T, times the keys' scales

@@ -12,6 +12,7 @@ import torch
 
 from blade.nn import dequantize
 from blade_native.cuda import packing
+from blade_native.cuda.experts import SortedExperts
 from blade_native.cuda.linear import DTYPES, DenseLinear, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade import Batch, CaptureOptions, KVCache, QuantizedWeight
-    from blade.contracts import Linear, Model
+    from blade.contracts import Experts, Linear, Model
     from blade_native.cuda.launch import Launcher
     from blade_native.cuda.packing import Format, Packed
 
@@ -46,6 +47,7 @@ class CudaOps(TorchOps):
         self._refused: set[Format] = set()
         self._select: SelectKernels | None = None
         self._delta: dict[tuple[torch.dtype, int], DeltaKernels] = {}
+        self._waits = False  # whether a layer was made that waits for the device
 
     def default_dtype(self) -> torch.dtype:
         return self.base.default_dtype()
@@ -104,6 +106,10 @@ class CudaOps(TorchOps):
             return partial(linear.rows, dtype=dtype) if len(linear.parts) == 1 else None
         return super().embedding_of(linear, dtype)
 
+    def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
+        self._waits = True
+        return SortedExperts(self.silu_mul, gate_up, down)
+
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids, values, log_sum = self.peaks(logits)
         return values + (log_sum - log_sum), ids  # not finite where the sum is not
@@ -130,11 +136,14 @@ class CudaOps(TorchOps):
 
     def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
         """CUDA graphs of decode steps, recorded at once; only our own attention goes by the lengths on the device, as a
-        replay has to."""
+        replay has to. What waits for the device cannot be recorded."""
         from blade_native.cuda.attention import LayerKV
         from blade_native.cuda.graphs import CudaRecorder, GraphedForward
 
         if not options.enabled or not options.batch_sizes:
+            return super().capture(model, kv, options)
+        if self._waits:
+            log.warning("Steps run kernel by kernel: which experts are chosen is asked for in each layer.")
             return super().capture(model, kv, options)
         if self.device.type != "cuda" or not all(isinstance(layer, LayerKV) for layer in kv):
             log.warning("Steps run kernel by kernel: the attention kernels do not cover this model's KV cache.")

@@ -9,15 +9,14 @@ struct DecodeRing {
 
 // grid (any number, KV, B), block (32 * WARPS). Every warp copies tiles of 16 keys of its own into its own ring of
 // STAGES tiles, so nothing in the loop waits for another warp.
-// check: paged_decode<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 69632 | blocks 2 | blocks@86,89,120 1
-// check: paged_decode<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 69632 | blocks 2 | blocks@86,89,120 1
-// check: paged_decode<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 37888 | blocks 2
-// check: paged_decode<__nv_bfloat16, __nv_bfloat16, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
-// check: paged_decode<__half, __half, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
-// check: paged_decode<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 64 | registers 255 | shared 51712 | blocks 3 | blocks@86,89,120 1
-template <class T, class S, int D>
-__global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
-    paged_decode(const AttentionArgs<T, S> args) {
+// check: paged_decode{, _trees}<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_decode{_trees, }<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_decode{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 37888 | blocks 2
+// check: paged_decode{, _trees}<__nv_bfloat16, __nv_bfloat16, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
+// check: paged_decode{_trees, }<__half, __half, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
+// check: paged_decode{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 64 | registers 255 | shared 51712 | blocks 3 | blocks@86,89,120 1
+template <class T, class S, int D, class Args>
+__device__ __forceinline__ void decode(const Args& args) {
   using Rows = MmaRows<T, S, D, 16>;
   constexpr int WARPS = DecodeRing<D>::WARPS, STAGES = DecodeRing<D>::STAGES;
   constexpr int STAGE = Rows::Stage::BYTES, STEP = WARPS * 16;
@@ -35,13 +34,7 @@ __global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
   rows.load_q(args, seq, kv_head, 0, reinterpret_cast<uint4*>(park));
   const int* table = args.block_tables + static_cast<long long>(blockIdx.z) * args.table_stride;
   const int first_position = seq.context - seq.num_queries;
-  int from[2], to[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = rows.g + h * 8, position = first_position + row / args.group;
-    from[h] = first_key(position, args.reach);
-    to[h] = row < seq.num_rows ? position + 1 : 0;
-  }
+  const Sight sights[2] = {find_sight(args, seq, rows.g), find_sight(args, seq, rows.g + 8)};
   const int seen_by_all = first_position + 1, hidden_from_some = first_key(seq.context - 1, args.reach);
 
   for (int chunk = blockIdx.x; chunk < seq.num_chunks; chunk += gridDim.x) {
@@ -63,7 +56,7 @@ __global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
       const unsigned char* stage = ring + tile % STAGES * STAGE;
       const int first = begin + tile * STEP + warp * 16;
       const bool masked = first < hidden_from_some || first + 16 > seen_by_all;
-      rows.attend(stage, first, masked, from, to, args.scale_log2);
+      rows.template attend<TREES<Args>>(stage, first, masked, sights, first_position, args.scale_log2);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // the rings become the results
@@ -73,4 +66,16 @@ __global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
                              WARPS * 32);
     __syncthreads();  // and rings again
   }
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
+    paged_decode(const AttentionArgs<T, S> args) {
+  decode<T, S, D>(args);
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(DecodeRing<D>::WARPS * 32, D > 128 ? 4 : 3)
+    paged_decode_trees(const TreeArgs<T, S> args) {
+  decode<T, S, D>(args);
 }

@@ -11,14 +11,14 @@ struct PrefillRing {
 // grid (num_items, KV, any number), block (32 * WARPS): 16 rows a warp, whose keys the block shares in a ring of STAGES
 // stages of KEYS. Items name a sequence and which 16 * WARPS of its rows; the last ones have the most keys: they come
 // first, so that no long item starts late.
-// check: paged_prefill<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
-// check: paged_prefill<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
-// check: paged_prefill<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
-// check: paged_prefill<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
-// check: paged_prefill<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
-// check: paged_prefill<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
-template <class T, class S, int D>
-__global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefill(const AttentionArgs<T, S> args) {
+// check: paged_prefill{, _trees}<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_prefill{_trees, }<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
+// check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
+// check: paged_prefill{, _trees}<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill{_trees, }<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+template <class T, class S, int D, class Args>
+__device__ __forceinline__ void prefill(const Args& args) {
   constexpr int WARPS = PrefillRing<S, D>::WARPS, KEYS = PrefillRing<S, D>::KEYS, STAGES = PrefillRing<S, D>::STAGES;
   using Rows = MmaRows<T, S, D, KEYS>;
   constexpr int STAGE = Rows::Stage::BYTES, SHARE = KEYS / WARPS;  // tokens that a warp copies
@@ -40,18 +40,15 @@ __global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefil
   const int* table = args.block_tables + static_cast<long long>(seq_index) * args.table_stride;
   const int first_position = seq.context - seq.num_queries;
   auto position = [&](int row) { return first_position + min(row, seq.num_rows - 1) / args.group; };
-  int from[2], to[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = first_row + rows.g + h * 8;
-    from[h] = first_key(position(row), args.reach);
-    to[h] = row < seq.num_rows ? position(row) + 1 : 0;
-  }
+  const Sight sights[2] = {find_sight(args, seq, first_row + rows.g), find_sight(args, seq, first_row + rows.g + 8)};
+  bool in_tree = false;  // then any row's position may be as low as that of the step's first token
+  if constexpr (TREES<Args>) in_tree = args.ancestors[seq.first_token + seq.num_queries - 1] != 0;
+  auto lowest = [&](int row) { return in_tree ? first_position : position(row); };
   // Keys seen by the block's rows, by any of the warp's, by all of the warp's.
-  const int block_from = first_key(position(block_row), args.reach) & ~15;
+  const int block_from = first_key(lowest(block_row), args.reach) & ~15;
   const int block_to = position(block_row + WARPS * 16 - 1) + 1;
-  const int any_from = first_key(position(first_row), args.reach), any_to = position(first_row + 15) + 1;
-  const int all_from = first_key(position(first_row + 15), args.reach), all_to = position(first_row) + 1;
+  const int any_from = first_key(lowest(first_row), args.reach), any_to = position(first_row + 15) + 1;
+  const int all_from = first_key(position(first_row + 15), args.reach), all_to = lowest(first_row) + 1;
   const int num_rows = min(16, seq.num_rows - first_row);  // maybe none
 
   for (int chunk = blockIdx.z; chunk < seq.num_chunks; chunk += gridDim.z) {
@@ -77,7 +74,7 @@ __global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefil
       const int first = begin + tile * KEYS;
       if (first >= any_to || first + KEYS <= any_from || num_rows <= 0) continue;
       const bool masked = first < all_from || first + KEYS > min(all_to, end);
-      rows.attend(stage, first, masked, from, to, args.scale_log2);
+      rows.template attend<TREES<Args>>(stage, first, masked, sights, first_position, args.scale_log2);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // the ring becomes the results
@@ -86,4 +83,14 @@ __global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefil
     write_rows<D, 1, 16>(args, seq_index, seq, kv_head, chunk, first_row, num_rows, result, sums, threadIdx.x % 32, 32);
     __syncthreads();  // and a ring again
   }
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefill(const AttentionArgs<T, S> args) {
+  prefill<T, S, D>(args);
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(PrefillRing<S, D>::WARPS * 32, 2) paged_prefill_trees(const TreeArgs<T, S> args) {
+  prefill<T, S, D>(args);
 }

@@ -52,10 +52,10 @@ struct SimtRows {
 };
 
 // grid (B * num_tiles, KV, any number), block (32 * SIMT_WARPS). A warp reads 32 / LANES tokens at once.
-// check: paged_simt<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
-// check: paged_simt<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
-template <class T, class S, int D, int ROWS>
-__global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(const AttentionArgs<T, S> args) {
+// check: paged_simt{, _trees}<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
+// check: paged_simt{_trees, }<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
+template <class T, class S, int D, int ROWS, class Args>
+__device__ __forceinline__ void attend(const Args& args) {
   constexpr int LANES = D / 4 <= 16 ? 16 : 32, PER = (D / 4 + LANES - 1) / LANES, TOKENS = 32 / LANES;
   constexpr int PARTS = SIMT_WARPS * TOKENS, STEP = PARTS, AHEAD = 4 / PER;
   __shared__ __align__(16) float shared_o[PARTS * ROWS * (D + 8)];
@@ -69,8 +69,10 @@ __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(c
   const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
 
   SimtRows<ROWS, PER, LANES> rows;
+  Sight sights[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
+    sights[r] = find_sight(args, seq, first_row + r);
     const int row = min(first_row + r, seq.num_rows - 1);
     const long long token = seq.first_token + row / args.group;
     const T* head = args.q + token * args.q_stride + (kv_head * args.group + row % args.group) * D;
@@ -113,8 +115,12 @@ __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(c
         unsigned seen = 0;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const int position = first_position + (first_row + r) / args.group;
-          seen |= unsigned(key < end && key <= position && key >= first_key(position, args.reach)) << r;
+          bool before = key < sights[r].to;
+          if constexpr (TREES<Args>) {
+            const int place = key - first_position;
+            before = before || (place >= 0 && place < 64 && sights[r].path >> place & 1);
+          }
+          seen |= unsigned(key < end && key >= sights[r].from && before) << r;
         }
         rows.attend(k[a], v[a], seen, args.scale_log2);
       }
@@ -133,4 +139,14 @@ __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(c
                                SIMT_WARPS * 32);
     __syncthreads();  // before the next chunk overwrites them
   }
+}
+
+template <class T, class S, int D, int ROWS>
+__global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(const AttentionArgs<T, S> args) {
+  attend<T, S, D, ROWS>(args);
+}
+
+template <class T, class S, int D, int ROWS>
+__global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt_trees(const TreeArgs<T, S> args) {
+  attend<T, S, D, ROWS>(args);
 }

@@ -9,7 +9,7 @@ A kernel takes one argument, a struct by value, so that a launch packs one buffe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import numpy as np
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[^\n]*$', re.MULTILINE)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-STRUCT = re.compile(r"\bstruct\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?(\w+)\s*\{([^{}]*)\}\s*;")
+STRUCT = re.compile(
+    r"\bstruct\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?(\w+)\s*(?::\s*(\w+)\s*(?:<[^<>]*>)?\s*)?\{([^{}]*)\}\s*;"
+)
 PARENTHESES = r"\((?:[^()]|\([^()]*\))*\)"
 KERNEL = re.compile(
     r"(?:template\s*<(?P<template>[^<>]*)>\s*)?(?:extern\s*\"C\"\s*)?__global__\s+void\s+"
@@ -84,18 +86,25 @@ def _inlined(path: Path, done: set[Path]) -> Iterator[str]:
 def kernels(source: str) -> dict[str, Signature]:
     """The kernels of a source by name. Raises SourceError for one whose arguments are not a struct of plain members."""
     text = COMMENT.sub(" ", source)
-    structs = dict(STRUCT.findall(text))
+    structs = {name: (base, body) for name, base, body in STRUCT.findall(text)}
     found = {}
     for match in KERNEL.finditer(text):
         parameter = PARAMETER.fullmatch(match["parameters"])
         if parameter is None or parameter[1] not in structs:
             raise SourceError(f"kernel {match['name']} has to take one struct by value, defined in the same source")
         names = tuple(part.split("=")[0].split()[-1] for part in (match["template"] or "").split(",") if part.strip())
-        found[match["name"]] = Signature(match["name"], names, tuple(_fields(parameter[1], structs[parameter[1]])))
+        found[match["name"]] = Signature(match["name"], names, tuple(_fields(parameter[1], structs)))
     return found
 
 
-def _fields(struct: str, body: str) -> Iterator[Field]:
+def _fields(struct: str, structs: Mapping[str, tuple[str, str]]) -> Iterator[Field]:
+    base, body = structs[struct]
+    if base:
+        if base not in structs:
+            raise SourceError(f"struct {struct}: its base {base} is not defined in the same source")
+        inherited = list(_fields(base, structs))
+        _refuse_padding(struct, base, inherited)
+        yield from inherited
     for statement in filter(None, (part.strip() for part in body.split(";"))):
         member = MEMBER.fullmatch(statement)
         if member is None:
@@ -112,6 +121,14 @@ def _fields(struct: str, body: str) -> Iterator[Field]:
             else:
                 raise SourceError(f"struct {struct}: {match[2]} is a {base}, not one of {', '.join(SCALARS)}")
             stars = "" if match[1] else stars
+
+
+def _refuse_padding(struct: str, base: str, fields: Sequence[Field]) -> None:
+    """Compilers differ in whether members of a struct go where its base has padding at its end."""
+    layout = np.dtype([(field.name, field.dtype) for field in fields], align=True)
+    last = layout.fields[fields[-1].name] if fields and layout.fields else None
+    if last is None or last[1] + last[0].itemsize != layout.itemsize:
+        raise SourceError(f"struct {struct}: its base {base} is empty or ends in padding")
 
 
 def template_arguments(expression: str) -> tuple[str, Sequence[str]]:
