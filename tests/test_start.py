@@ -18,6 +18,7 @@ from blade import logs
 from blade.cli import main
 
 Blade = Callable[..., CompletedProcess[str]]
+ADAPTER = Path(__file__).parent / "lora" / "fixtures" / "dora"  # of a model of another width
 
 
 @pytest.fixture
@@ -133,6 +134,7 @@ def test_a_dry_run_is_told_what_a_start_would_be(
     for options, words in (
         (("--model", str(folder)), "m holds no tokenizer.json"),
         (("--model", str(tiny_llama), "--lora", f"x={folder}"), "m has no adapter_config.json"),
+        (("--model", str(tiny_llama), "--lora", f"x={ADAPTER}"), "has a (32, 32) update of model.layers.0"),
     ):
         with pytest.raises(SystemExit):
             main(["serve", *options, "--dry-run"])

@@ -58,10 +58,11 @@ class AdapterTable:
         """Raises CheckpointError, for a name that is taken or odd too."""
         if self._read is None:
             raise CheckpointError("The model was loaded without adapters.", "Start with --lora or --lora-dir.")
-        if not _NAME.fullmatch(name) or name == self._model_name or name in self._adapters:
-            raise CheckpointError(
-                f"An adapter cannot be named {name!r}.", "Take letters, digits and . : / _ - for a name that is free."
-            )
+        if name == self._model_name or name in self._adapters:
+            what = "the model" if name == self._model_name else "an adapter"
+            raise CheckpointError(f"The name {name!r} is taken by {what}.", "Choose another one.")
+        if not _NAME.fullmatch(name):
+            raise CheckpointError(f"An adapter cannot be named {name!r}.", "Take letters, digits and . : / _ - for it.")
         self._adapters[name] = self._read(name, folder)
 
     def unload(self, name: str) -> None:

@@ -94,7 +94,7 @@ def test_loading_and_unloading(client: Client) -> None:
         ({"lora_name": "x", "lora_path": "/etc"}, "there is no folder '/etc' in --lora-dir"),
         ({"lora_name": "x", "lora_path": "three"}, "there is no folder 'three' in --lora-dir"),
         ({"lora_name": "x", "lora_path": "empty"}, "empty has no adapter_config.json"),
-        ({"lora_name": "first", "lora_path": "two"}, "An adapter cannot be named 'first'"),
+        ({"lora_name": "first", "lora_path": "two"}, "The name 'first' is taken by an adapter. Choose another one."),
         ({"lora_name": "a b", "lora_path": "two"}, "An adapter cannot be named 'a b'"),
         ({"lora_name": "x"}, "lora_path: Field required"),
         ({"lora_name": 1, "lora_path": "two"}, "lora_name: Input should be a valid string"),
