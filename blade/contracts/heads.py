@@ -55,8 +55,8 @@ class HiddenReader(Drafter, Protocol):
         drafts, which are output only after this call. It is the runner that calls, in its own process and thread.
 
         hidden [T, len(hidden_states) * hidden_size] is overwritten by the next step. Positions may come again, with the
-        same tokens (a preempted sequence), and a sequence may begin late (its prefix was cached: nobody computed
-        it)."""
+        same tokens (a preempted sequence), and a sequence may begin late (its prefix was cached: nobody computed it; or
+        reading did not pay, until a draft was asked for)."""
         ...
 
 
@@ -102,16 +102,12 @@ class HeadRunner(Protocol):
 
     hidden_states: Seq[int]
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """As Head.enter."""
+    def run(self, step: Step, hidden: Seq[Tensor]) -> None:
+        """Compute the step's places: its sequences' tokens are those *after* the `hidden` states, which are given in
+        parts, [T, len(hidden_states) * hidden_size] all together."""
         ...
 
-    def run(self, step: Step, states: Seq[Tensor]) -> None:
-        """Compute the step's places: its sequences' tokens are those *after* the `states`, which are given in parts,
-        [T, width] all together."""
-        ...
-
-    def draft(self, step: Step, states: Seq[Tensor], texts: Seq[Sequence], limits: Seq[int]) -> list[list[int]]:
+    def draft(self, step: Step, hidden: Seq[Tensor], texts: Seq[Sequence], limits: Seq[int]) -> list[list[int]]:
         """The same, and go on from the states that are left and what is drawn: limits[i] ids that may follow texts[i],
         whose tokens end where those of the step's i-th sequence do. All else is as DraftRunner.draft has it."""
         ...

@@ -18,7 +18,7 @@ CHEAP = 0.05  # of a step: a drafter that takes no more for all sequences is ask
 PRIOR_CHEAP, PRIOR_PAID = 0.2, 0.75  # chances believed in at first: what is not cheap is never tried without hope
 FORESIGHT = 256  # tokens that a sequence is expected to go on for at most
 READING = 0.01  # of the time that a sequence takes by itself, for a cheap drafter to read its prompt
-PROBE_SHARE, PROBE_TOKENS = 0.015, 2  # of the time, spent on asking a drafter that did not pay, for so few tokens
+PROBE_SHARE, PROBE_TOKENS = 0.01, 2  # of the time, spent on asking a drafter that did not pay, for so few tokens
 
 Asked = list[tuple["Sequence", int]]  # with the most tokens to draft
 

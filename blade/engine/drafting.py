@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from blade.engine.reading import Reading
 from blade.engine.trees import MOST_IDS, ROOT, tree_of
 from blade.types import Draft, DrafterStats, Sampled
 
@@ -51,6 +52,7 @@ class GuardedDrafter:
     def __init__(self, name: str, drafter: Drafter, vocab_size: int) -> None:
         self.name = name
         self.price = Price()
+        self.reading = Reading()
         self._counts: defaultdict[str, Any] = defaultdict(int)  # by the names of DrafterStats
         self._drafter: Drafter | None = drafter
         self._num_seen: dict[int, int] = {}  # by id of the sequence: its tokens at the last call
@@ -83,16 +85,20 @@ class GuardedDrafter:
         return getattr(self._drafter, "hidden_states", ())
 
     def observe(self, seqs: Seq[Sequence], spans: Seq[range], rows: Seq[int], hidden: Tensor) -> None:
-        """As contracts.HiddenReader."""
-        if self._drafter is None:
+        """As contracts.HiddenReader, of those of all sequences of a step that it is shown."""
+        shown = self.reading.chosen(seqs)
+        if self._drafter is None or not shown:
             return
         started = time.perf_counter()
         try:
-            self._drafter.observe(seqs, spans, rows, hidden)  # type: ignore[attr-defined]
+            parts = ([items[i] for i in shown] for items in (seqs, spans, rows))
+            self._drafter.observe(*parts, hidden)  # type: ignore[attr-defined]
         except Exception:
             log.exception("the drafter %r failed to read hidden states; it is off from now on", self.name)
             self._drafter = None
-        self._count(seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.reading.spend(seconds)
+        self._count(seconds=seconds)
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         """One draft per sequence; empty ones from a drafter that has failed, which is never asked again."""
@@ -108,7 +114,9 @@ class GuardedDrafter:
         seconds = time.perf_counter() - started
         asked = [seq for seq, limit in zip(seqs, limits, strict=True) if limit]
         depth, num_new = max(len(draft.ids) for draft in drafts), sum(map(self.num_new, asked))
-        self.price.learn(seconds, len(asked), depth, num_new)
+        if depth or not self.hidden_states:  # without these it had nothing to go on from, which says nothing of a price
+            self.price.learn(seconds, len(asked), depth, num_new)
+        self.reading.ask(asked)
         self._num_seen |= {seq.id: seq.num_tokens for seq in asked}
         self._count(calls=1, seconds=seconds, tokens_proposed=sum(len(draft.ids) for draft in drafts))
         return drafts
@@ -133,6 +141,7 @@ class GuardedDrafter:
 
     def forget(self, seq: Sequence) -> None:
         self._num_seen.pop(seq.id, None)
+        self.reading.forget(seq)
         if self._drafter is not None:
             try:
                 self._drafter.forget(seq)

@@ -2,9 +2,10 @@
 (EAGLE, Li et al. 2024; multi-token prediction, Gloeckle et al. 2024).
 
 A head has one place for each token but the first of a sequence, where it is given the hidden state of the token before
-(see contracts.Head), and KV of its own for each. Places are computed when their hidden states have come: those of
-prompts at once, those of single tokens when a draft is asked for or enough of them wait. What the head guessed itself
-is computed anew once the model's own states are there.
+(see contracts.Head), and KV of its own for each. Places of prompts are computed when their hidden states have come,
+those of single tokens when a draft is asked for: until then states wait. Where too many do nobody asks, and nothing is
+computed for nothing: the head begins anew with the last of them. What it guessed itself is computed anew once the
+model's own states are there.
 
 Where the model found a prefix in its cache nobody computes hidden states of it. The head then takes its own KV of that
 prefix from its own cache, or, if it is not there, begins where the hidden states do: it sees less, and the text stays
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from blade.config import EngineConfig
     from blade.contracts import DraftHead
 
-READ_AT, READ_EACH = 64, 8  # places that may wait, in all and for each sequence: together they cost less
+READ_AT, READ_EACH = 64, 8  # places of prompts that may wait, in all and for each sequence: together they cost less
+MOST_UNREAD, KEPT = 64, 8  # single tokens whose states may wait; that the head begins anew with
 
 
 class Mirror:
@@ -42,9 +44,9 @@ class Mirror:
         # Its tokens are those after base; what is computed of it are the places whose KV is right.
         namespace = b"%d|%b" % (seq.prompt_ids[0], seq.namespace)  # states depend on the first token as well
         self.places = Sequence(seq.id, seq.prompt_ids[base + 1 :], params, namespace=namespace)
-        self.unread: list[Tensor] = []  # states of the places after those that are computed, in parts
+        self.unread: list[Tensor] = []  # hidden states of the places after those that are computed, in parts
         self.num_unread = 0
-        self.last: Tensor | None = None  # [1, width], of the last place that was computed
+        self.last: Tensor | None = None  # [1, ...], that of the last place that was computed
 
     @property
     def end(self) -> int:
@@ -56,19 +58,29 @@ class Mirror:
         """Places that can be computed: whose state and token are there."""
         return min(self.num_unread, self.places.num_owed)
 
+    @property
+    def awaits_prompt(self) -> bool:
+        """Some of what waits is of the prompt."""
+        return self.base + self.places.computed < len(self.text.prompt_ids) - 1
+
     def follow(self, seq: Sequence) -> None:
         """Take over what the model has said."""
         self.text.output_ids += seq.output_ids[len(self.text.output_ids) :]
         skipped = max(0, self.base + 1 - len(seq.prompt_ids))
         self.places.output_ids += self.text.output_ids[skipped + len(self.places.output_ids) :]
 
-    def take(self, span: range, states: Tensor, row: int) -> None:
-        """The states of these positions, states[row] that of the first; those that are known already count for
-        nothing."""
+    def take(self, span: range, hidden: Tensor, row: int) -> None:
+        """The states of these positions, hidden[row] that of the first; those that are known already count for
+        nothing. They lie where they are until `keep`."""
         num_known = self.end - span.start
         if num_known < len(span):
-            self.unread.append(states[row + num_known : row + len(span)])
+            self.unread.append(hidden[row + num_known : row + len(span)])
             self.num_unread += len(span) - num_known
+
+    def keep(self) -> None:
+        """What was taken last will be overwritten."""
+        if self.unread:
+            self.unread[-1] = self.unread[-1].clone()
 
     def pop(self, num: int) -> list[Tensor]:
         """The states of the next `num` places."""
@@ -101,16 +113,21 @@ class HeadDrafter:
         self._mirrors: dict[int, Mirror] = {}  # by id of the sequence
 
     def observe(self, seqs: Seq[Sequence], spans: Seq[range], rows: Seq[int], hidden: Tensor) -> None:
-        states = self._runner.enter(hidden)
         for seq, span, row in zip(seqs, spans, rows, strict=True):
             mirror = self._mirrors.get(seq.id)
             if mirror is None or span.start > mirror.end:
                 self.forget(seq)
                 mirror = self._mirrors[seq.id] = self._begin(seq, span.start)
             mirror.follow(seq)
-            mirror.take(span, states, row)
-        if sum(mirror.num_unread for mirror in self._mirrors.values()) >= READ_AT + READ_EACH * len(self._mirrors):
-            self._read(list(self._mirrors.values()))
+            mirror.take(span, hidden, row)
+        prompts = [mirror for mirror in self._mirrors.values() if mirror.awaits_prompt]
+        if sum(mirror.num_unread for mirror in prompts) >= READ_AT + READ_EACH * len(prompts):
+            self._read(prompts)
+        for seq in seqs:
+            if (mirror := self._mirrors.get(seq.id)) is not None:
+                mirror.keep()
+                if mirror.num_unread > MOST_UNREAD and not mirror.awaits_prompt:
+                    self._begin_anew(seq, mirror)
 
     def propose(self, seqs: Seq[Sequence], limits: Seq[int]) -> list[Draft]:
         mirrors = [self._ready(seq) if limit else None for seq, limit in zip(seqs, limits, strict=True)]
@@ -138,6 +155,15 @@ class HeadDrafter:
             return whole
         self._blocks.release(whole.places)
         return Mirror(seq, start)
+
+    def _begin_anew(self, seq: Sequence, mirror: Mirror) -> None:
+        """With the last of the states that wait."""
+        kept, end = mirror.unread[-KEPT:], mirror.end
+        num = sum(len(part) for part in kept)
+        self.forget(seq)
+        late = self._mirrors[seq.id] = Mirror(seq, end - num)
+        late.follow(seq)
+        late.unread, late.num_unread = kept, num
 
     def _ready(self, seq: Sequence) -> Mirror | None:
         """The sequence's mirror, with a place to go on from; None where there is none."""

@@ -44,28 +44,22 @@ class HeadRunner:
         return logits
 
     @torch.inference_mode()
-    def enter(self, hidden: Tensor) -> Tensor:
-        return self._head.enter(hidden)
-
-    @torch.inference_mode()
-    def run(self, step: Step, states: Seq[Tensor]) -> None:
-        self._take(states)
+    def run(self, step: Step, hidden: Seq[Tensor]) -> None:
+        self._enter(hidden)
         batch = build_batch(step, self._block_size, self._ops.to_device)
         self._forward(replace(batch, logits_rows=batch.logits_rows[:0]))  # what might follow is not asked for
 
     @torch.inference_mode()
-    def draft(self, step: Step, states: Seq[Tensor], texts: Seq[Sequence], limits: Seq[int]) -> list[list[int]]:
-        self._take(states)
+    def draft(self, step: Step, hidden: Seq[Tensor], texts: Seq[Sequence], limits: Seq[int]) -> list[list[int]]:
+        self._enter(hidden)
         return self._chain.draft(step, limits, texts)
 
     def forget(self, text: Sequence) -> None:
         self._sampler.forget(text)
 
-    def _take(self, states: Seq[Tensor]) -> None:
-        start = 0
-        for part in states:
-            self._states[start : start + len(part)].copy_(part)
-            start += len(part)
+    def _enter(self, hidden: Seq[Tensor]) -> None:
+        states = self._head.enter(hidden[0] if len(hidden) == 1 else torch.cat([*hidden]))
+        self._states[: len(states)].copy_(states)
 
     def _guess(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
         """Of the model's ids; those that the head does not know are never drawn."""

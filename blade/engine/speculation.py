@@ -52,6 +52,9 @@ class Speculator:
         self._resting = False  # nobody thought about the step that comes, or came
         self._per_seq = 0.0  # seconds that a token took without drafts
         self._least: dict[tuple[int, bool], tuple[float, int]] = {}  # chance above which drafts pay; steps it holds for
+        if costs is not None:
+            for drafter in drafters:
+                drafter.reading.limit(costs.seconds(1))
 
     @property
     def drafters(self) -> tuple[GuardedDrafter, ...]:
@@ -104,15 +107,23 @@ class Speculator:
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int, num_again: int = 0) -> None:
         """Of `num_drafted` tokens, one at least, the model agreed to `num_accepted`, of which it has to compute
         `num_again` once more."""
-        self._asking[self._sources[seq.id]].drafter.verified(num_drafted, num_accepted)
-        self._budget.win(num_accepted * self._per_seq)
-        if num_again and self._costs is not None:
+        drafter, won = self._asking[self._sources[seq.id]].drafter, num_accepted * self._per_seq
+        drafter.verified(num_drafted, num_accepted)
+        if self._costs is None:
+            return
+        drafter.reading.gain(self._costs.seconds(1), won=won)
+        self._budget.win(won)
+        if num_again:
             self._budget.spend(self._costs.seconds(1 + num_again) - self._costs.seconds(1))
 
     def stepped(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
         """A step of decodes and verifications alone has taken so long. The first steps of a shape tell nothing but what
         a new shape costs; steps during a rest, nothing that others do not."""
-        if self._costs is None or self._resting:
+        if self._costs is None:
+            return
+        for drafter in self.drafters:
+            drafter.reading.gain(self._costs.seconds(1), passed=seconds)
+        if self._resting:
             return
         is_new, expected = self._shapes.is_new(num_seqs, num_tokens), self._costs.seconds(num_tokens)
         if num_tokens > num_seqs:  # the budget is of what was lost, not of what was expected; stalls are nobody's fault

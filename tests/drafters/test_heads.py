@@ -26,6 +26,7 @@ from blade import CaptureOptions, EngineConfig, HeadDrafter, KVSpec, SamplingPar
 from blade.contracts import DraftHead
 from blade.engine.batch import build_batch
 from blade.engine.blocks import BlockPool
+from blade.engine.head_drafter import KEPT, MOST_UNREAD
 from blade.engine.head_runner import HeadRunner
 from blade.nn import Loader
 from blade_eagle.architecture import Eagle3, SpeculatorsEagle3
@@ -328,6 +329,27 @@ def test_what_is_drawn_depends_on_the_draft_so_far(case: Case) -> None:
     first = world.drafter.propose([seq], [4])[0].ids
     assert first.count(50) > 1  # the bias is stronger than the penalties, which add up
     assert world.drafter.propose([seq], [4])[0].ids == first
+
+
+def test_states_that_nobody_asks_for_are_not_computed_with(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for a while; who asks later gets drafts from the last of them on."""
+    world = World(case)
+    soon, late = world.seq(1, list(range(20, 50))), world.seq(2, list(range(30)))
+    world.show([soon, late], [range(30)] * 2, [0, 1])
+    soon.output_ids, late.output_ids = [9], [9]
+    assert world.drafter.propose([soon, late], [2, 2])[1].ids == world.expected(late, 2, 1)
+    monkeypatch.setattr(world.runner, "run", lambda *_: pytest.fail("it has computed places"))
+    for end in range(30, 30 + MOST_UNREAD + 1):
+        world.show([soon, late], [range(end, end + 1)] * 2, [0, 1])
+        soon.output_ids.append(end % 7)
+        late.output_ids.append(end % 5)
+        if end == 70:
+            assert world.drafter.propose([soon], [3])[0].ids == world.expected(soon, 3, 0)
+    drafts = [draft.ids for draft in world.drafter.propose([soon, late], [3, 3])]
+    assert drafts == [world.expected(soon, 3, 0), world.expected(late, 3, 1, base=30 + MOST_UNREAD + 1 - KEPT)]
+    for seq in (soon, late):
+        world.drafter.forget(seq)
+    assert world.blocks.num_used == 0
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_k": 9}])
