@@ -33,13 +33,13 @@ def run_prefill(launcher: Launcher, source: Path) -> None:
 
 
 def run_trees(launcher: Launcher, source: Path) -> None:
-    """Windows within the trees; chains beside their other paths, so that positions are far behind places."""
+    """Windows within the trees, and one that begins 74 keys before; chains beside other paths, far behind places."""
     kernels = AttentionKernels(Redirected(launcher, source))
     kernels.add(SHAPES[:1], trees=True)
     parents = [[*range(-1, 15), -1, *range(16, 46)], [-1, -1, *range(28)]]
     trees = dict(enumerate(parents))
-    for window in (None, 6):
-        check(World(attention(kernels, 1), SHAPES[0], (2, 1), [140, 40, 60], trees=trees), [48, 31, 20], window)
+    for window in (None, 6, 60):
+        check(World(attention(kernels, 1), SHAPES[0], (2, 1), [138, 40, 60], trees=trees), [48, 31, 20], window)
 
 
 def run_store(launcher: Launcher, source: Path) -> None:
