@@ -21,7 +21,7 @@ class RawLogprobs:
 
     def __init__(self, x: Tensor, rows: Seq[int], num_top: int) -> None:
         """`rows` of x [R, W], and how many most likely tokens at most will be asked for."""
-        self._rows = torch.tensor(rows, device=x.device)
+        self._rows = torch.tensor(rows).to(x.device, non_blocking=True)  # does not wait for the forward
         self._logits = x[self._rows]  # a copy: x will be edited  [L, W]
         values, self._ids = tiles.top(self._logits, tiles.peaks(self._logits), max(num_top, 1))
         # log of the sum of all exp(logits), from the share of the most likely one: the fused softmax beats logsumexp.
