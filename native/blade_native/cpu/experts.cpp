@@ -133,7 +133,7 @@ private:
         for (const Expert& expert : experts_)
             for (const Job* job : {&expert.gate_up, &expert.down}) {
                 per_thread_ = std::max(per_thread_, job->per_thread);
-                rows_bytes_ = std::max(rows_bytes_, aligned(MAX_TILE_ROWS * job->linear.k * 4));
+                rows_bytes_ = std::max(rows_bytes_, aligned(job->most_rows * job->linear.k * 4));
             }
         per_thread_ += rows_bytes_;
         scratch_ = take(c_.threads * per_thread_);

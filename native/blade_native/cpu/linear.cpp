@@ -39,8 +39,8 @@ struct ByteTile {
 Tile find_tile(const Layout& layout, int rows) {
     int bits = layout.format.bits;
     Tile tile;
-    if (layout.format.coding == FLOATS) return tile_of<Float8Tile, Tile>(rows);
-    if (layout.floats) return tile_of<F32Tile, Tile>(rows);
+    if (layout.format.coding == FLOATS) return tile_of<Float8Tile, Tile, TALL_TILE_ROWS>(rows);
+    if (layout.floats) return tile_of<F32Tile, Tile, TALL_TILE_ROWS>(rows);
     if constexpr (!WIDENS_BF16)
         if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
     with_bits(layout.width, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
@@ -81,6 +81,12 @@ int words_per_step(int width) { return width == 8 ? ByteDot<8>::WORDS : 1; }
 // How many panels are read side by side: fewer where their units are long, and one where slices of it are unpacked.
 long places(const Layout& layout, bool stream) { return !stream ? 1 : layout.unit_bytes > STREAM_RUN ? 2 : STREAM_PANELS; }
 
+// Tall tiles use a weight that has been widened for more rows; rows so few that they are streamed do not need them.
+int most_rows_of(const Layout& layout, long m) {
+    bool widened = layout.floats && layout.format.bits < 32;
+    return widened && m > FEW_TILES * MAX_TILE_ROWS ? TALL_TILE_ROWS : MAX_TILE_ROWS;
+}
+
 // Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
 bool is_streamed(const Layout& layout, const Tiling& tiling) {
     int bits = layout.format.bits;
@@ -91,7 +97,8 @@ bool is_streamed(const Layout& layout, const Tiling& tiling) {
 
 Job::Job(const LinearCall& c)
     : call(c), linear(*c.linear), layout(linear.format, linear.k),
-      tiling{c.m, (c.m + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS}, num_panels((linear.n + PANEL - 1) / PANEL),
+      most_rows(most_rows_of(layout, c.m)), tiling{c.m, (c.m + most_rows - 1) / most_rows},
+      num_panels((linear.n + PANEL - 1) / PANEL),
       few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)),
       cut(c.threads, num_panels, std::clamp(num_panels / (c.threads * FEW_ITEMS), 1L, places(layout, stream))) {
     int bits = linear.format.bits;
@@ -102,7 +109,7 @@ Job::Job(const LinearCall& c)
     long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
     if (stream && tiling.num_tiles == 1) slice = layout.units;
-    long part = slice * row_bytes * MAX_TILE_ROWS;  // of a tile's activations
+    long part = slice * row_bytes * most_rows;  // of a tile's activations
     block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
     chunk = few ? cut.runs : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
     per_thread = aligned(sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL)));
@@ -198,7 +205,7 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
     const char* next = job.panel(panel) + job.layout.offset_of(from) + ahead;
     for (long tile = first_tile; tile < last_tile; tile++, next += share) {
         int rows = job.tiling.height(tile);
-        float* c = sums + (tile - first_tile) * MAX_TILE_ROWS * PANEL;
+        float* c = sums + (tile - first_tile) * job.most_rows * PANEL;
         if (from == 0) start_sums(job, panel, rows, c);
         prefetch_lines(next, share);
         find_tile(job.layout, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, c);
@@ -209,7 +216,7 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
 // All of K of some panels times the tiles, slice by slice.
 void stream(const Job& job, Strided panels, float* sums) {
     const Tiling& tiling = job.tiling;
-    auto sums_of = [&](long i, long tile) { return sums + (tile * job.chunk + i) * MAX_TILE_ROWS * PANEL; };
+    auto sums_of = [&](long i, long tile) { return sums + (tile * job.chunk + i) * job.most_rows * PANEL; };
     for (long tile = 0; tile < tiling.num_tiles; tile++)
         for (long i = 0; i < panels.num; i++) start_sums(job, panels.at(i), tiling.height(tile), sums_of(i, tile));
     for (long from = 0; from < job.layout.units; from += job.slice)
@@ -228,7 +235,7 @@ void stream(const Job& job, Strided panels, float* sums) {
 
 void multiply_block(const Job& job, long first_tile, Strided panels, char* scratch) {
     float* sums = (float*)scratch;
-    long panel_sums = job.block * MAX_TILE_ROWS * PANEL;
+    long panel_sums = job.block * job.most_rows * PANEL;
     long ahead = job.few ? FEW_AHEAD : panels.stride * job.layout.panel_bytes();
     for (long from = 0; from < job.layout.units; from += job.slice) {
         long to = std::min(from + job.slice, job.layout.units);

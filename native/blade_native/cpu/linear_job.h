@@ -25,6 +25,7 @@ struct Job {
     LinearCall call;
     const Linear& linear;
     Layout layout;
+    int most_rows;  // of a tile
     Tiling tiling;
     long num_panels;
     bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
@@ -36,8 +37,8 @@ struct Job {
     const Target* targets = nullptr;  // [m], or null: rows are stored in order. With them y is float32
 
     explicit Job(const LinearCall& c);
-    long sums_bytes() const { return chunk * block * MAX_TILE_ROWS * PANEL * 4; }
-    long tile_bytes() const { return MAX_TILE_ROWS * layout.units * row_bytes; }
+    long sums_bytes() const { return chunk * block * most_rows * PANEL * 4; }
+    long tile_bytes() const { return most_rows * layout.units * row_bytes; }
     const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
     long num_blocks() const { return (tiling.num_tiles + block - 1) / block; }
     long num_chunks() const { return (num_panels + chunk - 1) / chunk; }

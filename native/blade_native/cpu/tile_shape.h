@@ -4,12 +4,15 @@
 
 #if defined(__AVX512F__)
 constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and an activation fit 32 registers
+constexpr int TALL_TILE_ROWS = 12;
 constexpr int NARROW_TILE_ROWS = 0;
 #elif defined(__AVX2__)
 constexpr int MAX_TILE_ROWS = 4;
+constexpr int TALL_TILE_ROWS = 6;  // of floats: twelve sums, two weights and an activation fit as well
 constexpr int NARROW_TILE_ROWS = 2;  // taller tiles take the panel half by half, for 16 registers hold no more
 #else
 constexpr int MAX_TILE_ROWS = 2;
+constexpr int TALL_TILE_ROWS = 2;
 constexpr int NARROW_TILE_ROWS = 1;
 #endif
 template <int R>
