@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ledger import Ledger
+from drafts_ledger import Ledger
 from speculation_tasks import tasks
 from turnstile import Clock, Turnstile
 

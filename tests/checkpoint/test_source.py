@@ -51,7 +51,8 @@ def test_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "model", ["/no/such", "./none/here", "none", "a/b.gguf", "a/b/c", "", "../x", "org/../x", "~nobody/x", "x" * 5000]
 )
-def test_missing_paths_are_not_looked_up(model: str) -> None:
+def test_missing_paths_are_not_looked_up(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no such folder or file\. It may also be an id on a hub"):
         find(model)
 

@@ -1,4 +1,4 @@
-"""benchmarks/ledger.py: what drafts won and lost, by times that are known."""
+"""benchmarks/drafts_ledger.py: what drafts won and lost, by times that are known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blade import DrafterStats, EngineStats
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-import ledger  # noqa: E402
+import drafts_ledger  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -25,11 +25,11 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.step_seconds = self.drafter_seconds = 0.0
-        monkeypatch.setattr(ledger.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(drafts_ledger.time, "perf_counter", lambda: self.now)
         self.speculator: Any = SimpleNamespace(
             draft=self.propose, stepped=lambda *_: None, verified=lambda *_: None, stats=()
         )
-        self.ledger = ledger.Ledger(self)  # type: ignore[arg-type]
+        self.ledger = drafts_ledger.Ledger(self)  # type: ignore[arg-type]
 
     def stats(self) -> EngineStats:
         return EngineStats(step_seconds=self.step_seconds)
