@@ -58,9 +58,9 @@ class Sampler:
         The same call again gives the same results: all that is kept between calls follows from the sequences' tokens.
         """
         ways, asked = self._ways(rows), [row.seq.params.logprobs for row in rows]
-        x = tiles.pad(logits)  # [R, W]
+        x = logits.contiguous()
         reported = [i for i, num_top in enumerate(asked) if num_top is not None]
-        raw = RawLogprobs(x, reported, max(num_top or 0 for num_top in asked)) if reported else None
+        raw = RawLogprobs(tiles.pad(x), reported, max(num_top or 0 for num_top in asked)) if reported else None
         failed = self._edits.apply(x, rows)
         drawn, lines = self._draw(x, ways, rows, raw)
         line_of = dict(zip(reported, lines, strict=True))
@@ -70,14 +70,14 @@ class Sampler:
         """What `sample` would find, most of the time, without waiting for the device: ids [R] int64 that stay there. A
         draft's: where the tokens that are looked at first are not enough, it is one of these all the same, and where
         there is none to sample, any. Only edits look at ids on the host."""
-        x, ways = tiles.pad(logits), self._ways(rows)
+        x, ways = logits.contiguous(), self._ways(rows)
         self._edits.apply(x, rows)
         if _are_greedy(ways):
             ids = self.ops.argmax(x)[1]
         else:
             settings = self._settings(ways, rows)
             found = self._by_op(x, settings)
-            ids = guess(x, ways, settings) if found is None else found[1]
+            ids = guess(tiles.pad(x), ways, settings) if found is None else found[1]
         return ids.clamp_(max=self.vocab_size - 1)
 
     def is_plain(self, rows: Seq[Row]) -> bool:
@@ -96,7 +96,7 @@ class Sampler:
             return fetch(*self.ops.argmax(x), raw)
         settings = self._settings(ways, rows)
         found = self._by_op(x, settings)
-        return draw(x, ways, settings, raw) if found is None else fetch(*found, raw)
+        return draw(tiles.pad(x), ways, settings, raw) if found is None else fetch(*found, raw)
 
     def _by_op(self, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
         each = settings
