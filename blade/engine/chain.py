@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.engine.batch import build_batch, build_decodes
-from blade.engine.edits import Row, depends_on_ids
+from blade.engine.edits import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +29,12 @@ class Chain:
     def __init__(
         self,
         forward: Callable[[Batch], Tensor],
-        guess: Callable[[Tensor, list[Row]], Tensor],
+        guess: Callable[[Tensor, list[Row], list[Tensor]], Tensor],
         block_size: int,
         to_device: Callable[[Tensor], Tensor],
     ) -> None:
-        """`forward`: a batch's logits [R, V]. `guess`: an id for each of its rows, [R] on the device."""
+        """`forward`: a batch's logits [R, V]. `guess`: an id for each of its rows, [R] on the device, from these and
+        the ids that were drawn and not fetched."""
         self._forward, self._guess = forward, guess
         self._block_size, self._to_device = block_size, to_device
 
@@ -43,13 +44,13 @@ class Chain:
         those that go on are the first ones. The sequences are left as they are."""
         drafts: list[list[int]] = [[] for _ in texts]
         drawn: list[Tensor] = []  # by depth, of as many of the first sequences as go on
-        is_read = any(depends_on_ids(text.params) for text in texts)  # by what changes the next token's logits
+        is_read = any(text.params.processors for text in texts)  # they look at ids on the host
         ids: Tensor | None = None
         for depth in range(limits[0]):
             num = sum(limit > depth for limit in limits)
             batch = self._batch(step, depth, num, ids)
             rows = [Row(texts[i], texts[i].num_tokens - 1 + depth, drafts[i]) for i in range(num)]
-            ids = self._guess(self._forward(batch), rows)
+            ids = self._guess(self._forward(batch), rows, drawn)
             drawn.append(ids)
             if is_read or depth == limits[0] - 1:
                 _fetch(drawn, drafts)

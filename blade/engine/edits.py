@@ -62,12 +62,14 @@ class LogitEdits:
     def forget(self, seq: Sequence) -> None:
         self._kept.pop(seq.id, None)
 
-    def apply(self, x: Tensor, rows: Seq[Row]) -> dict[int, Exception]:
-        """Edit x [R, W]. Returns what processors raised, by number of the row; these rows are spoilt."""
+    def apply(self, x: Tensor, rows: Seq[Row], drawn: Seq[Tensor] = ()) -> dict[int, Exception]:
+        """Edit x [R, W]. Returns what processors raised, by number of the row; these rows are spoilt. `drawn`: ids
+        that follow those that the rows know of, one after the other, each [R and more] on the device; processors do
+        not hear of them."""
         edited = [(i, row, self._keep(row.seq)) for i, row in enumerate(rows) if is_edited(row.seq.params)]
         if not edited:
             return {}
-        _penalize(x, edited)
+        _penalize(x, edited, drawn)
         _add_bias(x, edited)
         errors = {}
         for i, row, _ in edited:
@@ -106,21 +108,18 @@ def is_edited(params: SamplingParams) -> bool:
     return bool(params.logit_bias or params.processors or params.min_tokens or has_penalties(params))
 
 
-def depends_on_ids(params: SamplingParams) -> bool:
-    """Whether how they are changed depends on which tokens were output."""
-    return bool(params.processors or has_penalties(params))
-
-
-def _penalize(x: Tensor, edited: Seq[Edited]) -> None:
-    starts, counts, params = [], [], []
+def _penalize(x: Tensor, edited: Seq[Edited], drawn: Seq[Tensor]) -> None:
+    lines, counts, params = [], [], []
     for i, row, kept in edited:
         if kept.counts is not None:
             kept.counts.update(row.seq.output_ids)
-            starts.append(i * x.shape[1])
+            lines.append(i)
             counts.append(kept.counts.after(row.draft_ids))
             params.append(row.seq.params)
     if counts:
-        penalize(x.view(-1), starts, counts, params)
+        columns = [ids[: len(x)] for ids in drawn]
+        of_lines = torch.stack(columns, 1)[_index([np.array(lines)], x.device)] if columns else None
+        penalize(x.view(-1), [i * x.shape[1] for i in lines], counts, params, of_lines)
 
 
 def _add_bias(x: Tensor, edited: Seq[Edited]) -> None:

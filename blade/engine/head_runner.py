@@ -61,13 +61,13 @@ class HeadRunner:
         states = self._head.enter(hidden[0] if len(hidden) == 1 else torch.cat([*hidden]))
         self._states[: len(states)].copy_(states)
 
-    def _guess(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
+    def _guess(self, logits: Tensor, rows: Seq[Row], drawn: Seq[Tensor]) -> Tensor:
         """Of the model's ids; those that the head does not know are never drawn."""
         ids = self._head.target_ids
         if ids is None:
-            return self._sampler.guess(logits, rows)
+            return self._sampler.guess(logits, rows, drawn)
         if self._sampler.is_plain(rows):
             return ids[self._sampler.guess(logits, rows)]
         shape = len(logits), self.config.vocab_size
         of_target = torch.full(shape, -torch.inf, device=logits.device).index_copy_(1, ids, logits)
-        return self._sampler.guess(of_target, rows)
+        return self._sampler.guess(of_target, rows, drawn)

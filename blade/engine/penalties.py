@@ -62,8 +62,15 @@ class TokenCounts:
         return np.concatenate([ids, new_ids]), np.concatenate([counts, new_counts])
 
 
-def penalize(flat: Tensor, starts: Seq[int], counts: Seq[tuple[Ids, Floats]], params: Seq[SamplingParams]) -> None:
+def penalize(
+    flat: Tensor,
+    starts: Seq[int],
+    counts: Seq[tuple[Ids, Floats]],
+    params: Seq[SamplingParams],
+    drawn: Tensor | None = None,
+) -> None:
     """Penalise in place, for each of N rows, the ids of counts[n] in the row that begins at starts[n] of `flat`.
+    `drawn`, [N, D] int64: ids that were output after those, which only the device knows.
 
     First repetition, dividing what is positive and multiplying what is not (CTRL, Keskar et al. 2019, as in
     transformers), then presence and frequency, subtracting (as OpenAI documents them).
@@ -76,4 +83,29 @@ def penalize(flat: Tensor, starts: Seq[int], counts: Seq[tuple[Ids, Floats]], pa
     repetition = torch.from_numpy(factor).to(flat.device, non_blocking=True)
     subtract = torch.from_numpy(np.concatenate(less, dtype=np.float32)).to(flat.device, non_blocking=True)
     logits = flat[index]
-    flat[index] = torch.where(logits < 0, logits * repetition, logits / repetition) - subtract
+    penalized = torch.where(logits < 0, logits * repetition, logits / repetition) - subtract
+    if drawn is None:
+        flat[index] = penalized
+        return
+    places = torch.tensor(starts).to(flat.device, non_blocking=True)[:, None] + drawn
+    of_drawn = _penalize_drawn(flat[places], places, position, np.concatenate([n for _, n in counts]), params)
+    flat[index] = penalized
+    flat[places] = of_drawn  # they may be among the others, which did not know of them
+
+
+def _penalize_drawn(
+    logits: Tensor, places: Tensor, known: Ids, num_known: Floats, params: Seq[SamplingParams]
+) -> Tensor:
+    """logits [N, D] of what was drawn, at `places`; those at `known` had been output num_known times before."""
+    order = np.argsort(known)
+    known = np.append(known[order], np.iinfo(np.int64).max)  # where what is larger than all is looked up
+    device = places.device
+    at_known = torch.from_numpy(known).to(device, non_blocking=True)
+    num_at = torch.from_numpy(np.append(num_known[order], np.float32(0))).to(device, non_blocking=True)
+    found = torch.searchsorted(at_known, places)
+    num = torch.where(at_known[found] == places, num_at[found], 0)
+    num += (places[:, :, None] == places[:, None, :]).sum(-1)
+    columns = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
+    repetition, frequency, presence = torch.tensor(columns).to(device, non_blocking=True).unsqueeze(1).unbind(2)
+    repeated = torch.where(logits < 0, logits * repetition, logits / repetition)
+    return repeated - (num * frequency + presence)

@@ -66,12 +66,12 @@ class Sampler:
         line_of = dict(zip(reported, lines, strict=True))
         return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
 
-    def guess(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
+    def guess(self, logits: Tensor, rows: Seq[Row], drawn: Seq[Tensor] = ()) -> Tensor:
         """What `sample` would find, most of the time, without waiting for the device: ids [R] int64 that stay there. A
         draft's: where the tokens that are looked at first are not enough, it is one of these all the same, and where
-        there is none to sample, any. Only edits look at ids on the host."""
+        there is none to sample, any. `drawn`: what was guessed after all that the rows know of (see LogitEdits)."""
         x, ways = logits.contiguous(), self._ways(rows)
-        self._edits.apply(x, rows)
+        self._edits.apply(x, rows, drawn)
         if _are_greedy(ways):
             ids = self.ops.argmax(x)[1]
         else:

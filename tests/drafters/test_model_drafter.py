@@ -60,9 +60,17 @@ def test_drafts_go_on_where_the_target_is(drafter: ModelDrafter, num_right: int,
         seq.output_ids += draft.ids[:num_right] + then
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_p": 0.5}, {"logit_bias": {9: 2.0}, "min_tokens": 9}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.5},
+        {"logit_bias": {9: 2.0}, "min_tokens": 9},
+        {"repetition_penalty": 1.3, "frequency_penalty": 1.0},
+    ],
+)
 def test_the_host_waits_once_for_a_draft(monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]) -> None:
-    """However many tokens it has, unless what is drawn depends on those before."""
+    """However many tokens it has."""
     nums = []
     for limit in (1, 5):
         drafter, seqs = make_drafter(), [make_seq(i, 3 + 4 * i, **params) for i in range(3)]

@@ -82,6 +82,18 @@ def test_edits_equal_the_reference_in_a_mixed_batch() -> None:
             seq.draft_ids = []
 
 
+@pytest.mark.parametrize("num_output", [0, 40])
+def test_ids_that_only_the_device_knows_count_as_others_do(num_output: int) -> None:
+    seqs = [make_seq(12, num_output, 5, **case) for case in CASES]
+    known = [Row(seq, seq.num_tokens - 1) for seq in seqs]
+    drawn = torch.tensor([seq.draft_ids for seq in seqs] + [[0] * 5]).T  # of a row more: one that has ended
+    logits = torch.randn(len(seqs), WIDTH, generator=torch.Generator().manual_seed(2))
+    expected_logits, x = logits.clone(), logits.clone()
+    LogitEdits(VOCAB).apply(expected_logits, known)
+    LogitEdits(VOCAB).apply(x, [Row(row.seq, row.position, []) for row in known], [*drawn])
+    assert torch.equal(x, expected_logits)
+
+
 def test_counts_follow_the_output_and_not_the_drafts() -> None:
     counts = TokenCounts([5, 5, 9])
     output: list[int] = []
