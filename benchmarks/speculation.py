@@ -2,7 +2,7 @@
 
 Every way of drafting runs the same tasks (speculation_tasks.py) in one process, over the same weights, in turns of a
 fraction of a second (turnstile.py). Measured is the time from submitting to the last token, prompts included, and
-whether the text is the same as without drafts. Ends in one JSON line; --plot draws it.
+whether the text is the same as without drafts. Ends in one JSON line; speculation_plot.py draws those of several runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from drafts_ledger import Ledger
@@ -194,25 +193,6 @@ def report(results: dict[str, dict[str, Result]]) -> dict[str, Any]:
     return rows
 
 
-def draw(rows: dict[str, Any], file: Path, title: str) -> None:
-    """Bars: a group per kind of task, a bar per way of drafting."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in next(iter(rows.values())) if name != NONE]
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        places = [at + (i - (len(names) - 1) / 2) * width for at in range(len(rows))]
-        axes.bar(places, [by_name[name]["speedup"] for by_name in rows.values()], width, label=name)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), list(rows))
-    axes.set_ylabel("times as fast as without drafts")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
-
-
 def parser_of(description: str) -> argparse.ArgumentParser:
     """With the options that say what runs, whatever is measured of it."""
     parser = argparse.ArgumentParser(description=description)
@@ -238,14 +218,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256, help="of a reply")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--plot", type=Path, help="draw the speed-ups into this file")
     options = parser.parse_args()
     options.lengths = LENGTHS if options.concurrency > 1 else (1.0,)
     contenders, prompts, model_name = prepare(options)
     rows = report(asyncio.run(measure(contenders, prompts, options)))
-    if options.plot:
-        draw(rows, options.plot, f"{model_name}, {options.concurrency} at a time")
-    shown = {k: v for k, v in vars(options).items() if k not in ("plot", "stop_token_ids", "model", "lengths")}
+    shown = {k: v for k, v in vars(options).items() if k not in ("stop_token_ids", "model", "lengths")}
     print(json.dumps({"model": model_name, **shown, "results": rows}))
 
 
