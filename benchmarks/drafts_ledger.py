@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blade.engine.engine import Engine
 
+STALL = 3  # times as long as usual: the machine's doing, and not to be won by drafts
+ENOUGH = 8  # steps of a size, to know their average
+
 
 class Ledger:
     """Of one engine with drafts, from `start_anew` on. Steps with chunks of prompts have won nothing, and lost what
@@ -40,10 +43,22 @@ class Ledger:
     def speedup(self) -> float:
         """The time that the same would have taken without drafts by the time that it took."""
         took = self._engine.stats().step_seconds - self._before + self._outside
-        plain = {num: statistics.median(all_) for num, all_ in self._plain.items()}
+        plain = self._without(set(self._drafted) | set(self._accepted))
         won = sum(num * plain[seqs] / seqs for seqs, num in self._accepted.items() if seqs in plain)
         lost = sum(sum(all_) - len(all_) * plain[seqs] for seqs, all_ in self._drafted.items() if seqs in plain)
         return (took + won - lost - self._outside - self._within) / took if took else 1.0
+
+    def _without(self, nums: set[int]) -> dict[int, float]:
+        """What a step of `nums` sequences takes without drafts, by number: on average, stalls aside, or, where there
+        were few such steps, by the line through all there were; none where that is not known either."""
+        usual = {num: statistics.median(all_) for num, all_ in self._plain.items()}
+        kept = {num: [one for one in all_ if one < STALL * usual[num]] for num, all_ in self._plain.items()}
+        known = {num: statistics.mean(all_) for num, all_ in kept.items()}
+        if len(known) < 2:
+            return known
+        points = [(num, one) for num, all_ in kept.items() for one in all_]
+        slope, start = statistics.linear_regression(*zip(*points, strict=True))
+        return {num: known[num] if len(kept.get(num, ())) >= ENOUGH else start + slope * num for num in nums}
 
     def _seconds(self) -> float:
         """That drafters have taken so far."""

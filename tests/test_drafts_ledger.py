@@ -69,7 +69,7 @@ def test_without_drafts_nothing_is_won(world: World) -> None:
 
 
 def test_what_was_accepted_would_have_taken_steps(world: World) -> None:
-    for seconds in (1.0, 1.0, 5.0):  # of steps without drafts the median counts
+    for seconds in (0.5, 1.5, 1.0, 4.0):  # the last is a stall: it was not the step that took so long
         world.step(2, 0, seconds)
     world.step(2, 4, 1.5, accepted=4)  # two steps of two sequences
     assert world.ledger.speedup() == pytest.approx((7 + 3) / 8.5)
@@ -78,12 +78,22 @@ def test_what_was_accepted_would_have_taken_steps(world: World) -> None:
 
 
 def test_steps_are_compared_with_those_of_as_many_sequences(world: World) -> None:
-    world.step(1, 0, 1.0)
-    world.step(4, 0, 2.0)
+    world.step(3, 3, 4.0, accepted=3)  # there are none without drafts to compare it with
+    assert world.ledger.speedup() == 1
+    world.ledger.start_anew()
+    for _ in range(8):
+        world.step(4, 0, 2.0)
     world.step(4, 2, 3.0, accepted=2)
-    assert world.ledger.speedup() == pytest.approx((1 + 2 + 3) / 6)
-    world.step(3, 3, 2.0, accepted=3)  # there are none without drafts to compare it with
-    assert world.ledger.speedup() == pytest.approx(8 / 8)
+    assert world.ledger.speedup() == pytest.approx((16 + 3) / 19)
+
+
+def test_where_few_steps_were_without_drafts_others_tell(world: World) -> None:
+    for _ in range(8):
+        world.step(1, 0, 1.0)
+        world.step(7, 0, 4.0)
+    world.step(3, 0, 2.1)  # a single one, of what is 2 on the line between the others
+    world.step(3, 3, 2.5, accepted=6)
+    assert world.ledger.speedup() == pytest.approx((40 + 2.1 + 2 + 4) / (40 + 2.1 + 2.5), rel=0.02)
 
 
 def test_drafting_is_lost_wherever_it_happens(world: World) -> None:
