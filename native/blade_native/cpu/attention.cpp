@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "attention_keys.h"
+#include "attention_paths.h"
 #include "attention_values.h"
 #include "parallel.h"
 
@@ -64,18 +65,41 @@ __attribute__((noinline)) void merge_parts(const Job& job, const Item& item, int
 
 int count_parts(const Item& item) { return (item.to - 1) / SPAN - item.from / SPAN + 1; }
 
-// The tiles of sequence `seq`; all of them are written to `items` when it is not null.
-long cut_tiles(const Job& job, int seq, Item* items) {
-    int group = job.kv->num_heads / job.kv->num_kv_heads;
-    int num_tokens = job.step->cu_seqlens[seq + 1] - job.step->cu_seqlens[seq], base = job.step->context_lens[seq] - num_tokens;
-    long num_rows = long(num_tokens) * group, num_tiles = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-    for (long i = 0; items && i < num_tiles * job.kv->num_kv_heads; i++) {
-        long tile = i / job.kv->num_kv_heads, row = tile * num_rows / num_tiles, end = (tile + 1) * num_rows / num_tiles;
-        long position = ancestors_of(job, job.step->cu_seqlens[seq]) ? base : base + row / group;  // of a tree: the root's
-        int from = int(first_key(job, position)) / KEYS * KEYS, to = base + int((end - 1) / group) + 1;
-        items[i] = {seq, int32_t(i % job.kv->num_kv_heads), int32_t(row), int32_t(end - row), from, to};
+// Tokens of sequence `seq` that see all of the step before them: those of a tree that do not come after these.
+int count_straight(const Job& job, int seq) {
+    int first = job.step->cu_seqlens[seq], num_tokens = job.step->cu_seqlens[seq + 1] - first, num = 0;
+    while (num < num_tokens && is_straight(ancestors_of(job, first + num), num)) num++;
+    return num;
+}
+
+// Rows [row, end) of sequence `seq` in tiles for each KV head, by `cut(head, row, end)`. Returns how many.
+template <class Cut>
+long cut_rows(const Job& job, long row, long end, Cut cut) {
+    const long num_rows = end - row, num_tiles = (num_rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    for (long i = 0; i < num_tiles * job.kv->num_kv_heads; i++) {
+        const long tile = i / job.kv->num_kv_heads;
+        cut(int(i % job.kv->num_kv_heads), row + tile * num_rows / num_tiles, row + (tile + 1) * num_rows / num_tiles);
     }
     return num_tiles * job.kv->num_kv_heads;
+}
+
+// The tiles of sequence `seq`; all of them are written to `items` when it is not null.
+long cut_tiles(const Job& job, int seq, Item* items) {
+    const int group = job.kv->num_heads / job.kv->num_kv_heads;
+    const int first = job.step->cu_seqlens[seq], num_tokens = job.step->cu_seqlens[seq + 1] - first;
+    const int base = job.step->context_lens[seq] - num_tokens, num_straight = count_straight(job, seq);
+    const auto write = [&](Item item) { if (items) *items++ = item; };
+    const auto start_of = [&](long position) { return int(first_key(job, position)) / KEYS * KEYS; };
+    long num = cut_rows(job, 0, long(num_straight) * group, [&](int head, long row, long end) {
+        write({seq, head, int(row), int(end - row), start_of(base + row / group), base + int((end - 1) / group) + 1});
+    });
+    for (int place = num_straight; place < num_tokens; place++) {
+        const int to = base + __builtin_popcountll(ancestors_of(job, first + place));
+        num += cut_rows(job, long(place) * group, long(place + 1) * group, [&](int head, long row, long end) {
+            write({seq, head, int(row), int(end - row), start_of(to - 1), to, base / CHUNK * CHUNK});
+        });
+    }
+    return num;
 }
 
 void attend_whole(const Job& job, const Item* items, long num_items) {
@@ -104,6 +128,18 @@ int attend_split(const Job& job, const Item* items, long num_items, long max_par
     return OK;
 }
 
+// Gives items with paths of their own what those lie in, out of `room`. Returns what is needed, or nothing but that
+// where there is none.
+long place_paths(const Job& job, Item* items, long num_items, char* room) {
+    long bytes = 0;
+    for (long i = 0; i < num_items; i++) {
+        if (!items[i].has_path()) continue;
+        if (room) items[i].keys = room + bytes;
+        bytes += path_bytes(job, items[i]);
+    }
+    return bytes;
+}
+
 int attend(const Job& job) {
     long num_items = 0, max_parts = 1;
     for (int seq = 0; seq < job.step->num_seqs; seq++) num_items += cut_tiles(job, seq, nullptr);
@@ -113,6 +149,13 @@ int attend(const Job& job) {
     if (!items) return OUT_OF_MEMORY;
     for (long seq = 0, at = 0; seq < job.step->num_seqs; seq++) at += cut_tiles(job, int(seq), items + at);
     for (long i = 0; i < num_items; i++) max_parts = std::max<long>(max_parts, count_parts(items[i]));
+    const long bytes = job.step->ancestors ? place_paths(job, items, num_items, nullptr) : 0;
+    Scratch paths(bytes);
+    if (bytes) {
+        if (!paths.data) return OUT_OF_MEMORY;
+        place_paths(job, items, num_items, (char*)paths.data);
+        parallel_for(job.threads, num_items, 1, [&](long i, int) { if (items[i].has_path()) lay_path(job, items[i]); });
+    }
     if (job.threads > 1 && max_parts > 1 && num_items < 4L * job.threads)
         return attend_split(job, items, num_items, max_parts);
     attend_whole(job, items, num_items);

@@ -58,9 +58,10 @@ INLINE void score_group(const Tile<R>& t, const Span& span, int c, long g, float
 
 // Blocks lie apart, so the hardware does not see what comes next.
 template <int R>
-INLINE void prefetch(const Tile<R>& t, char* cache, long bytes, int key) {
+INLINE void prefetch(const Tile<R>& t, int key, bool is_value) {
     if (key >= t.item.to) return;
-    const char* at = t.chunk(cache, bytes, key);
+    const char* at = is_value ? t.value_chunk(key) : t.key_chunk(key);
+    const long bytes = is_value ? t.value_bytes : t.key_bytes;
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
@@ -70,8 +71,8 @@ __attribute__((noinline)) void score(const Tile<R>& t, const Span& span, float* 
     const long num_groups = CODED<E> ? t.d / t.job.kv->keys.group : 1;
     for (int c = 0, key = span.from; key < span.to; c += NV, key += NV * CHUNK) {
         for (int v = 0; v < NV; v++) {
-            prefetch(t, t.job.kv->k, t.key_bytes, key + (v + 2) * CHUNK);
-            prefetch(t, t.job.kv->v, t.value_bytes, key + v * CHUNK);
+            prefetch(t, key + (v + 2) * CHUNK, false);
+            prefetch(t, key + v * CHUNK, true);
         }
         for (long g = 0; g < num_groups; g++) score_group<E, R, NV>(t, span, c, g, scores);
     }

@@ -26,9 +26,15 @@ INLINE uint64_t ancestors_of(const Job& job, long token) {
     return job.step->ancestors ? uint64_t(job.step->ancestors[token]) : 0;
 }
 
-// Rows [row, row + num_rows) of (token, head of the group) of one sequence and KV head, and their keys [from, to).
+// Rows [row, row + num_rows) of (token, head of the group) of one sequence and KV head, and their keys [from, to). Rows of
+// a tree that do not see all tokens before theirs have keys of a path of their own (attention_paths.h): the last of them
+// is their own, and those from copied_from on, the start of a chunk, lie in chunks of the item's own.
 struct Item {
     int32_t seq, head, row, num_rows, from, to;
+    int32_t copied_from = INT32_MAX;
+    char *keys = nullptr, *values = nullptr;
+
+    bool has_path() const { return copied_from != INT32_MAX; }
 };
 
 // An unfinished softmax of R rows: the largest score, and relative to it the sum of weights and the weighted values.
@@ -83,7 +89,6 @@ struct Tile {
     float factors[R];                             // what a row's numbers are multiples of, times the scale of scores
     int32_t sums[R * MAX_GROUPS];                 // of a row's numbers, by groups of keys
     int first_key[R], end_key[R];
-    uint64_t ancestors[R];
 
     Tile(const Job& job, const Item& item, KeyKernels<R> keys, ValueKernel<R> weigh)
         : job(job), item(item), d(job.kv->head_dim), key_bytes(chunk_bytes(job.kv->keys, d)),
@@ -92,11 +97,9 @@ struct Tile {
         group = job.kv->num_heads / job.kv->num_kv_heads;
         base = job.step->context_lens[item.seq] - num_tokens;
         for (int r = 0; r < R; r++) {
-            int position = base + (item.row + r) / group;
+            int position = item.has_path() ? item.to - 1 : base + (item.row + r) / group;
             end_key[r] = position + 1;
             first_key[r] = int(attention::first_key(job, position));
-            ancestors[r] = ancestors_of(job, token(r));
-            if (ancestors[r]) climb(r);
         }
         keys.load_queries(*this);
     }
@@ -104,21 +107,10 @@ struct Tile {
     long query_head(int r) const { return item.head * group + (item.row + r) % group; }
     bool in_floats() const { return job.kv->dtype == FLOAT32; }
 
-    // In a tree a token's place in the cache is not its position, which says what it sees.
-    void climb(int r) {
-        const int64_t* positions = job.step->positions + job.step->cu_seqlens[item.seq];
-        const int place = (item.row + r) / group;
-        first_key[r] = int(attention::first_key(job, positions[place]));
-        for (int i = 0; i < place; i++)
-            if (positions[i] < first_key[r]) ancestors[r] &= ~(uint64_t(1) << i);
-    }
-    // Of the step's keys, those that are not on the row's own way up the tree.
-    void hide_branches(int r, const Span& span, float* scores) const {
-        for (int key = std::max(span.from, base); key < std::min(span.to, end_key[r]); key++)
-            if (!(ancestors[r] >> (key - base) & 1)) scores[key - span.from] = NEVER;
-    }
-
-    const char* chunk(char* cache, long bytes, int key) const {
+    const char* key_chunk(int key) const { return chunk(job.kv->k, item.keys, key_bytes, key); }
+    const char* value_chunk(int key) const { return chunk(job.kv->v, item.values, value_bytes, key); }
+    const char* chunk(char* cache, const char* copies, long bytes, int key) const {
+        if (key >= item.copied_from) return copies + (key - item.copied_from) / CHUNK * bytes;
         const int32_t* blocks = job.step->block_tables + item.seq * job.step->max_blocks;
         return chunk_at(*job.kv, cache, bytes, blocks[key / job.kv->block_size], item.head, key % job.kv->block_size);
     }
@@ -127,7 +119,7 @@ struct Tile {
         Span span{from, to};
         int n = 0;
         for (int key = from; key < to; key += CHUNK, n++)
-            span.keys[n] = chunk(job.kv->k, key_bytes, key), span.values[n] = chunk(job.kv->v, value_bytes, key);
+            span.keys[n] = key_chunk(key), span.values[n] = value_chunk(key);
         span.keys[n] = span.keys[n - 1];  // read beside it and masked: any keys will do
         return span;
     }
@@ -144,7 +136,7 @@ struct Tile {
         for_chunks(t, r, span, [&](int c, int low, int high) {
             most = vec::max(most, vec::keep(vec::load(scores + c * CHUNK), low, high, NEVER));
         });
-        sums.most[r] = std::max(vec::max_lane(most), NEVER / 2);  // hidden keys weigh nothing even where all are hidden
+        sums.most[r] = vec::max_lane(most);
         for_chunks(t, r, span, [&](int c, int low, int high) {
             vec::F w = vec::exp(vec::sub(vec::load(scores + c * CHUNK), vec::set(sums.most[r])));
             w = vec::keep(w, low, high, 0.0f);
@@ -159,10 +151,7 @@ struct Tile {
         alignas(64) float scores[R * SPAN];
         const Span span = find_span(from, to);
         keys.score(*this, span, scores);
-        for (int r = 0; r < R; r++) {
-            if (ancestors[r]) hide_branches(r, span, scores + r * SPAN);
-            soften(*this, r, span, scores + r * SPAN, sums);
-        }
+        for (int r = 0; r < R; r++) soften(*this, r, span, scores + r * SPAN, sums);
         weigh(*this, span, scores, sums);
     }
 
