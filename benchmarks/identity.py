@@ -24,6 +24,7 @@ from blade.assembly import Assembly, choose, load_draft, load_model, load_text
 from blade.plugins import load
 
 WINDOW, OFFSETS = 600, (0, 400, 800, 1200, 1600)  # characters
+VERIFY = {"adaptive": [False], "all": [True], "both": [False, True]}
 
 
 def texts(num: int) -> list[str]:
@@ -72,7 +73,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for num in options.at_a_time:
         options.concurrency = num
         for name in [NONE, *options.drafters.split(",")]:
-            for fixed in (False,) if name == NONE else (False, True):
+            for fixed in (False,) if name == NONE else VERIFY[options.verify]:
                 way = f"{name}, {num} at a time{', all verified' if fixed else ''}"
                 started = time.monotonic()
                 result = asyncio.run(run(Contender(name, assembly, model, draft, fixed, Turnstile()), prompts, options))
@@ -94,6 +95,9 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128, help="of a text; no token ends it")
     parser.add_argument("--at-a-time", type=int, nargs="+", default=[1, 16], help="requests")
+    parser.add_argument(
+        "--verify", choices=VERIFY, default="both", help="drafts as far as they pay, all of them, or both"
+    )
     parser.add_argument("--max-model-len", type=int, default=2048)
     options = parser.parse_args()
     options.stop_token_ids, options.lengths = (), (1.0,)
