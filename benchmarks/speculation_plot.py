@@ -32,15 +32,18 @@ def draw(panels: dict[int, dict[str, dict[str, float]]], file: Path, title: str)
 
     figure = Figure(figsize=(2.5 + 2 * len(panels), 3), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(way for kinds in panels.values() for ways in kinds.values() for way in ways))
-    width = 0.8 / len(names)
+    order = list(dict.fromkeys(kind for kinds in panels.values() for kind in kinds))
+    ways = list(dict.fromkeys(way for kinds in panels.values() for gains in kinds.values() for way in gains))
     for axis, (num, kinds) in zip(axes, panels.items(), strict=True):
+        shown = [kind for kind in order if kind in kinds]
+        names = [way for way in ways if any(way in gains for gains in kinds.values())]
+        width = 0.8 / len(names)
         for i, name in enumerate(names):
-            bars = [(at, ways[name]) for at, ways in enumerate(kinds.values()) if name in ways]
+            bars = [(at, kinds[kind][name]) for at, kind in enumerate(shown) if name in kinds[kind]]
             places = [at + (i - (len(names) - 1) / 2) * width for at, _ in bars]
-            axis.bar(places, [gain for _, gain in bars], width, label=name, color=f"C{i}")
+            axis.bar(places, [gain for _, gain in bars], width, label=name, color=f"C{ways.index(name)}")
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(kinds)), list(kinds))
+        axis.set_xticks(range(len(shown)), shown)
         axis.set_title(f"{num} at a time", fontsize=9)
     axes[0].set_ylabel("times as fast as without drafts")
     axes[0].legend(fontsize=8)
