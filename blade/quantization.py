@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.gguf.weights import GGUFWeights
     from blade.checkpoint.open import Checkpoint
     from blade.contracts import Ops, Quantization
     from blade.plugins import Plugins

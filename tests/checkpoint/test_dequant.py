@@ -8,9 +8,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from blade.checkpoint import gguf_dequant
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_dequant import dequantize
+from blade.checkpoint.gguf import dequant as gguf_dequant
+from blade.checkpoint.gguf.dequant import dequantize
 
 BLOCKED = [kind for kind in GGMLType if kind.block_size > 1]
 

@@ -8,9 +8,9 @@ import gguf
 import pytest
 import torch
 
-from blade.checkpoint import gguf_grouped
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_grouped import grouped
+from blade.checkpoint.gguf import grouped as gguf_grouped
+from blade.checkpoint.gguf.grouped import grouped
 from blade.checkpoint.open import open_checkpoint
 from blade.nn import dequantize
 

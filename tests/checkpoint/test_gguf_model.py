@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_weights import GGUFWeights
+from blade.checkpoint.gguf.weights import GGUFWeights
 from blade.checkpoint.open import Checkpoint, open_checkpoint
 from blade.errors import CheckpointError
 

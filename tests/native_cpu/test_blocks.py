@@ -8,7 +8,7 @@ import torch
 
 from blade import GGMLBlocks
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_grouped import grouped
+from blade.checkpoint.gguf.grouped import grouped
 from blade_native.reference import TorchOps
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.library import Library

@@ -1,7 +1,7 @@
 // Blocks as GGUF files have them go straight into panels, in one pass over the mapped file.
 //
 // Layouts after https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h; what each becomes is what
-// blade/checkpoint/gguf_grouped.py makes of it, byte for byte.
+// blade/checkpoint/gguf/grouped.py makes of it, byte for byte.
 #include <algorithm>
 
 #include "panel.h"

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from blade.checked import MAX_LAYERS
-from blade.checkpoint.gguf_metadata import Metadata
+from blade.checkpoint.gguf.metadata import Metadata
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.gguf.weights import GGUFWeights
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

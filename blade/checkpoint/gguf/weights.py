@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blade.checkpoint.gguf_names import expert_names, hf_name
+from blade.checkpoint.gguf.names import expert_names, hf_name
 from blade.checkpoint.mapping import let_go
 from blade.errors import CheckpointError
 from blade.types import GGMLBlocks
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from blade.checkpoint.gguf import GGMLType, GGUFFile, TensorInfo
+    from blade.checkpoint.gguf.file import GGMLType, GGUFFile, TensorInfo
     from blade.types import GroupedWeight
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -81,7 +81,7 @@ class GGUFWeights:
         """Blocks are float32 unless another type is asked for."""
         import torch
 
-        from blade.checkpoint.gguf_dequant import PLAIN_DTYPES, dequantize
+        from blade.checkpoint.gguf.dequant import PLAIN_DTYPES, dequantize
 
         kind, raw = self.raw(name)
         return dequantize(kind, raw, dtype or PLAIN_DTYPES.get(kind, torch.float32)).view(self.shape(name))
@@ -101,7 +101,7 @@ class GGUFWeights:
 
     def grouped(self, name: str) -> GroupedWeight:
         """A matrix in blocks as the file has it, without loss."""
-        from blade.checkpoint.gguf_grouped import grouped
+        from blade.checkpoint.gguf.grouped import grouped
 
         return grouped(*self.raw(name))
 

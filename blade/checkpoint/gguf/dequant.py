@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_blocks import codes, half, quants
+from blade.checkpoint.gguf.blocks import codes, half, quants
+from blade.checkpoint.gguf.file import GGMLType
 from blade.chunks import in_chunks
 
 CHUNK = 1 << 19  # numbers decoded at a time: enough to outweigh the calls, few enough for the cache

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from blade.checkpoint.extents import check_extents
-from blade.checkpoint.gguf_cursor import Cursor
+from blade.checkpoint.gguf.cursor import Cursor
 from blade.checkpoint.lfs import refuse_pointer
 from blade.checkpoint.mapping import map_file
 from blade.errors import CheckpointError

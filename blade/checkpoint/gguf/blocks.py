@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blade.checkpoint.gguf import GGMLType
+from blade.checkpoint.gguf.file import GGMLType
 
 _BYTES = 0x0101010101010101  # 1 in each byte of an int64
 

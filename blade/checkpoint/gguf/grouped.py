@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_blocks import codes, half, quants
+from blade.checkpoint.gguf.blocks import codes, half, quants
+from blade.checkpoint.gguf.file import GGMLType
 from blade.chunks import in_chunks
 from blade.types import GroupedWeight
 
