@@ -104,7 +104,7 @@ def _blocks(
     from blade.nn.grouped import Stored
 
     if asked is None and dtype in ops.quantized_dtypes:
-        return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
+        return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_labels)})")
     return WeightForm(None, _dequantized(checkpoint, asked, ops, dtype, "blocks"))
 
 

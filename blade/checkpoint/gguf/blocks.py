@@ -13,6 +13,12 @@ from torch import Tensor
 
 from blade.checkpoint.gguf.file import GGMLType
 
+_NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+VALUES = {  # of the types whose integers are places in a table
+    GGMLType.IQ4_NL: _NON_LINEAR,
+    GGMLType.IQ4_XS: _NON_LINEAR,
+    GGMLType.MXFP4: (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # twice those of FP4
+}
 _BYTES = 0x0101010101010101  # 1 in each byte of an int64
 
 
@@ -29,8 +35,36 @@ def codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return d, m
 
 
+def codes_2(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of Q2_K: the codes of 4 bits of the groups' scales and minima, [B, 16] uint8 each."""
+    return blocks[:, :16] & 15, blocks[:, :16] >> 4
+
+
+def codes_3(blocks: Tensor) -> Tensor:
+    """Of Q3_K: the groups' scales, of 6 bits, [B, 16] int8."""
+    low, high = blocks[:, 96:104], blocks[:, 104:108]
+    low = torch.cat([low & 15, low >> 4], dim=1)
+    high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=1)
+    return (low | high << 4).view(torch.int8) - 32
+
+
+def codes_4(blocks: Tensor) -> Tensor:
+    """Of IQ4_XS: the groups' scales, of 6 bits, [B, 8] int8."""
+    low, high = blocks[:, 4:8], blocks[:, 2:4]
+    low = torch.stack([low & 15, low >> 4], dim=2).flatten(1)
+    high = torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=2).flatten(1)
+    return (low | high << 4).view(torch.int8) - 32
+
+
+def powers(blocks: Tensor) -> Tensor:
+    """Of MXFP4: the scales, powers of two from 2^-128 to 2^127 for numbers twice as large, [B, 1] bfloat16."""
+    exponents = blocks[:, :1].to(torch.int16)
+    bits = torch.where(exponents < 2, 0x20 << exponents, exponents - 1 << 7)  # below 2^-126: subnormal
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
 def quants(kind: GGMLType, blocks: Tensor) -> Tensor:
-    """The integers q, unsigned: [B, block_size] uint8."""
+    """The integers q, unsigned: [B, block_size] uint8. Of types without minima or a table 2**(kind.bits - 1) is 0."""
     return _QUANTS[kind](blocks).view(torch.uint8).view(-1, kind.block_size)
 
 
@@ -58,13 +92,37 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return low | (_fields(blocks[:, 128:192].view(-1, 2, 32), 2) << 4)
 
 
+def _q2_k(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 16:80].view(-1, 2, 32), 2)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    low = _fields(blocks[:, 32:96].view(-1, 2, 32), 2)
+    return (low | (_fields(blocks[:, :32], 1).view_as(low) << 2)) + 4 * _BYTES
+
+
+def _tq1_0(blocks: Tensor) -> Tensor:
+    """Five digits of base 3 in a byte, as a fraction: the first is what three times it has before the point."""
+    parts = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
+    digits = [(part * 3**place).to(torch.int16) * 3 >> 8 for part, num in parts for place in range(num)]
+    return torch.cat(digits, dim=1).to(torch.uint8) + 7
+
+
 _QUANTS: dict[GGMLType, Callable[[Tensor], Tensor]] = {
     GGMLType.Q4_0: lambda blocks: _fields(blocks[:, 2:], 4),
     GGMLType.Q4_1: lambda blocks: _fields(blocks[:, 4:], 4),
     GGMLType.Q5_0: lambda blocks: _fields(blocks[:, 6:], 4) | _spread_bits(blocks[:, 2:6]),
     GGMLType.Q5_1: lambda blocks: _fields(blocks[:, 8:], 4) | _spread_bits(blocks[:, 4:8]),
     GGMLType.Q8_0: lambda blocks: blocks[:, 2:] ^ 128,  # signed there
+    GGMLType.Q2_K: _q2_k,
+    GGMLType.Q3_K: _q3_k,
     GGMLType.Q4_K: lambda blocks: _fields(blocks[:, 16:].view(-1, 4, 32), 4),
     GGMLType.Q5_K: _q5_k,
     GGMLType.Q6_K: _q6_k,
+    GGMLType.IQ4_NL: lambda blocks: _fields(blocks[:, 2:], 4),
+    GGMLType.IQ4_XS: lambda blocks: _fields(blocks[:, 8:].view(-1, 8, 16), 4),
+    GGMLType.TQ1_0: _tq1_0,
+    GGMLType.TQ2_0: lambda blocks: _fields(blocks[:, :64].view(-1, 2, 32), 2) + 7 * _BYTES,
+    GGMLType.MXFP4: lambda blocks: _fields(blocks[:, 1:], 4),
+    GGMLType.Q1_0: lambda blocks: (_spread_bits(blocks[:, 2:]) >> 3) + 7 * _BYTES,
 }

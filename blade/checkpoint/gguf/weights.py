@@ -61,10 +61,23 @@ class GGUFWeights:
     @property
     def block_formats(self) -> list[str]:
         """Of the matrices that `grouped` gives, the names of their kinds: the one with most numbers first."""
-        sizes: Counter[str] = Counter()
+        return [kind.name for kind in self._kinds()]
+
+    @property
+    def block_labels(self) -> list[str]:
+        """The same, with the bits that a number takes where that is more than it does in the file by a tenth."""
+        return [
+            f"{kind.name} in {8 * kind.kept_bytes / kind.block_size:.3g} bits"
+            if kind.kept_bytes > 1.1 * kind.block_bytes
+            else kind.name
+            for kind in self._kinds()
+        ]
+
+    def _kinds(self) -> list[GGMLType]:
+        sizes: Counter[GGMLType] = Counter()
         for name, (_, info) in self._tensors.items():
             if self.grouped_bytes(name) is not None:
-                sizes[info.kind.name] += info.num_params
+                sizes[info.kind] += info.num_params
         return [kind for kind, _ in sizes.most_common()]
 
     def names(self) -> Collection[str]:
@@ -107,15 +120,16 @@ class GGUFWeights:
 
     def blocks(self, name: str) -> GGMLBlocks:
         """The same in the file's own bytes."""
+        from blade.checkpoint.gguf.blocks import VALUES
+
         kind, raw = self.raw(name)
         n, k = self.shape(name)
-        return GGMLBlocks(kind.name, (n, k), raw)
+        return GGMLBlocks(kind.name, (n, k), raw, VALUES.get(kind))
 
     def grouped_bytes(self, name: str) -> int | None:
-        """Bytes of what `grouped` gives, its integers packed: those in the file. None for plain numbers and for what is
-        no matrix."""
+        """Bytes of what `grouped` gives, its integers packed. None for plain numbers and for what is no matrix."""
         _, info = self._find(name)
-        return info.num_bytes if info.kind.bits and len(info.shape) == 2 else None
+        return info.kept_bytes if info.kind.bits and len(info.shape) == 2 else None
 
     def raw(self, name: str) -> tuple[GGMLType, Tensor]:
         """The tensor as it is stored: [rows, row_bytes] uint8."""
