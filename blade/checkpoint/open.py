@@ -64,14 +64,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     from blade.checkpoint.gguf import read_gguf_parts
-    from blade.checkpoint.gguf.config import check_architecture, make_config, make_generation_config, reordered_heads
+    from blade.checkpoint.gguf.config import check_architecture, make_config, make_generation_config
+    from blade.checkpoint.gguf.layouts import layout_of
     from blade.checkpoint.gguf.metadata import Metadata
     from blade.checkpoint.gguf.weights import GGUFWeights
 
     files = read_gguf_parts(path)
     metadata = Metadata(path, files[0].metadata)
     check_architecture(metadata)
-    weights = GGUFWeights(files, reordered_heads(metadata))
+    weights = GGUFWeights(files, layout_of(metadata))
     generation = make_generation_config(metadata)
     return Checkpoint(
         path=path,

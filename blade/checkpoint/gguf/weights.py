@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
-from blade.checkpoint.gguf.names import expert_names, hf_name
+from blade.checkpoint.gguf.layouts import Layout
 from blade.checkpoint.mapping import let_go
 from blade.errors import CheckpointError
 from blade.types import GGMLBlocks
@@ -23,19 +24,13 @@ if TYPE_CHECKING:
     from blade.types import GroupedWeight
 
 _ROPE_FACTORS = "rope_freqs.weight"
-_GATE = ".shared_expert_gate.weight"  # a matrix of one row, which llama.cpp stores as a vector
 
 
 class GGUFWeights:
-    """contracts.Weights over the parts of one GGUF model.
+    """contracts.Weights over the parts of one GGUF model, with what llama.cpp's converter changed undone."""
 
-    llama.cpp rotates neighbouring channels of a head where Hugging Face rotates halves, and reorders the rows of a
-    Llama's q and k for it. `heads` names the modules that were reordered, with their number of heads ("q_proj": 9);
-    their rows, which are whole blocks, are put back.
-    """
-
-    def __init__(self, files: Seq[GGUFFile], heads: Mapping[str, int]) -> None:
-        self._heads = heads
+    def __init__(self, files: Seq[GGUFFile], layout: Layout | None = None) -> None:
+        self._layout = layout or Layout()
         self._tensors: dict[str, tuple[GGUFFile, TensorInfo]] = {}
         for file in files:
             for name, info in file.tensors.items():
@@ -43,12 +38,29 @@ class GGUFWeights:
         self._names = dict.fromkeys(name for name in self._tensors if name != _ROPE_FACTORS)
 
     def _add(self, file: GGUFFile, name: str, info: TensorInfo) -> None:
-        for known, part in _parts(name, info).items():
-            if known is None:
-                raise CheckpointError(f"{file.path}: the tensor {name!r} belongs to no model that blade knows.")
+        for known, part in self._parts(file, name, info).items():
             if known in self._tensors:
                 raise CheckpointError(f"{file.path}: the tensor {name!r} is in another part too.")
             self._tensors[known] = (file, part)
+
+    def _parts(self, file: GGUFFile, name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+        """What a tensor is to Hugging Face: itself, or the matrices of a layer's experts."""
+        if name == _ROPE_FACTORS:
+            return {name: info}
+        stacked = len(info.shape) == 3
+        names = self._layout.names.hf_names(name, info.shape[0] if stacked else 0)
+        if not names:
+            raise CheckpointError(f"{file.path}: the tensor {name!r} belongs to no model that blade knows.")
+        if not stacked:
+            return {names[0]: replace(info, shape=self._layout.shape(names[0], info.shape))}
+        num_rows = prod(info.shape[:2])
+        if len(names) < info.shape[0] or num_rows % len(names):
+            raise CheckpointError(
+                f"{file.path}: the tensor {name!r} is of shape {info.shape}, which blade does not know."
+            )
+        shape, size = (num_rows // len(names), info.shape[2]), info.num_bytes // len(names)
+        infos = [replace(info, shape=shape, offset=info.offset + i * size) for i in range(len(names))]
+        return dict(zip(names, infos, strict=True))
 
     @property
     def num_bytes(self) -> int:
@@ -97,7 +109,11 @@ class GGUFWeights:
         from blade.checkpoint.gguf.dequant import PLAIN_DTYPES, dequantize
 
         kind, raw = self.raw(name)
-        return dequantize(kind, raw, dtype or PLAIN_DTYPES.get(kind, torch.float32)).view(self.shape(name))
+        dtype, shape = dtype or PLAIN_DTYPES.get(kind, torch.float32), self.shape(name)
+        if self._layout.is_changed(name):
+            return self._layout.restored(name, dequantize(kind, raw, torch.float32).view(shape)).to(dtype)
+        numbers, columns = dequantize(kind, raw, dtype).view(shape), self._columns(name)
+        return numbers if columns is None else torch.empty_like(numbers).index_copy_(-1, columns, numbers)
 
     def release(self, names: Iterable[str]) -> None:
         """See contracts.Weights."""
@@ -116,7 +132,7 @@ class GGUFWeights:
         """A matrix in blocks as the file has it, without loss."""
         from blade.checkpoint.gguf.grouped import grouped
 
-        return grouped(*self.raw(name))
+        return replace(grouped(*self.raw(name)), order=self._columns(name))
 
     def blocks(self, name: str) -> GGMLBlocks:
         """The same in the file's own bytes."""
@@ -124,7 +140,7 @@ class GGUFWeights:
 
         kind, raw = self.raw(name)
         n, k = self.shape(name)
-        return GGMLBlocks(kind.name, (n, k), raw, VALUES.get(kind))
+        return GGMLBlocks(kind.name, (n, k), raw, VALUES.get(kind), self._columns(name))
 
     def grouped_bytes(self, name: str) -> int | None:
         """Bytes of what `grouped` gives, its integers packed. None for plain numbers and for what is no matrix."""
@@ -137,34 +153,25 @@ class GGUFWeights:
 
         file, info = self._find(name)
         stored = torch.frombuffer(file.memory, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
-        num_heads = self._heads.get(name.split(".")[-2])
-        if num_heads is not None:
-            stored = self._restore(file, name, info, stored, num_heads)
+        num_rows = info.shape[0]  # of a vector: numbers
+        order = self._ordered(name, self._layout.rows, num_rows)
+        if order is not None:
+            if info.num_bytes % num_rows:
+                raise CheckpointError(f"{file.path}: {name} is a vector in blocks, whose numbers cannot be reordered.")
+            stored = stored.view(num_rows, -1)[order]
         return info.kind, stored.view(info.num_params // info.shape[-1], -1)
 
-    def _restore(self, file: GGUFFile, name: str, info: TensorInfo, stored: Tensor, num_heads: int) -> Tensor:
-        num_rows = info.shape[0]  # of a bias: numbers
-        if num_rows % (2 * num_heads) or info.num_bytes % num_rows:
-            raise CheckpointError(
-                f"{file.path}: {name}, of shape {info.shape}, does not divide into {num_heads} heads."
-            )
-        pairs = stored.view(num_heads, num_rows // num_heads // 2, 2, info.num_bytes // num_rows)
-        return pairs.transpose(1, 2).reshape(-1)
+    def _columns(self, name: str) -> Tensor | None:
+        return self._ordered(name, self._layout.columns, self.shape(name)[-1])
+
+    def _ordered(self, name: str, order: Callable[[str, int], Tensor | None], num: int) -> Tensor | None:
+        try:
+            return order(name, num)
+        except ValueError as error:
+            file, info = self._find(name)
+            raise CheckpointError(f"{file.path}: {name}, of shape {info.shape}, {error}.") from None
 
     def _find(self, name: str) -> tuple[GGUFFile, TensorInfo]:
         if name not in self._tensors:
             raise CheckpointError(f"The checkpoint has no tensor {name!r}.")
         return self._tensors[name]
-
-
-def _parts(name: str, info: TensorInfo) -> dict[str | None, TensorInfo]:
-    """What a tensor is to Hugging Face: itself, or the matrices of a layer's experts; None where blade knows none."""
-    experts = expert_names(name, info.shape[0]) if len(info.shape) == 3 else None
-    if experts is not None:
-        size = info.num_bytes // len(experts)
-        infos = (replace(info, shape=info.shape[1:], offset=info.offset + i * size) for i in range(len(experts)))
-        return dict(zip(experts, infos, strict=True))
-    known = name if name == _ROPE_FACTORS else hf_name(name)
-    if len(info.shape) == 1 and known is not None and known.endswith(_GATE):
-        info = replace(info, shape=(1, *info.shape))
-    return {known: info}
