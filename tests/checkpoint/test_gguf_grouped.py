@@ -81,4 +81,4 @@ def test_what_is_kept_in_more_bits_is_said(tmp_path: Path) -> None:
     arrays = {"token_embd.weight": np.ones((40, 256), np.float32), "blk.0.ffn_up.weight": np.ones((4, 256), np.float32)}
     weights = open_checkpoint(write_gguf(tmp_path / "m.gguf", arrays=arrays, quantised=kinds)).blocks
     assert weights is not None
-    assert weights.block_labels == ["TQ2_0 in 4.12 bits"]
+    assert weights.block_labels == ["TQ2_0 in 4.13 bits"]

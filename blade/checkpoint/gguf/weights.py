@@ -79,7 +79,7 @@ class GGUFWeights:
     def block_labels(self) -> list[str]:
         """The same, with the bits that a number takes where that is more than it does in the file by a tenth."""
         return [
-            f"{kind.name} in {8 * kind.kept_bytes / kind.block_size:.3g} bits"
+            f"{kind.name} in {8 * kind.kept_bytes / kind.block_size + 1e-6:.3g} bits"
             if kind.kept_bytes > 1.1 * kind.block_bytes
             else kind.name
             for kind in self._kinds()
