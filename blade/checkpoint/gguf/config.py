@@ -103,8 +103,8 @@ def _routed(metadata: Metadata, names: set[str], router: str) -> list[int]:
 def _llama4(metadata: Metadata, names: set[str]) -> dict[str, Any]:
     """Where llama.cpp takes something for granted, so does blade: one layer in four without positions, chunks of 8192,
     and queries and keys that are normalised but for the model of 128 experts."""
-    if metadata.has("attention.sliding_window"):
-        metadata.refuse("attention.sliding_window", "absent, as it is of models with chunks of 8192")
+    if metadata.integer("attention.sliding_window", 8192, minimum=0) == 0:
+        metadata.refuse("attention.sliding_window", "above 0: models without chunks are not served")
     num_experts = metadata.integer("expert_count")
     return {
         "intermediate_size": metadata.integer("expert_feed_forward_length"),
