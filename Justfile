@@ -54,6 +54,10 @@ gpu *args:
 fuzz num="2000" *cases:
     python tests/formats/mutations.py {{ num }} {{ cases }}
 
+# Broken GGUF files, likewise
+fuzz-gguf num="2000" *cases:
+    python tests/models/gguf_mutations.py {{ num }} {{ cases }}
+
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:
     python benchmarks/load.py {{ args }}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.gguf.weights import GGUFWeights
     from blade.checkpoint.open import Checkpoint
     from blade.contracts import Ops, Quantization
     from blade.plugins import Plugins
@@ -104,7 +104,7 @@ def _blocks(
     from blade.nn.grouped import Stored
 
     if asked is None and dtype in ops.quantized_dtypes:
-        return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_formats)})")
+        return WeightForm(Stored(weights), f"as in the file ({', '.join(weights.block_labels)})")
     return WeightForm(None, _dequantized(checkpoint, asked, ops, dtype, "blocks"))
 
 

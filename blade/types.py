@@ -277,9 +277,11 @@ class LowRank:
 class GGMLBlocks:
     """A quantised matrix [N, K] as a GGUF file stores it, in blocks of K; a GroupedWeight can be made of it."""
 
-    kind: str  # GGML's name: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K" or "Q6_K"
+    kind: str  # GGML's name: "Q4_0", "Q6_K", "IQ4_XS"
     shape: tuple[int, int]  # N and K
     raw: Tensor  # [N, bytes of a row] uint8, whole blocks
+    values: tuple[int, ...] | None = None  # as GroupedWeight.values
+    order: Tensor | None = None  # as GroupedWeight.order
 
 
 @dataclass(slots=True, frozen=True)

@@ -11,7 +11,7 @@ from blade.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.gguf.weights import GGUFWeights
     from blade.checkpoint.safetensors import SafetensorsWeights
 
 ELSEWHERE = {"openvino*.xml": "OpenVINO", "*.onnx": "ONNX"}  # what tells of weights for other programs
@@ -37,7 +37,7 @@ class Checkpoint:
     @property
     def blocks(self) -> GGUFWeights | None:
         """The weights, where they are a GGUF file's and some of its matrices are in blocks."""
-        from blade.checkpoint.gguf_weights import GGUFWeights
+        from blade.checkpoint.gguf.weights import GGUFWeights
 
         return self.weights if isinstance(self.weights, GGUFWeights) and self.weights.block_formats else None
 
@@ -64,14 +64,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_gguf(path: Path) -> Checkpoint:
     from blade.checkpoint.gguf import read_gguf_parts
-    from blade.checkpoint.gguf_config import check_architecture, make_config, make_generation_config, reordered_heads
-    from blade.checkpoint.gguf_metadata import Metadata
-    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.gguf.config import check_architecture, make_config, make_generation_config
+    from blade.checkpoint.gguf.layouts import layout_of
+    from blade.checkpoint.gguf.metadata import Metadata
+    from blade.checkpoint.gguf.weights import GGUFWeights
 
     files = read_gguf_parts(path)
     metadata = Metadata(path, files[0].metadata)
     check_architecture(metadata)
-    weights = GGUFWeights(files, reordered_heads(metadata))
+    weights = GGUFWeights(files, layout_of(metadata))
     generation = make_generation_config(metadata)
     return Checkpoint(
         path=path,

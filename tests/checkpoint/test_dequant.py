@@ -8,9 +8,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from blade.checkpoint import gguf_dequant
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_dequant import dequantize
+from blade.checkpoint.gguf import dequant as gguf_dequant
+from blade.checkpoint.gguf.dequant import dequantize
 
 BLOCKED = [kind for kind in GGMLType if kind.block_size > 1]
 
@@ -23,6 +23,10 @@ def raw_blocks(kind: GGMLType, num_rows: int, num_blocks: int) -> np.ndarray:
 def reference(raw: np.ndarray, kind: GGMLType) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # inf * 0
+        if kind == GGMLType.Q1_0:  # which the package knows by name alone
+            blocks = raw.reshape(-1, kind.block_bytes)
+            signs = 2 * np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32) - 1
+            return torch.from_numpy(signs * blocks[:, :2].copy().view(np.float16)).view(len(raw), -1)
         return torch.from_numpy(gguf.quants.dequantize(raw, GGMLQuantizationType(kind)))
 
 

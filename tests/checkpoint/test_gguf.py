@@ -99,7 +99,11 @@ def test_nested_arrays(tmp_path: Path) -> None:
         (padded(header(1) + info(shape=(1,) * 5), 64), "'a' has 5 dimensions"),
         (padded(header(1) + info(shape=(4, 0)), 64), "no whole number of F32 blocks"),
         (padded(header(1) + info(shape=(33,), kind=8), 64), "no whole number of Q8_0 blocks"),
-        (padded(header(1) + info(kind=23), 64), "type 23, which blade does not read. Known are F32"),
+        (
+            padded(header(1) + info(kind=16), 64),
+            "of GGML type IQ2_XXS, which blade does not read: it reads F32, F16, Q4_0",
+        ),
+        (padded(header(1) + info(kind=99), 64), "of GGML type 99, which blade does not read"),
         (padded(header(1) + info(offset=1), 64), "not aligned to 32 bytes"),
         (padded(header(1) + info(offset=2**64 - 32), 64), "truncated"),
         (padded(header(2) + info() * 2, 64), "'a' comes twice"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blade.checkpoint.gguf import GGMLType
-from blade.checkpoint.gguf_weights import GGUFWeights
+from blade.checkpoint.gguf.weights import GGUFWeights
 from blade.checkpoint.open import Checkpoint, open_checkpoint
 from blade.errors import CheckpointError
 
@@ -184,6 +184,8 @@ def test_llama3_rope(tmp_path: Path) -> None:
         "original_max_position_embeddings": 8192,
     }
     assert "rope_freqs.weight" not in checkpoint.weights.names()
+    four = with_factors(llama3_factors(16.0, 1.0, 1.0, 8192, 500000.0, 64)).config["rope_parameters"]
+    assert (four["factor"], four["low_freq_factor"], four["high_freq_factor"]) == (16.0, 1.0, 1.0)
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight is not that of Llama 3"):
         with_factors(llama3_factors(32.0, 1.0, 2.0, 8192, 500000.0, 64))
     for factors in (np.ones(31, np.float32), np.zeros(32, np.float32), np.full(32, np.nan, np.float32)):

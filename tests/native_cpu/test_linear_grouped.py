@@ -20,6 +20,9 @@ FORMATS = {
     "q4_0": (4, 32, "float16", "none", 1),
     "q4_1": (4, 32, "float16", "minima", 1),
     "q4_k": (4, 32, "uint8", "code minima", 8),
+    "q2_k": (4, 16, "uint8", "code minima", 16),
+    "q3_k": (4, 16, "int8", "none", 16),
+    "four16": (4, 16, "float16", "zeros", 1),
     "rows4": (4, 32, "uint8", "code minima", 0),
     "awq64": (4, 64, "float16", "zeros", 1),
     "gptq128": (4, 128, "float16", "none", 1),
@@ -116,7 +119,7 @@ def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
     assert error < 0.01
 
 
-@pytest.mark.parametrize("name", ["q4_k", "awq64", "q5_0", "q6_k", "int8", "nvfp4", "nf4"])
+@pytest.mark.parametrize("name", ["q2_k", "q4_k", "awq64", "q5_0", "q6_k", "int8", "nvfp4", "nf4"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) -> None:
     linear = ops.quantized_linear(weight_of(name, 70, 4096), None)
     x = torch.randn(300, 4096)
@@ -197,7 +200,7 @@ def test_what_lies_between_the_rows_of_y_stays(ops: SimdOps) -> None:
 def test_what_no_kernel_computes_on_becomes_dense(ops: SimdOps, caplog: pytest.LogCaptureFixture) -> None:
     """In bfloat16, whatever x is."""
     three = replace(weight_of("q4_1", 70), bits=3)
-    small = replace(weight_of("q6_k", 33), bits=4, q=weight_of("q4_0", 33).q)
+    small = replace(weight_of("q6_k", 33), bits=5, q=weight_of("q5_0", 33).q)
     assert not covers(three)
     assert not covers(small)
     bias, x = torch.randn(103), torch.randn(3, K)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -147,6 +148,15 @@ def test_rows_that_are_not_aligned(kernels: LinearKernels) -> None:
     linear = PackedLinear(kernels, [pack(make_weight(8, 64, "SYMMETRIC"), CPU)], None, BF16)
     wide = torch.randn(4, NUM_IN + 3, generator=torch.Generator().manual_seed(2)).to(BF16)
     assert torch.equal(linear(wide[:, 3:]), linear(wide[:, 3:].contiguous()))
+
+
+def test_values_of_a_table_become_integers_of_8_bits(kernels: LinearKernels) -> None:
+    values = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    weight = replace(make_weight(4, 64, "SYMMETRIC"), values=values)
+    assert packing.covers(weight)
+    linear, x = PackedLinear(kernels, [pack(weight, CPU)], None, BF16), make_rows(3, BF16)
+    assert error(linear(x, torch.float32), TorchQuantizedLinear([weight], None)(x.float())) < 2e-6
+    assert torch.equal(linear.rows(torch.arange(NUM_OUT), BF16), dequantize(weight, BF16))
 
 
 def test_embedding_rows(kernels: LinearKernels) -> None:

@@ -23,7 +23,7 @@ enum Coding { INTEGERS = 0, VALUES = 1, FLOATS = 2 };
 
 // What a weight is: 32 (float) or 16 (bf16) bits, or 8, 6, 5 or 4 of an unsigned integer q in groups of a row, which
 // share a scale and an offset: w = scale * q + offset. Without offsets q is centred: w = scale * (q - 2^(bits - 1)). With
-// VALUES, of 4 bits and without offsets, w = scale * (values[q] - zero). FLOATS are of 8 bits (e4m3, without infinities),
+// VALUES, of 4 bits, w = scale * (values[q] - zero) + offset. FLOATS are of 8 bits (e4m3, without infinities),
 // w = scale * q, with SINGLE scales.
 struct Format {
     int32_t bits;

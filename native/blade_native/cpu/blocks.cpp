@@ -1,7 +1,7 @@
 // Blocks as GGUF files have them go straight into panels, in one pass over the mapped file.
 //
 // Layouts after https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h; what each becomes is what
-// blade/checkpoint/gguf_grouped.py makes of it, byte for byte.
+// blade/checkpoint/gguf/grouped.py makes of it, byte for byte.
 #include <algorithm>
 
 #include "panel.h"
@@ -31,6 +31,13 @@ INLINE void nibbles(const uint8_t* packed, uint64_t* q) {
         uint64_t bytes = eight(packed + 8 * i);
         q[i] = bytes & 15 * BYTES, q[i + N] = bytes >> 4 & 15 * BYTES;
     }
+}
+
+// 8 n bytes of four fields of two bits: all the lowest ones first.
+template <int N>
+INLINE void pairs(const uint8_t* packed, uint64_t* q) {
+    for (int i = 0; i < N; i++)
+        for (int f = 0; f < 4; f++) q[f * N + i] = eight(packed + 8 * i) >> 2 * f & 3 * BYTES;
 }
 
 // Bits of four bytes, one after the other, each to a byte of q, as 16.
@@ -94,6 +101,31 @@ struct Q8_0 {
         for (int i = 0; i < 4; i++) to.q[i] = eight(from + 2 + 8 * i) ^ 128 * BYTES;  // signed there
     }
 };
+struct Q2_K {
+    static constexpr int NUM_BYTES = 84, SIZE = 256, BITS = 4, GROUP = 16;
+    static void unpack(const uint8_t* from, Block& to) {
+        for (int i = 0; i < 16; i++) to.scales[i] = from[i] & 15, to.offsets[i] = from[i] >> 4;
+        memcpy(&to.scale, from + 80, 2);
+        memcpy(&to.offset, from + 82, 2);
+        to.offset ^= 0x8000;  // the minima are subtracted
+        for (int half = 0; half < 2; half++) pairs<4>(from + 16 + 32 * half, to.q + 16 * half);
+    }
+};
+struct Q3_K {
+    static constexpr int NUM_BYTES = 110, SIZE = 256, BITS = 4, GROUP = 16;
+    static void unpack(const uint8_t* from, Block& to) {
+        const uint8_t *low = from + 96, *high = from + 104;
+        for (int i = 0; i < 16; i++)
+            to.scales[i] = uint8_t((low[i % 8] >> i / 8 * 4 & 15 | (high[i % 4] >> i / 4 * 2 & 3) << 4) - 32);
+        memcpy(&to.scale, from + 108, 2);
+        for (int half = 0; half < 2; half++) pairs<4>(from + 32 + 32 * half, to.q + 16 * half);
+        for (int i = 0; i < 4; i++)
+            for (int g = 0; g < 8; g++) {  // bit g of a byte: of 32 numbers; 4 of three bits are 8 of four
+                uint64_t& q = to.q[4 * g + i];
+                q = (q | (eight(from + 8 * i) >> g & BYTES) << 2) + 4 * BYTES;
+            }
+    }
+};
 struct Q4_K {
     static constexpr int NUM_BYTES = 144, SIZE = 256, BITS = 4, GROUP = 32;
     static void unpack(const uint8_t* from, Block& to) {
@@ -125,6 +157,24 @@ struct Q6_K {
                 for (int f = 0; f < 4; f++) q[4 * f + i] |= (high >> 2 * f & 3 * BYTES) << 4;
             }
         }
+    }
+};
+struct IQ4_XS {
+    static constexpr int NUM_BYTES = 136, SIZE = 256, BITS = 4, GROUP = 32;
+    static void unpack(const uint8_t* from, Block& to) {
+        const uint8_t *high = from + 2, *low = from + 4;
+        for (int i = 0; i < 8; i++)
+            to.scales[i] = uint8_t((low[i / 2] >> i % 2 * 4 & 15 | (high[i / 4] >> i % 4 * 2 & 3) << 4) - 32);
+        memcpy(&to.scale, from, 2);
+        for (int g = 0; g < 8; g++) nibbles<2>(from + 8 + 16 * g, to.q + 4 * g);
+    }
+};
+struct MXFP4 {
+    static constexpr int NUM_BYTES = 17, SIZE = 32, BITS = 4, GROUP = 32;
+    static void unpack(const uint8_t* from, Block& to) {
+        uint16_t power = from[0] < 2 ? 0x20 << from[0] : (from[0] - 1) << 7;  // half of it, in bfloat16
+        memcpy(to.scales, &power, 2);
+        nibbles<2>(from + 1, to.q);
     }
 };
 
@@ -168,9 +218,14 @@ EXPORT int blade_pack_blocks(const Linear* linear, const uint8_t* blocks, int ki
         case 6: return pack<Q5_0>(*linear, blocks, threads), OK;
         case 7: return pack<Q5_1>(*linear, blocks, threads), OK;
         case 8: return pack<Q8_0>(*linear, blocks, threads), OK;
+        case 10: return pack<Q2_K>(*linear, blocks, threads), OK;
+        case 11: return pack<Q3_K>(*linear, blocks, threads), OK;
         case 12: return pack<Q4_K>(*linear, blocks, threads), OK;
         case 13: return pack<Q5_K>(*linear, blocks, threads), OK;
         case 14: return pack<Q6_K>(*linear, blocks, threads), OK;
+        case 20: return pack<Q4_0>(*linear, blocks, threads), OK;  // but for their values, as IQ4_NL's are
+        case 23: return pack<IQ4_XS>(*linear, blocks, threads), OK;
+        case 39: return pack<MXFP4>(*linear, blocks, threads), OK;
     }
     return -1;
 }

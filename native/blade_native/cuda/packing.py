@@ -26,7 +26,7 @@ class NotANumberError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """One instantiation of the kernels. 5 and 6 bits are kept as 8."""
+    """One instantiation of the kernels. 5 and 6 bits are kept as 8, and so is a table's value."""
 
     bits: int
     group: int
@@ -59,12 +59,12 @@ class Packed:
 
 
 def covers(weight: QuantizedWeight) -> bool:
-    """Whether there is a kernel: K in whole tiles, not both minima and zeros, and no table of values."""
+    """Whether there is a kernel: K in whole tiles, in their order, and not both minima and zeros."""
     if weight.q.shape[1] % TILE_K:
         return False
     if isinstance(weight, Float8Weight):
         return weight.block[1] % format_of(weight).group == 0 or weight.block[1] >= weight.q.shape[1]
-    if weight.values is not None or weight.order is not None:
+    if weight.order is not None:
         return False
     return weight.minima is None or weight.zeros is None
 
@@ -74,7 +74,7 @@ def format_of(weight: QuantizedWeight) -> Format:
     if isinstance(weight, Float8Weight):
         return Format(8, 128 if weight.q.shape[1] % 128 == 0 else 64, "FP8")
     kind: Kind = "MINIMA" if weight.minima is not None else "ZEROS" if weight.zeros is not None else "SYMMETRIC"
-    return Format(4 if weight.bits == 4 else 8, weight.group, kind)
+    return Format(4 if weight.bits == 4 and weight.values is None else 8, weight.group, kind)
 
 
 def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
@@ -84,7 +84,9 @@ def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
     if isinstance(weight, Float8Weight):
         return _pack_fp8(chosen, weight, device)
     q = weight.q.to(device)
-    if chosen.bits != weight.bits and chosen.kind == "SYMMETRIC":
+    if weight.values is not None:
+        q = (torch.tensor(weight.values, device=device) + 128).to(torch.uint8)[q.int()]
+    elif chosen.bits != weight.bits and chosen.kind == "SYMMETRIC":
         q = q + (128 - 2 ** (weight.bits - 1))
     parameters = [_float16("scales", weight.scales, weight.block_scales, device)]
     if weight.minima is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from blade import GroupedWeight, QuantizedWeight
 from blade_native.simd.library import CFormat, CGrouped, CLinear, Library
 from blade_native.simd.linear import Matrix
 
-GROUPS = {4: (32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
+GROUPS = {4: (16, 32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 VALUES_GROUPS = (16, 32, 64, 128)
 VALUES = 1  # `Coding` of api.h
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
@@ -116,7 +117,20 @@ def _format(weight: GroupedWeight) -> CFormat:
     if weight.minima is not None:
         offsets = HALF if weight.block_minima is None else CODES[weight.minima.dtype]
     form = CFormat(weight.bits, weight.group, scales, offsets, block)
-    if weight.values is not None:
-        form.coding, form.zero = VALUES, -min(weight.values)
-        form.values[:] = [value + form.zero for value in weight.values]
+    values = _table(weight)
+    return form if values is None else looked_up(form, values)
+
+
+def looked_up(form: CFormat, values: Seq[int]) -> CFormat:
+    """The format, of 4 bits that are places among 16 values."""
+    form.coding, form.zero = VALUES, -min(values)
+    form.values[:] = [value + form.zero for value in values]
     return form
+
+
+def _table(weight: GroupedWeight) -> Seq[int] | None:
+    """The values of q, where they are looked up. Those of 4 bits in groups of 16 are, in a table of themselves: sums of
+    as few as a table's numbers need fit the kernels' registers, while those of plain 4 bits are made 32 at a time."""
+    if weight.values is not None or (weight.bits, weight.group) != (4, 16):
+        return weight.values
+    return range(-8, 8) if weight.zeros is None and weight.minima is None else range(16)

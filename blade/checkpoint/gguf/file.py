@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from blade.checkpoint.extents import check_extents
-from blade.checkpoint.gguf_cursor import Cursor
+from blade.checkpoint.gguf.cursor import Cursor
 from blade.checkpoint.lfs import refuse_pointer
 from blade.checkpoint.mapping import map_file
 from blade.errors import CheckpointError
@@ -37,10 +37,18 @@ class GGMLType(IntEnum):
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    IQ4_NL = 20
+    IQ4_XS = 23
     BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+    Q1_0 = 41
 
     @property
     def block_size(self) -> int:
@@ -53,23 +61,40 @@ class GGMLType(IntEnum):
 
     @property
     def bits(self) -> int:
-        """Of the integers in a block; 0 for plain numbers."""
+        """That a block's integers are kept in; 0 for plain numbers."""
         return _BLOCKS[self][2]
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of a block as a GroupedWeight, its integers packed."""
+        return self.block_size * self.bits // 8 + _BLOCKS[self][3]
 
-_BLOCKS = {
-    GGMLType.F32: (1, 4, 0),
-    GGMLType.F16: (1, 2, 0),
-    GGMLType.BF16: (1, 2, 0),
-    GGMLType.Q4_0: (32, 18, 4),
-    GGMLType.Q4_1: (32, 20, 4),
-    GGMLType.Q5_0: (32, 22, 5),
-    GGMLType.Q5_1: (32, 24, 5),
-    GGMLType.Q8_0: (32, 34, 8),
-    GGMLType.Q4_K: (256, 144, 4),
-    GGMLType.Q5_K: (256, 176, 5),
-    GGMLType.Q6_K: (256, 210, 6),
+
+_BLOCKS = {  # numbers, bytes, bits kept, bytes kept of scales and minima
+    GGMLType.F32: (1, 4, 0, 4),
+    GGMLType.F16: (1, 2, 0, 2),
+    GGMLType.BF16: (1, 2, 0, 2),
+    GGMLType.Q4_0: (32, 18, 4, 2),
+    GGMLType.Q4_1: (32, 20, 4, 4),
+    GGMLType.Q5_0: (32, 22, 5, 2),
+    GGMLType.Q5_1: (32, 24, 5, 4),
+    GGMLType.Q8_0: (32, 34, 8, 2),
+    GGMLType.Q2_K: (256, 84, 4, 36),
+    GGMLType.Q3_K: (256, 110, 4, 18),
+    GGMLType.Q4_K: (256, 144, 4, 20),
+    GGMLType.Q5_K: (256, 176, 5, 20),
+    GGMLType.Q6_K: (256, 210, 6, 18),
+    GGMLType.IQ4_NL: (32, 18, 4, 2),
+    GGMLType.IQ4_XS: (256, 136, 4, 10),
+    GGMLType.TQ1_0: (256, 54, 4, 4),
+    GGMLType.TQ2_0: (256, 66, 4, 4),
+    GGMLType.MXFP4: (32, 17, 4, 2),
+    GGMLType.Q1_0: (128, 18, 4, 2),
 }
+_OTHERS = {  # that files have too: numbers from code books of eight or four, and others that blade does not read
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 42: "Q2_0",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +112,11 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return self.num_params // self.kind.block_size * self.kind.block_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the numbers as a GroupedWeight, its integers packed."""
+        return self.num_params // self.kind.block_size * self.kind.kept_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +199,9 @@ def _read_info(cursor: Cursor, name: str, alignment: int) -> TensorInfo:
     type_id, offset = cursor.uint32(), cursor.uint64()
     if type_id not in _BLOCKS:
         raise CheckpointError(
-            f"{cursor.path}: the tensor {name!r} is of GGML type {type_id}, which blade does not read.",
-            f"Known are {', '.join(kind.name for kind in GGMLType)}: quantise it anew, for instance to Q4_K_M.",
+            f"{cursor.path}: the tensor {name!r} is of GGML type {_OTHERS.get(type_id, type_id)}, which blade does not "
+            f"read: it reads {', '.join(kind.name for kind in GGMLType)}.",
+            "Use another file of the model, for instance the one in IQ4_XS or Q3_K_M.",
         )
     kind = GGMLType(type_id)
     if 0 in shape or shape[-1] % kind.block_size:

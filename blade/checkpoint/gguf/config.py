@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from blade.checked import MAX_LAYERS
-from blade.checkpoint.gguf_metadata import Metadata
+from blade.checkpoint.gguf.layouts import HYBRIDS, DeltaHeads, num_layers
+from blade.checkpoint.gguf.metadata import Metadata
+from blade.checkpoint.gguf.rope import rope_parameters
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from blade.checkpoint.gguf_weights import GGUFWeights
+    from blade.checkpoint.gguf.weights import GGUFWeights
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "llama4": "Llama4ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen3next": "Qwen3NextForCausalLM",
+    "qwen35": "Qwen3_5ForCausalLM",
+    "qwen35moe": "Qwen3_5MoeForCausalLM",
 }
-_NORMALIZED = {"qwen2moe": False, "qwen3moe": True}  # the weights of a token's experts sum to 1, as llama.cpp has it
+# Whether the weights of a token's experts sum to 1, as llama.cpp has it
+_NORMALIZED = {"llama4": False, "qwen2moe": False, "qwen3moe": True, "qwen3next": True, "qwen35moe": True}
 _END_TOKENS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 _CONTROL = 3  # of tokenizer.ggml.token_type
-_YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def check_architecture(metadata: Metadata) -> None:
@@ -32,14 +35,6 @@ def check_architecture(metadata: Metadata) -> None:
             f"{metadata.path} holds a model of architecture {metadata.arch!r}, which blade does not know.",
             f"Known in GGUF files are {', '.join(ARCHITECTURES)}.",
         )
-
-
-def reordered_heads(metadata: Metadata) -> dict[str, int]:
-    """The modules whose rows llama.cpp's converter has reordered, with their number of heads."""
-    if metadata.arch != "llama":
-        return {}
-    num_heads = metadata.integer("attention.head_count")
-    return {"q_proj": num_heads, "k_proj": metadata.integer("attention.head_count_kv", num_heads)}
 
 
 def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
@@ -55,27 +50,35 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
         "model_type": metadata.arch,
         "vocab_size": weights.shape("model.embed_tokens.weight")[0],
         "hidden_size": hidden_size,
-        "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count", maximum=MAX_LAYERS),
+        "num_hidden_layers": num_layers(metadata),
         "num_attention_heads": num_heads,
         "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": metadata.integer("context_length"),
-        "rope_parameters": _rope(metadata, head_dim, weights.rope_factors()),
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "rope_parameters": rope_parameters(metadata, head_dim, weights.rope_factors()),
+        "attention_bias": any(name.endswith(".self_attn.q_proj.bias") for name in names),
         "tie_word_embeddings": "lm_head.weight" not in names,
-        **(_experts(metadata, weights, names) if metadata.arch in _NORMALIZED else {}),
+        **_feed_forward(metadata, weights, names),
+        **(_recurrent(metadata) if metadata.arch in HYBRIDS else {}),
     }
+
+
+def _feed_forward(metadata: Metadata, weights: GGUFWeights, names: set[str]) -> dict[str, Any]:
+    if metadata.arch == "llama4":
+        return _llama4(metadata, names)
+    if metadata.arch not in _NORMALIZED:
+        return {"intermediate_size": metadata.integer("feed_forward_length")}
+    found = _experts(metadata, weights, names)
+    return {"intermediate_size": metadata.integer("feed_forward_length", found["moe_intermediate_size"]), **found}
 
 
 def _experts(metadata: Metadata, weights: GGUFWeights, names: set[str]) -> dict[str, Any]:
     """Sizes are those of the first layer that has experts; a layer without a router is dense."""
-    layers = range(metadata.integer("block_count", maximum=MAX_LAYERS))
-    sparse = [layer for layer in layers if f"model.layers.{layer}.mlp.gate.weight" in names]
-    if not sparse:
-        raise CheckpointError(f"{metadata.path} has no tensor blk.N.ffn_gate_inp.weight, though it is to have experts.")
+    sparse = _routed(metadata, names, "mlp.gate")
     prefix = f"model.layers.{sparse[0]}.mlp"
+    if f"{prefix}.experts.0.gate_proj.weight" not in names:
+        raise CheckpointError(f"{metadata.path} has no tensor blk.{sparse[0]}.ffn_gate_exps.weight.")
     sizes = {
         "moe_intermediate_size": f"{prefix}.experts.0.gate_proj.weight",
         "shared_expert_intermediate_size": f"{prefix}.shared_expert.gate_proj.weight",
@@ -84,8 +87,49 @@ def _experts(metadata: Metadata, weights: GGUFWeights, names: set[str]) -> dict[
         "num_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": metadata.integer("expert_used_count"),
         "norm_topk_prob": _NORMALIZED[metadata.arch],
-        "mlp_only_layers": [layer for layer in layers if layer not in sparse],
+        "mlp_only_layers": [layer for layer in range(num_layers(metadata)) if layer not in sparse],
         **{key: weights.shape(name)[0] for key, name in sizes.items() if name in names},
+    }
+
+
+def _routed(metadata: Metadata, names: set[str], router: str) -> list[int]:
+    """The layers that have a router."""
+    sparse = [i for i in range(num_layers(metadata)) if f"model.layers.{i}.{router}.weight" in names]
+    if not sparse:
+        raise CheckpointError(f"{metadata.path} has no tensor blk.N.ffn_gate_inp.weight, though it is to have experts.")
+    return sparse
+
+
+def _llama4(metadata: Metadata, names: set[str]) -> dict[str, Any]:
+    """Where llama.cpp takes something for granted, so does blade: one layer in four without positions, chunks of 8192,
+    and queries and keys that are normalised but for the model of 128 experts."""
+    if metadata.integer("attention.sliding_window", 8192, minimum=0) == 0:
+        metadata.refuse("attention.sliding_window", "above 0: models without chunks are not served")
+    num_experts = metadata.integer("expert_count")
+    return {
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "intermediate_size_mlp": metadata.integer("feed_forward_length"),
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_layers": _routed(metadata, names, "feed_forward.router"),
+        "use_qk_norm": num_experts != 128,
+    }
+
+
+def _recurrent(metadata: Metadata) -> dict[str, Any]:
+    """Of models some of whose layers are gated delta nets."""
+    heads, depth = DeltaHeads.read(metadata), num_layers(metadata)
+    recurrent = metadata.array("attention.recurrent_layers", bool)[:depth]
+    if not recurrent:
+        interval = metadata.integer("full_attention_interval", 4)
+        recurrent = [(i + 1) % interval != 0 for i in range(depth)]
+    return {
+        "linear_num_key_heads": heads.num_k,
+        "linear_num_value_heads": heads.num_v,
+        "linear_key_head_dim": heads.key_dim,
+        "linear_value_head_dim": heads.value_dim,
+        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
+        "layer_types": ["linear_attention" if each else "full_attention" for each in recurrent],
     }
 
 
@@ -109,46 +153,3 @@ def _known_ends(metadata: Metadata) -> list[int]:
     return [
         i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL and token in found
     ]
-
-
-def _rope(metadata: Metadata, head_dim: int, factors: list[float] | None) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base", 10000.0)}
-    rotary_dim = metadata.integer("rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
-        rope["partial_rotary_factor"] = rotary_dim / head_dim
-    kind = metadata.text("rope.scaling.type", "none")
-    if factors is not None:
-        if kind != "none":
-            metadata.refuse("rope.scaling.type", "none beside a tensor rope_freqs.weight")
-        return rope | _llama3(metadata, factors, rope["rope_theta"], head_dim)
-    if kind == "none":
-        return rope
-    if kind not in ("linear", "yarn"):
-        metadata.refuse("rope.scaling.type", "none, linear or yarn")
-    rope |= {"rope_type": kind, "factor": metadata.number("rope.scaling.factor")}
-    if kind == "yarn":
-        context = metadata.integer("rope.scaling.original_context_length", metadata.integer("context_length"))
-        rope["original_max_position_embeddings"] = context
-        for key, source in _YARN.items():
-            if metadata.has(f"rope.scaling.{source}"):
-                rope[key] = metadata.number(f"rope.scaling.{source}")
-    return rope
-
-
-def _llama3(metadata: Metadata, factors: list[float], theta: float, head_dim: int) -> dict[str, Any]:
-    """The parameters of Llama 3.1's rope that give these factors. All released models share all but one: the largest
-    factor, that of the slow frequencies."""
-    factor = max(factors)
-    if len(factors) != head_dim // 2 or not 1 <= factor < math.inf:
-        raise CheckpointError(
-            f"{metadata.path}: rope_freqs.weight is not one factor for each pair of {head_dim} channels."
-        )
-    low, high, context = _LLAMA3.values()
-    for i, found in enumerate(factors):
-        turns = context * theta ** (-i / len(factors)) / (2 * math.pi)  # of this pair in the original context
-        share = min(max((turns - low) / (high - low), 0.0), 1.0)
-        if not math.isclose(found, 1 / ((1 - share) / factor + share), rel_tol=1e-3):
-            raise CheckpointError(
-                f"{metadata.path}: rope_freqs.weight is not that of Llama 3, which is all blade knows."
-            )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
