@@ -58,6 +58,10 @@ fuzz num="2000" *cases:
 fuzz-gguf num="2000" *cases:
     python tests/models/gguf_mutations.py {{ num }} {{ cases }}
 
+# The same of the files beside the weights (config.json, tokenizer, index, ...) and of adapters
+fuzz-files num="2000" *cases:
+    python tests/formats/file_mutations.py {{ num }} {{ cases }}
+
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:
     python benchmarks/load.py {{ args }}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import reprlib
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,25 +61,33 @@ class AdapterTable:
         if self._read is None:
             raise CheckpointError("The model was loaded without adapters.", "Start with --lora or --lora-dir.")
         if name == self._model_name or name in self._adapters:
-            what = "the model" if name == self._model_name else "an adapter"
-            raise CheckpointError(f"The name {name!r} is taken by {what}.", "Choose another one.")
+            raise self._taken(name)
         if not _NAME.fullmatch(name):
-            raise CheckpointError(f"An adapter cannot be named {name!r}.", "Take letters, digits and . : / _ - for it.")
-        self._adapters[name] = self._read(name, folder)
+            raise CheckpointError(
+                f"An adapter cannot be named {reprlib.repr(name)}.", "Take letters, digits and . : / _ - for it."
+            )
+        made = self._read(name, folder)
+        if self._adapters.setdefault(name, made) is not made:  # another request was faster
+            raise self._taken(name)
+
+    def _taken(self, name: str) -> CheckpointError:
+        what = "the model" if name == self._model_name else "an adapter"
+        return CheckpointError(f"The name {name!r} is taken by {what}.", "Choose another one.")
 
     def unload(self, name: str) -> None:
         if self._adapters.pop(name, None) is None:
-            raise RequestError(f"There is no adapter {name!r}.", param="lora_name")
+            raise RequestError(f"There is no adapter {reprlib.repr(name)}.", param="lora_name")
 
     def inside(self, path: str) -> Path:
         """A folder within `folder`. Raises RequestError for any other."""
         if self.folder is None:
             raise HTTPError(403, "Adapters cannot be loaded on request: the server was started without --lora-dir.")
         root = self.folder.resolve()
-        found = (root / path).resolve()
-        if not found.is_relative_to(root) or not found.is_dir():
-            raise RequestError(f"lora_path: there is no folder {path!r} in --lora-dir.", param="lora_path")
-        return found
+        with suppress(OSError, ValueError, RuntimeError):  # of names too long, of NUL, of links in a circle
+            found = (root / path).resolve()
+            if found.is_relative_to(root) and found.is_dir():
+                return found
+        raise RequestError(f"lora_path: there is no folder {reprlib.repr(path)} in --lora-dir.", param="lora_path")
 
 
 async def load_adapter(server: ServerContext, http: HTTPRequest) -> JSONResponse:

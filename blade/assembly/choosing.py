@@ -202,14 +202,14 @@ def _architecture(
 ) -> tuple[str, Architecture | HeadArchitecture]:
     registry = plugins.registry("register_models")
     names = checkpoint.config.get("architectures")
-    names = names if isinstance(names, list) else []
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     if kinds and not any(name in kinds for name in names):
         names = [kinds[0]]
     name = next((name for name in names if name in registry), None)
     if name is None:
         served = sorted(name for name in registry if not hasattr(registry.create(name), "drafter"))
         raise CheckpointError(
-            f"{checkpoint.name} is a {', '.join(map(str, names)) or 'model of no stated architecture'}, "
+            f"{checkpoint.name} is a {', '.join(names) or 'model of no stated architecture'}, "
             "which no loaded plugin serves.",
             f"Served: {', '.join(served)}.",
         )

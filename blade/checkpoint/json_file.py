@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,7 +25,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     """The object in `data`, which is from the file at `path`; its keys must be unique."""
     try:
-        value = json.loads(data, object_pairs_hook=_unique)
+        value = json.loads(text := data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # a half alone is no text that others would take
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not sound JSON: {error}.") from None
     if not isinstance(value, dict):

@@ -54,8 +54,12 @@ def read_qwen_tiktoken(path: Path) -> Tokenizer:
 def _read_tokens(path: Path) -> list[str]:
     """By rank, in byte-level BPE's alphabet."""
     alphabet = {byte: char for char, byte in byte_alphabet().items()}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     tokens = []
-    for rank, line in enumerate(path.read_bytes().splitlines()):
+    for rank, line in enumerate(lines):
         try:
             text, number = line.split()
             token, found = b64decode(text, validate=True), int(number)

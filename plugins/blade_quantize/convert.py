@@ -53,6 +53,7 @@ class Converter:
         self.result = Conversion()
         self._rounder = Rounder(scheme, opened, scale_dtype(opened))
         self._linears: list[RoundingLinear] = []
+        self._num_plain = 0
         self._told: Callable[[], None] = lambda: None
         self._model = build(opened, PassLoader(opened, opened.weights, self._linear), longest)
         self._check_ignore()
@@ -67,8 +68,14 @@ class Converter:
         return self._rounder.activations
 
     @property
-    def num_stacks(self) -> int:
+    def num_rounded(self) -> int:
+        """Stacks of linears."""
         return len(self._linears)
+
+    @property
+    def num_stacks(self) -> int:
+        """Those that stay plain too."""
+        return len(self._linears) + self._num_plain
 
     @property
     def num_bytes(self) -> int:
@@ -97,6 +104,7 @@ class Converter:
         reason = stays_plain(stack, self.scheme)
         if reason is not None:
             self.result.plain |= dict.fromkeys(stack.prefixes, reason)
+            self._num_plain += 1
             return StreamedLinear(stack)
         self.result.quantized += stack.prefixes
         self._linears.append(RoundingLinear(stack, self._rounder, lambda: self._told()))

@@ -76,7 +76,10 @@ class Dequantized:
         return dict.fromkeys([*self._quantized, *self._weights.names()])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.get(name).shape) if name in self._quantized else self._weights.shape(name)
+        if name not in self._quantized or self._scheme.format != "pack-quantized":
+            return self._weights.shape(name)
+        n, k = self._weights.get(f"{name}_shape").tolist()
+        return n, k
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._quantized:

@@ -73,12 +73,14 @@ def main(
     print(f"{opened.name}: {scheme}", flush=True)
     if samples:
         print(f"calibrated on {samples}", flush=True)
-    before, head = quality.hidden_states(opened, opened.weights, ids)
     with ends_on_sigterm(), unfinished(out, converter.num_bytes) as folder:
-        with _progress(converter.num_stacks) as advance:
+        with _progress("measuring", converter.num_stacks) as advance:
+            before, head = quality.hidden_states(opened, opened.weights, ids, told=advance)
+        with _progress("rounding", converter.num_rounded) as advance:
             result = converter.write(folder, samples.ids if samples else [], advance)
-        written = read_back(folder, scheme, result.quantized)
-        after, _ = quality.hidden_states(opened, written, ids, converter.activations, set(result.quantized))
+        written, rounded = read_back(folder, scheme, result.quantized), set(result.quantized)
+        with _progress("measuring the result", converter.num_stacks) as advance:
+            after, _ = quality.hidden_states(opened, written, ids, converter.activations, rounded, advance)
         found = quality.compare(opened.weights, head, before, after, ids)
         finish_folder(folder, opened, scheme, result.ignore)
     for line in (describe_plain(result), _uncalibrated(result)):
@@ -132,13 +134,13 @@ def _uncalibrated(result: Conversion) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
+def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty(), transient=True) as bars:
-        task = bars.add_task("rounding", total=total)
+        task = bars.add_task(title, total=total)
         yield lambda: bars.advance(task)
 
 

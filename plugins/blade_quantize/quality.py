@@ -48,12 +48,13 @@ def hidden_states(
     ids: Seq[int],
     rounded: Callable[[Tensor], Tensor] | None = None,
     quantized: Collection[str] = (),
+    told: Callable[[], None] | None = None,
 ) -> tuple[Tensor, str]:
     """What the output head is given for each token, [T, D], and the head's name. `rounded`: what becomes of the
-    activations of `quantized` modules."""
+    activations of `quantized` modules. `told` is called as each stack is come to."""
 
     def linear(stack: Stack) -> Linear:
-        return StreamedLinear(stack, rounded if stack.prefixes[0] in quantized else None)
+        return StreamedLinear(stack, rounded if stack.prefixes[0] in quantized else None, told)
 
     loader = PassLoader(opened, weights, linear)
     run(build(opened, loader, len(ids)), [ids], opened.ops)

@@ -80,12 +80,20 @@ def make_stack(
 
 
 class StreamedLinear:
-    """contracts.Linear: the stack as its weights say. `rounded`: what becomes of x before."""
+    """contracts.Linear: the stack as its weights say. `rounded`: what becomes of x before; `told`: called with every
+    use."""
 
-    def __init__(self, stack: Stack, rounded: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._stack, self._rounded = stack, rounded
+    def __init__(
+        self,
+        stack: Stack,
+        rounded: Callable[[Tensor], Tensor] | None = None,
+        told: Callable[[], None] | None = None,
+    ) -> None:
+        self._stack, self._rounded, self._told = stack, rounded, told
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        if self._told:
+            self._told()
         return self._stack.apply(self._rounded(x) if self._rounded else x, self._stack.weight()).to(
             out_dtype or x.dtype
         )

@@ -44,6 +44,7 @@ def client(tmp_path: Path) -> Client:
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     client = Client(dialect="openai")
     client.server.adapters = AdapterTable(client.server.model_name, read, tmp_path)
     client.server.adapters.load("first", tmp_path / "one")
@@ -87,12 +88,27 @@ def test_loading_and_unloading(client: Client) -> None:
     assert post(client, "/v1/unload_lora_adapter", {"lora_name": "second"}).status == 400
 
 
+def test_of_two_that_load_one_name_the_first_stays(tmp_path: Path) -> None:
+    def read_slowly(name: str, folder: Path) -> Any:
+        if folder.name == "slow":  # meanwhile
+            table.load(name, tmp_path / "fast")
+        return folder.name
+
+    table = AdapterTable("model", read_slowly)
+    with pytest.raises(CheckpointError, match="The name 'x' is taken by an adapter"):
+        table.load("x", tmp_path / "slow")
+    assert table.get("x") == "fast"
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ({"lora_name": "x", "lora_path": "../one"}, "there is no folder '../one' in --lora-dir"),
         ({"lora_name": "x", "lora_path": "/etc"}, "there is no folder '/etc' in --lora-dir"),
         ({"lora_name": "x", "lora_path": "three"}, "there is no folder 'three' in --lora-dir"),
+        ({"lora_name": "x", "lora_path": "\0"}, r"there is no folder '\x00' in --lora-dir"),
+        ({"lora_name": "x", "lora_path": "y" * 5000}, "yyy' in --lora-dir"),
+        ({"lora_name": "x", "lora_path": "loop"}, "there is no folder 'loop' in --lora-dir"),
         ({"lora_name": "x", "lora_path": "empty"}, "empty has no adapter_config.json"),
         ({"lora_name": "first", "lora_path": "two"}, "The name 'first' is taken by an adapter. Choose another one."),
         ({"lora_name": "a b", "lora_path": "two"}, "An adapter cannot be named 'a b'"),

@@ -55,7 +55,7 @@ def test_folders_that_are_no_model(tmp_path: Path, files: tuple[str, ...], messa
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}', "\x00", '{"a": ["\\udc00"]}'])
 def test_broken_config(tmp_path: Path, content: str) -> None:
     folder = write_model(tmp_path / "model")
     (folder / "config.json").write_text(content)

@@ -23,6 +23,7 @@ import blade_local
 import blade_mlx
 import blade_modelopt
 import blade_native
+import blade_qwen
 import blade_rtn
 import blade_torchao
 from blade import Config, ModelOptions, SamplingParams, Sequence, Step
@@ -47,7 +48,7 @@ PLUGINS = Plugins(
         "native": blade_native, "llama": blade_llama, "fcfs": blade_fcfs, "local": blade_local, "rtn": blade_rtn,
         "gptq": blade_gptq, "awq": blade_awq, "auto-round": blade_auto_round, "fp8": blade_fp8, "mlx": blade_mlx,
         "compressed-tensors": blade_compressed_tensors, "bitsandbytes": blade_bitsandbytes, "modelopt": blade_modelopt,
-        "torchao": blade_torchao, "hqq": blade_hqq,
+        "torchao": blade_torchao, "hqq": blade_hqq, "qwen": blade_qwen,
     }
 )  # fmt: skip
 

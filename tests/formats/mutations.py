@@ -136,6 +136,12 @@ def serve(folder: Path) -> None:
     model.forward(batch, attention.allocate(KVSpec(*heads, dtype="float32"), 1))
 
 
+def check_sentence(text: str) -> None:
+    assert text.endswith("."), text
+    assert "\n" not in text, text
+    assert len(text) < 600, text
+
+
 def fuzz(case: str, num: int, seed: int = 0) -> Counter[str]:
     """How many of `num` broken checkpoints were served, and how many refused. Raises what is no CheckpointError, and
     AssertionError for one that is no sentence."""
@@ -149,10 +155,7 @@ def fuzz(case: str, num: int, seed: int = 0) -> Counter[str]:
         try:
             serve(folder)
         except CheckpointError as error:
-            text = str(error)
-            assert text.endswith("."), text
-            assert "\n" not in text, text
-            assert len(text) < 600, text
+            check_sentence(str(error))
             outcomes["refused"] += 1
         except Exception as error:
             error.add_note(f"{case}, mutation {i} of seed {seed}, in {folder}")

@@ -90,7 +90,7 @@ def test_experts_are_rounded_with_the_tokens_that_come_to_them(algo: Any, tmp_pa
     result = converter.write(tmp_path, [IDS] if scheme.calibrated else [], lambda: done.append(1))
     idle = [f"model.mlp.experts.{E - 1}.{name}_proj" for name in ("gate", "up", "down")]
     assert sorted(result.uncalibrated) == (sorted(idle) if algo == "gptq" else [])
-    assert len(done) == converter.num_stacks == 1 + 2 * E
+    assert len(done) == converter.num_rounded == 1 + 2 * E
     assert result.plain == {"model.mlp.gate": "for it is small and decides much"}
     assert result.ignore == ["model.mlp.gate", "lm_head"]
     assert set(idle) < set(result.quantized)

@@ -180,14 +180,16 @@ def test_unusable_folders_are_named(tmp_path: Path, files: dict[str, str], names
     ("name", "content", "names"),
     [
         ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
+        ("tokenizer_config.json", b'{"a": "\xf9"}', "tokenizer_config.json is not a JSON object"),
+        ("special_tokens_map.json", "[" * 100_000, "special_tokens_map.json is not a JSON object"),
         ("generation_config.json", "{", "generation_config.json is not a JSON object"),
         ("generation_config.json", '{"eos_token_id": ["7"]}', "generation_config.json: eos_token_id"),
         ("generation_config.json", '{"eos_token_id": 1099511627776}', "generation_config.json: eos_token_id"),
         ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<none>"}', "'<none>'"),
     ],
 )
-def test_malformed_files_are_named(folder: Path, name: str, content: str, names: str) -> None:
-    (folder / name).write_text(content)
+def test_malformed_files_are_named(folder: Path, name: str, content: str | bytes, names: str) -> None:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=names):
         load_tokenizer(folder)
 
