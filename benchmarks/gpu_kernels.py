@@ -85,7 +85,7 @@ def row_cases(ops: Ops, base: Ops, size: Size, rows: int) -> Iterator[Case]:
     yield case("silu_mul", rows * width * 3, lambda o, i: o.silu_mul(gates[i]), copies)
     logits = torch.randn(rows, size.vocab, device=ops.device)
     yield case("argmax", rows * size.vocab * 4, lambda o, _: o.argmax(logits), 1)
-    yield case("top_k 64", rows * size.vocab * 4, lambda o, _: o.top_k(logits, 64), 1)
+    yield case("logprobs 20", rows * size.vocab * 8, lambda o, _: o.logprobs(logits, 20), 1)
 
 
 def linear_cases(ops: Ops, base: Ops, size: Size, rows: int) -> Iterator[Case]:

@@ -297,7 +297,9 @@ def selection(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
     logits = torch.randn(16, 151936)
     cases: dict[str, dict[str, Call]] = {
         "argmax": {"native": lambda _: ops.argmax(logits), "torch": lambda _: logits.argmax(-1)},
-        "top_k 64": {"native": lambda _: ops.top_k(logits, 64), "torch": lambda _: logits.topk(64)},
+        "logprobs 20": {
+            n: lambda _, o=o: o.logprobs(logits, 20) for n, o in {"native": ops, "torch": ops.base}.items()
+        },
     }
     return [{"op": name, "m": 16, "us": measure(contenders, seconds)} for name, contenders in cases.items()]
 

@@ -86,6 +86,18 @@ class UngatedNorm(TorchOps):
         return super().gated_rms_norm(x, gate.sigmoid(), weight, eps)
 
 
+class NarrowLogprobs(TorchOps):
+    def logprobs(self, logits: Any, k: int) -> Any:
+        return super().logprobs(logits.bfloat16().float(), k)
+
+
+class UnshiftedLogprobs(TorchOps):
+    def logprobs(self, logits: Any, k: int) -> Any:
+        values, ids = logits.topk(k)
+        log_sums = logits.exp().sum(-1).log()
+        return log_sums, values - log_sums[:, None], ids
+
+
 def test_the_torch_ops_pass() -> None:
     check_ops(TorchOps(), [torch.float32, torch.bfloat16])
 
@@ -106,6 +118,8 @@ def test_the_torch_ops_pass() -> None:
         InPlaceDelta,
         InterleavedHeads,
         UngatedNorm,
+        NarrowLogprobs,
+        UnshiftedLogprobs,
     ],
 )
 def test_a_broken_op_is_caught(ops: type[TorchOps]) -> None:

@@ -172,6 +172,13 @@ class Ops(Protocol):
         drawn in which u of their sum lies. Of a row whose value is not finite the id is any."""
         ...
 
+    def logprobs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [R, V] float32 -> the log of the sum of each row's exponentials [R] float32, which logits have to be
+        lessened by to be log-probabilities; those of the k most likely tokens, descending, and their ids int64, [R, k]
+        each, 0 <= k <= V. Which of equal ones come first, or at all, is not said. Of a row that holds NaN or +infinity
+        the sum is not finite, and the rest anything."""
+        ...
+
 
 class Attention(Protocol):
     """Paged attention on one device. It alone knows the layout of the KV it allocates. A block that changed hands keeps

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blade.engine import tiles
 from blade.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -15,22 +14,23 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from blade.contracts import Ops
+
 
 class RawLogprobs:
     """log_softmax of some rows of the logits as they are now, at few ids: it is never made for all of them."""
 
-    def __init__(self, x: Tensor, rows: Seq[int], num_top: int) -> None:
-        """`rows` of x [R, W], and how many most likely tokens at most will be asked for."""
-        self._rows = torch.tensor(rows).to(x.device, non_blocking=True)  # does not wait for the forward
-        self._logits = x[self._rows]  # a copy: x will be edited  [L, W]
-        values, self._ids = tiles.top(self._logits, tiles.peaks(self._logits), max(num_top, 1))
-        # log of the sum of all exp(logits), from the share of the most likely one: the fused softmax beats logsumexp.
-        self._log_sum = values[:, :1] - torch.softmax(self._logits, -1).amax(-1, keepdim=True).log()
-        self._top = values - self._log_sum
+    def __init__(self, ops: Ops, x: Tensor, rows: Seq[int], num_top: int, stays: bool) -> None:
+        """`rows` of x [R, V], and how many most likely tokens at most will be asked for. `stays`: x will not change."""
+        self._rows = ops.to_device(torch.tensor(rows))  # does not wait for the forward
+        self._logits = x if stays and len(rows) == len(x) else ops.take_rows(x, self._rows)  # [L, V]
+        log_sums, self._top, self._ids = ops.logprobs(self._logits, min(num_top, x.shape[1]))
+        self._log_sums = log_sums[:, None]
 
     def columns(self, chosen: Tensor) -> Tensor:
         """[L, 1 + 2K] float64: logprob of each row's token in `chosen` [R], the K most likely, and their ids."""
-        logprob = self._logits.gather(1, chosen[self._rows, None]) - self._log_sum
+        last = self._logits.shape[1] - 1  # of a row with nothing to draw from the token may lie beyond
+        logprob = self._logits.gather(1, chosen[self._rows, None].clamp(max=last)) - self._log_sums
         return torch.cat([logprob.double(), self._top.double(), self._ids.double()], 1)
 
 

@@ -60,7 +60,8 @@ class Sampler:
         ways, asked = self._ways(rows), [row.seq.params.logprobs for row in rows]
         x = logits.contiguous()
         reported = [i for i, num_top in enumerate(asked) if num_top is not None]
-        raw = RawLogprobs(tiles.pad(x), reported, max(num_top or 0 for num_top in asked)) if reported else None
+        most = max(num_top or 0 for num_top in asked)
+        raw = RawLogprobs(self.ops, x, reported, most, self.is_plain(rows)) if reported else None
         failed = self._edits.apply(x, rows)
         drawn, lines = self._draw(x, ways, rows, raw)
         line_of = dict(zip(reported, lines, strict=True))

@@ -99,6 +99,11 @@ class DefaultOps:
         """None: in torch."""
         return None
 
+    def logprobs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        log_sums = logits.logsumexp(-1)
+        values, ids = logits.topk(k)
+        return log_sums, values - log_sums[:, None], ids
+
 
 class MixedExperts:
     """contracts.Experts: expert by expert, each on the rows that chose it."""

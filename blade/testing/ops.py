@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blade.contracts import Ops
 from blade.testing.draw import check_draw
+from blade.testing.logprobs import check_logprobs
 from blade.testing.recurrence import check_recurrence
 from blade.testing.require import require
 from blade.testing.tolerance import require_close
@@ -47,6 +48,7 @@ def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
         check_recurrence(ops, dtype, generator)
     _check_argmax(ops)
     check_draw(ops)
+    check_logprobs(ops)
     _check_route(ops)
 
 

@@ -127,12 +127,11 @@ class TorchOps(DefaultOps):
         ids = without_nan(logits).argmax(-1)
         return ids, logits.gather(1, ids[:, None]).squeeze(1), logits.logsumexp(-1)
 
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
-        if not 1 <= k <= logits.shape[1]:
-            raise ValueError(f"k = {k} is not in 1..{logits.shape[1]}")
-        values, ids = torch.sort(without_nan(logits), dim=-1, descending=True, stable=True)
-        return values[:, :k], ids[:, :k]
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
+    values, ids = torch.sort(without_nan(logits), dim=-1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k]
 
 
 def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor) -> Tensor:

@@ -101,27 +101,33 @@ def test_silu_mul_of_extreme_gates(ops: SimdOps) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 1000), (17, 333), (2, 9001)], ids=str)
-def test_argmax_and_top_k(ops: SimdOps, shape: tuple[int, int]) -> None:
+def test_argmax(ops: SimdOps, shape: tuple[int, int]) -> None:
     logits = torch.randn(shape).mul(3).round()  # many equal values
     values, ids = ops.argmax(logits)
     assert torch.equal(values, logits.amax(-1))
     assert torch.equal(ids, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 200])
+def test_equal_ones_of_the_most_likely_come_by_id(ops: SimdOps, k: int) -> None:
+    logits = torch.randn(3, 9001).mul(3).round()
+    log_sums, logprobs, ids = ops.logprobs(logits, k)
+    torch.testing.assert_close(log_sums, logits.logsumexp(-1))
     order = logits.sort(dim=-1, descending=True, stable=True)
-    for k in {1, min(5, shape[1]), shape[1]}:
-        values, ids = ops.top_k(logits, k)
-        assert torch.equal(values, order.values[:, :k])
-        assert torch.equal(ids, order.indices[:, :k])
+    assert torch.equal(ids, order.indices[:, :k])
+    assert torch.equal(logprobs, order.values[:, :k] - log_sums[:, None])
 
 
 def test_selection_survives_nan_and_infinity(ops: SimdOps) -> None:
-    logits = torch.full((2, 100), torch.nan)
+    logits = torch.full((3, 100), torch.nan)
     logits[1, ::2] = torch.arange(50.0)
-    logits[1, 1] = -torch.inf
-    assert ops.argmax(logits)[0].isnan().all()
-    values, ids = ops.top_k(logits, 60)
-    assert ids[1, :50].tolist() == list(range(98, -1, -2))
-    assert values[1, 50:].isinf().all()
-    assert values[0].isinf().all()
+    logits[2] = -torch.inf
+    assert ops.argmax(logits[:2])[0].isnan().all()
+    log_sums, logprobs, ids = ops.logprobs(logits, 60)
+    assert log_sums[:2].isnan().all()
+    assert log_sums[2] == -torch.inf
+    assert logprobs.isnan().all()
+    assert ((ids >= 0) & (ids < 100)).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -145,7 +151,7 @@ def test_wrong_input_is_refused(ops: SimdOps) -> None:
     with pytest.raises(ValueError, match="odd width"):
         ops.silu_mul(torch.zeros(2, 33))
     with pytest.raises(ValueError, match="k = 33"):
-        ops.top_k(x, 33)
+        ops.logprobs(x, 33)
 
 
 def test_float16_goes_to_the_torch_ops(ops: SimdOps) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from blade_native.cuda.ops import CudaOps
 from blade_native.cuda.selection import MAX_K, SelectKernels
-from blade_native.reference import TorchOps
+from blade_native.reference import TorchOps, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def test_top_k(kernels: SelectKernels, num_rows: int, width: int, k: int) -> Non
     x = logits(num_rows, width)
     for given in (x, x.round(), awkward(x), torch.full_like(x, -math.inf)):
         values, ids = kernels.top_k(given, k)
-        expected = TWIN.top_k(given, k)
+        expected = top_k(given, k)
         assert torch.equal(ids, expected[1])
         assert torch.equal(values, expected[0])
 
@@ -77,7 +77,7 @@ def test_zeros_of_both_signs_are_equal(kernels: SelectKernels) -> None:
 
 def test_rows_with_a_stride(kernels: SelectKernels) -> None:
     wide = logits(3, 5000)
-    assert torch.equal(kernels.top_k(wide[:, 3:4500], 9)[1], TWIN.top_k(wide[:, 3:4500], 9)[1])
+    assert torch.equal(kernels.top_k(wide[:, 3:4500], 9)[1], top_k(wide[:, 3:4500], 9)[1])
     assert torch.equal(kernels.peaks(wide[:, 3:4500])[0], TWIN.argmax(wide[:, 3:4500])[1])
 
 
@@ -85,11 +85,15 @@ def test_the_op_set_leaves_the_rest_to_torch(launcher: Launcher) -> None:
     ops = CudaOps(TWIN, launcher)
     x = logits(2, 3000)
     before = len(launcher.cupy.launches)
-    assert torch.equal(ops.top_k(x, MAX_K + 1)[1], TWIN.top_k(x, MAX_K + 1)[1])
     assert torch.equal(ops.argmax(x.double())[1], TWIN.argmax(x)[1])
-    with pytest.raises(ValueError, match="k = 0 is not in"):
-        ops.top_k(x, 0)
+    assert torch.equal(ops.logprobs(x.double(), 3)[2], TWIN.logprobs(x, 3)[2])
     assert len(launcher.cupy.launches) == before
     assert all(map(torch.equal, ops.argmax(x), TWIN.argmax(x)))
-    assert torch.equal(ops.top_k(x, 5)[0], TWIN.top_k(x, 5)[0])
-    assert len(launcher.cupy.launches) == before + 3
+    assert len(launcher.cupy.launches) == before + 2
+
+
+@pytest.mark.parametrize("k", [0, 5, MAX_K + 1])
+def test_logprobs(launcher: Launcher, k: int) -> None:
+    x = logits(2, 3000)
+    for found, expected in zip(CudaOps(TWIN, launcher).logprobs(x, k), TWIN.logprobs(x, k), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)

@@ -257,11 +257,13 @@ struct DrawCall {
     int32_t threads;
 };
 
-// logits [rows, n] -> values and ids [rows, k], largest first, equal ones by id. k <= n.
-struct TopKCall {
+// logits [rows, n] -> the logarithm of the sum of each row's exponentials [rows]; the k largest less that, and their ids,
+// [rows, k] each, largest first, equal ones by id. 0 <= k <= n. Of a row with NaN or +infinity the sum is NaN, and the ids
+// are any in range.
+struct LogprobsCall {
     const float* logits;
     int64_t rows, n, k;
-    float* values;
+    float *log_sums, *logprobs;
     int64_t* ids;
     int32_t threads;
 };

@@ -13,8 +13,7 @@
 #include "vec.h"
 
 namespace {
-constexpr long TILE = 64, BUCKETS = 2048;
-static_assert(CHUNK % TILE == 0);
+constexpr long BUCKETS = 2048;
 constexpr float LEAST = 1e-37f;   // what weighs less is never drawn
 constexpr float VANISHING = -40;  // the logarithm of a weight that changes no sum of doubles with a 1 in it
 
@@ -132,14 +131,9 @@ long draw(const Row& row, float least, double u) {
 }
 
 // The logit below which no tile need be weighed, where `peak` is the largest: nothing of it can be drawn.
-float bar_of(const Peak* peaks, long num_tiles, float peak, float temperature, long top_k) {
+float least_weighed(const Peak* peaks, long num_tiles, float peak, float temperature, long top_k) {
     float bar = peak + temperature * VANISHING;
-    if (top_k > num_tiles) return bar;
-    // No more than the k - 1 largest logits exceed the k-th largest peak of a tile.
-    std::vector<float> values(num_tiles);
-    for (long t = 0; t < num_tiles; t++) values[t] = peaks[t].value;
-    std::nth_element(values.begin(), values.begin() + top_k - 1, values.end(), std::greater<float>());
-    return std::max(bar, values[top_k - 1]);
+    return top_k > num_tiles ? bar : std::max(bar, bar_of(peaks, num_tiles, top_k));
 }
 
 // Weights in the place of logits x[0 : n], n <= TILE, of which `peak` is the largest there is.
@@ -179,7 +173,7 @@ EXPORT int blade_draw(const DrawCall* call) {
     parallel_for(c.threads, c.rows, 1, [&](long row, int) {
         const Peak* peaks = all_peaks + row * num_tiles;
         c.ids[row] = argmax(c.logits + row * c.n, c.n, TILE, peaks, c.peaks[row]);
-        if (is_drawn(row)) bars[row] = bar_of(peaks, num_tiles, c.peaks[row], c.temperatures[row], c.top_k[row]);
+        if (is_drawn(row)) bars[row] = least_weighed(peaks, num_tiles, c.peaks[row], c.temperatures[row], c.top_k[row]);
     });
     each_tile([&](long row, long tile, float* x, long n) {
         if (!is_drawn(row)) return;

@@ -1,10 +1,14 @@
 // The largest of a row of logits, by chunks, and whether any of them is unfit to choose by.
 #pragma once
 #include <algorithm>
+#include <functional>
+#include <vector>
 
 #include "vec.h"
 
 constexpr long CHUNK = 4096;  // logits that a thread looks at together
+constexpr long TILE = 64;     // of which a peak tells whether any of them need be looked at
+static_assert(CHUNK % TILE == 0);
 
 struct Peak {
     float value;
@@ -23,6 +27,14 @@ inline Peak find_peak(const float* logits, long n) {
         add(lanes == vec::LANES ? x : vec::keep(x, 0, lanes, -__builtin_inff()));
     });
     return {vec::max_lane(most), vec::sum(spoilt)};
+}
+
+// A bar that the k largest logits of a row reach, k <= num_parts: the k-th largest peak of its parts.
+inline float bar_of(const Peak* peaks, long num_parts, long k) {
+    std::vector<float> values(num_parts);
+    for (long i = 0; i < num_parts; i++) values[i] = peaks[i].value;
+    std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
+    return values[k - 1];
 }
 
 // The index of the first of the largest of a row of n logits, from the peaks of its parts of `size` logits, and its value:

@@ -1,6 +1,8 @@
-// The largest of each row of logits: the token of greedy decoding, and the candidates of top-k sampling, without
-// sorting the vocabulary.
+// The largest of each row of logits, which is the token of greedy decoding, and the log-probabilities of the most likely
+// ones, without sorting the vocabulary.
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "api.h"
 #include "parallel.h"
@@ -17,28 +19,61 @@ struct Candidate {
     }
 };
 
-// The largest of the floor and sixteen logits; NaN counts for nothing.
-float highest(const float* logits, float floor) { return vec::max_lane(vec::max(vec::load(logits), vec::set(floor))); }
+// Of a row's chunk of logits: the largest, and the sum of all e^(logit - it).
+struct Mass {
+    Peak peak;
+    float sum;
+};
 
-// best[0 : 2 k] holds candidates; whenever it is full the worse half is dropped, which raises the bar to enter.
-void top_k(const float* row, long n, long k, Candidate* best) {
-    long num = 0;
-    float bar = -__builtin_inff();
-    for (long i = 0; i < n; i += vec::LANES) {
-        int lanes = int(std::min<long>(n - i, vec::LANES));
-        if (num >= k && lanes == vec::LANES && highest(row + i, bar) == bar) continue;
-        for (int j = 0; j < lanes; j++) {
-            if (num >= k && !(row[i + j] > bar)) continue;
-            bool is_number = row[i + j] == row[i + j];
-            best[num++] = {is_number ? row[i + j] : -__builtin_inff(), i + j};
-            if (num == 2 * k) {
-                std::nth_element(best, best + k - 1, best + num);
-                num = k;
-                bar = best[k - 1].value;
-            }
-        }
+// `tiles`: the peak of each tile of the chunk.
+Mass weigh(const float* x, long n, Peak* tiles) {
+    Peak peak{-__builtin_inff(), 0};
+    for (long at = 0; at < n; at += TILE) {
+        Peak tile = tiles[at / TILE] = find_peak(x + at, std::min(TILE, n - at));
+        peak.value = std::max(peak.value, tile.value), peak.spoilt += tile.spoilt;
     }
-    std::partial_sort(best, best + std::min(k, num), best + num);
+    vec::F top = vec::set(std::isfinite(peak.value) ? peak.value : 0), sum = vec::zero();
+    vec::for_lanes(n, [&](long i, int lanes) {
+        vec::F weight = vec::exp(vec::sub(vec::load_some(x + i, lanes), top));
+        sum = vec::add(sum, lanes == vec::LANES ? weight : vec::keep(weight, 0, lanes, 0));
+    });
+    return {peak, vec::sum(sum)};
+}
+
+// The logarithm of the sum of a row's exponentials, from the masses of its chunks in order.
+float log_sum(const Mass* masses, long num) {
+    float peak = -__builtin_inff(), spoilt = 0;
+    for (long i = 0; i < num; i++) peak = std::max(peak, masses[i].peak.value), spoilt += masses[i].peak.spoilt;
+    double sum = 0;
+    if (std::isfinite(peak))
+        for (long i = 0; i < num; i++) sum += masses[i].sum * std::exp(double(masses[i].peak.value) - peak);
+    return float(peak + std::log(sum)) + spoilt;
+}
+
+// The k largest of a row of n numbers, largest first.
+std::vector<Candidate> largest(const float* row, long n, const Peak* tiles, long k) {
+    const long num_tiles = (n + TILE - 1) / TILE;
+    const float bar = k > num_tiles ? -__builtin_inff() : bar_of(tiles, num_tiles, k);
+    std::vector<Candidate> found;
+    for (long i = 0; i < n; i++) {
+        if (i % TILE == 0 && tiles[i / TILE].value < bar)
+            i += TILE - 1;
+        else if (row[i] >= bar)
+            found.push_back({row[i], i});
+    }
+    std::partial_sort(found.begin(), found.begin() + k, found.end());
+    return found;
+}
+
+void report(const LogprobsCall& c, long row, const Peak* tiles, float log_sum) {
+    float* logprobs = c.logprobs + row * c.k;
+    int64_t* ids = c.ids + row * c.k;
+    if (std::isfinite(log_sum)) {
+        const std::vector<Candidate> best = largest(c.logits + row * c.n, c.n, tiles, c.k);
+        for (long i = 0; i < c.k; i++) logprobs[i] = best[i].value - log_sum, ids[i] = best[i].index;
+    } else {
+        for (long i = 0; i < c.k; i++) logprobs[i] = __builtin_nanf(""), ids[i] = i;
+    }
 }
 }  // namespace
 
@@ -57,18 +92,21 @@ EXPORT int blade_argmax(const ArgmaxCall* call) {
     return OK;
 }
 
-EXPORT int blade_top_k(const TopKCall* call) {
+EXPORT int blade_logprobs(const LogprobsCall* call) {
     auto& c = *call;
-    Scratch scratch(c.rows * 2 * c.k * sizeof(Candidate));
-    Candidate* candidates = (Candidate*)scratch.data;
-    if (!candidates) return OUT_OF_MEMORY;
+    const long num_chunks = (c.n + CHUNK - 1) / CHUNK, num_tiles = (c.n + TILE - 1) / TILE;
+    Scratch masses_memory(c.rows * num_chunks * sizeof(Mass)), tiles_memory(c.rows * num_tiles * sizeof(Peak));
+    Mass* masses = (Mass*)masses_memory.data;
+    Peak* tiles = (Peak*)tiles_memory.data;
+    if (!masses || !tiles) return OUT_OF_MEMORY;
+    parallel_parts(c.threads, c.rows * num_chunks, [&](long i, int) {
+        long row = i / num_chunks, from = i % num_chunks * CHUNK;
+        Peak* at = tiles + row * num_tiles + from / TILE;
+        masses[i] = weigh(c.logits + row * c.n + from, std::min(CHUNK, c.n - from), at);
+    });
     parallel_for(c.threads, c.rows, 1, [&](long row, int) {
-        Candidate* best = candidates + row * 2 * c.k;
-        top_k(c.logits + row * c.n, c.n, c.k, best);
-        for (int64_t i = 0; i < c.k; i++) {
-            c.values[row * c.k + i] = best[i].value;
-            c.ids[row * c.k + i] = best[i].index;
-        }
+        c.log_sums[row] = log_sum(masses + row * num_chunks, num_chunks);
+        if (c.k > 0) report(c, row, tiles + row * num_tiles, c.log_sums[row]);
     });
     return OK;
 }

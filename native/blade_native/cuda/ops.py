@@ -118,11 +118,13 @@ class CudaOps(TorchOps):
         select = self._selection()
         return select.peaks(logits) if select.covers(logits) else super().peaks(logits)
 
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def logprobs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         select = self._selection()
-        if not select.covers(logits) or not 1 <= k <= min(MAX_K, logits.shape[1]):
-            return super().top_k(logits, k)
-        return select.top_k(logits, k)
+        if not select.covers(logits):
+            return super().logprobs(logits, k)
+        log_sums = select.peaks(logits)[2]
+        values, ids = select.top_k(logits, k) if 1 <= k <= MAX_K else logits.topk(k)
+        return log_sums, values - log_sums[:, None], ids
 
     def delta_step(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor

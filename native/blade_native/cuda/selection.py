@@ -49,7 +49,7 @@ class SelectKernels:
         return ids, peaks, log_sums
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As TorchOps.top_k, k <= MAX_K."""
+        """As reference.top_k, 1 <= k <= MAX_K and at most V."""
         (num_rows, width), device = logits.shape, logits.device
         values = torch.empty(num_rows, k, device=device)
         ids = torch.empty(num_rows, k, dtype=torch.int64, device=device)

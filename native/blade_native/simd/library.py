@@ -161,7 +161,9 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
         "logits": PTR, "rows": LONG, "n": LONG, "temperatures": PTR, "top_k": PTR, "top_p": PTR, "min_p": PTR, "u": PTR,
         "peaks": PTR, "ids": PTR,
     },
-    "top_k": {"logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "values": PTR, "ids": PTR},
+    "logprobs": {
+        "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "log_sums": PTR, "logprobs": PTR, "ids": PTR,
+    },
     "short_conv": {
         "dtype": INT, "slots": PTR, "x": PTR, "x_stride": LONG, "channels": LONG, "window": LONG, "weight": PTR,
         "state": PTR, "y": PTR,
@@ -233,7 +235,7 @@ class Library:
     attend: Kernel
     argmax: Kernel
     draw: Kernel
-    top_k: Kernel
+    logprobs: Kernel
     route: Kernel
     experts: Kernel
     short_conv: Kernel

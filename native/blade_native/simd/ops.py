@@ -259,15 +259,16 @@ class SimdOps(DefaultOps):
         )  # fmt: skip
         return peaks, ids
 
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """logits [R, V] float32 -> values and ids [R, k], largest first, equal ones by id; NaN counts as -inf."""
-        check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))
-        if not 1 <= k <= logits.shape[1]:
-            raise ValueError(f"k = {k} is not in 1..{logits.shape[1]}")
-        values = torch.empty(logits.shape[0], k)
-        ids = torch.empty(logits.shape[0], k, dtype=torch.int64)
-        self.library.top_k(logits.data_ptr(), *logits.shape, k, values.data_ptr(), ids.data_ptr(), self.threads)
-        return values, ids
+    def logprobs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Equal ones by id."""
+        rows, vocab_size = logits.shape
+        check("logits", logits, torch.float32, (rows, vocab_size))
+        if not 0 <= k <= vocab_size:
+            raise ValueError(f"k = {k} is not in 0..{vocab_size}")
+        log_sums, logprobs, ids = torch.empty(rows), torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+        into = log_sums.data_ptr(), logprobs.data_ptr(), ids.data_ptr()
+        self.library.logprobs(logits.data_ptr(), rows, vocab_size, k, *into, self.threads)
+        return log_sums, logprobs, ids
 
 
 def rows_of(x: Tensor, d: int) -> tuple[int, int, int]:
