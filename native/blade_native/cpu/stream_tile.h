@@ -10,7 +10,8 @@
 
 constexpr int STREAM_ROWS = 4;       // taller tiles are worth unpacking a slice for
 constexpr long STREAM_AHEAD = 1024;  // bytes between what is read and what is prefetched
-constexpr long STREAM_RUN = 1024;    // bytes of a panel before the next one has its turn, or a unit
+constexpr long STREAM_RUN = 1024;    // bytes of a panel before the next one has its turn, or a unit; once a tile has fetched
+                                     // them, the others need not take turns, and load and store their sums less often
 constexpr long STREAM_PANELS = 3;    // side by side, at most
 
 // Panels that are read side by side, and what their products are added to.
@@ -45,13 +46,12 @@ INLINE void keep_sums(float* c, const vec::F (&sums)[R][NV]) {
 template <int R>
 void stream_bf16(const Layout&, const Streams& streams, long from, long to, const char* activations) {
     constexpr int NV = TILE_VECTORS<R>;
-    constexpr long RUN = STREAM_RUN / (4 * PANEL);
-    const long ahead = streams.fetch ? STREAM_AHEAD : 0;
-    for (const float* a = (const float*)activations; from < to; from += RUN, a += 2 * R * RUN)
+    const long ahead = streams.fetch ? STREAM_AHEAD : 0, run = streams.fetch ? STREAM_RUN / (4 * PANEL) : to - from;
+    for (const float* a = (const float*)activations; from < to; from += run, a += 2 * R * run)
         for (long i = 0; i < streams.num; i++)
             for (int first = 0; first < PANEL; first += NV * vec::LANES) {
                 const uint32_t* words = (const uint32_t*)streams.packed[i] + from * PANEL + first;
-                const uint32_t* end = words + std::min(RUN, to - from) * PANEL;
+                const uint32_t* end = words + std::min(run, to - from) * PANEL;
                 const float* x = a;
                 vec::F sums[R][NV];
                 load_sums(streams.sums[i] + first, sums);
@@ -98,7 +98,8 @@ template <int R>
 void stream_float8(const Layout& layout, const Streams& streams, long from, long to, const char* activations) {
     const float* a = (const float*)activations;
     const long ahead = streams.fetch ? STREAM_AHEAD : 0, unit_pairs = layout.columns / 2;
-    const long run = std::min(STREAM_RUN / (2 * PANEL), unit_pairs);  // pairs of columns, which divides a unit's
+    const long some = std::min(STREAM_RUN / (2 * PANEL), unit_pairs);  // pairs of columns, which divides a unit's
+    const long run = streams.fetch ? some : unit_pairs;
     for (long u = from; u < to; u++) {
         float sums[STREAM_PANELS][R * PANEL] = {};
         const long unit = layout.offset_of(u);
