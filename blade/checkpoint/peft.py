@@ -127,6 +127,12 @@ def _update(path: Path, prefix: str, half: dict[str, Any], config: AdapterConfig
     rank = len(a) // (num_experts or 1)
     if b.shape[1] != len(a) or not 1 <= rank <= MOST_RANK:
         raise CheckpointError(f"{path}: {prefix!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}.")
+    told = {config.r, *(config.rank_pattern or {}).values()}
+    if rank not in told:
+        raise CheckpointError(
+            f"{path}: {prefix!r} is of rank {rank}; by {CONFIG} it would be {' or '.join(map(str, sorted(told)))}.",
+            "Fetch both files again.",
+        )
     scale = config.scale(prefix, rank)
     if not math.isfinite(scale):
         raise CheckpointError(f"{path}: the scale of {prefix!r} is {scale}.")

@@ -53,7 +53,7 @@ def _factor(keys: Keys, default: float | None = None) -> float:
 
 def _rotary_dim(config: Keys, keys: Keys, head_dim: int) -> int:
     share = keys.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    rotary_dim = int(head_dim * share)
+    rotary_dim = int(head_dim * min(share, 2.0))  # above 1 it is refused, however large
     if rotary_dim % 2 or not 2 < rotary_dim <= head_dim:
         where = keys if keys.has("partial_rotary_factor") else config
         where.refuse("partial_rotary_factor", f"a share of the head's {head_dim} channels that makes pairs of them")

@@ -45,7 +45,10 @@ class Scheme:
         if not self.symmetric:
             raise ConfigError("--type fp8 has no zero points.", "Use --symmetric.")
         if self.algo == "awq":
-            raise ConfigError("--algo awq balances the steps of integers; those of --type fp8 grow with the numbers.")
+            raise ConfigError(
+                "--algo awq balances the steps of integers; those of --type fp8 grow with the numbers.",
+                "Use --algo gptq, or --type int.",
+            )
 
     def _check_activations(self) -> None:
         if self.bits == 4:

@@ -19,6 +19,7 @@ OWN = Path(__file__).with_name("calibration.jsonl")
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 SHORTEST = 8  # tokens of a sample: fewer say little of how a model is used
 HELD_OUT_TOKENS = 1024
+REMEDY = 'Name a file with one JSON object to a line: {"text": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def read_samples(
 ) -> Samples:
     """At most `num_samples` pieces of at most `num_tokens` tokens: of every text the first, then of every text the
     second, and so on. Raises ConfigError where the texts are none."""
-    texts = [*text, *(read_jsonl(calibration) if calibration else ())]
+    texts = [*text, *(read_jsonl(calibration, "--calibration ") if calibration else ())]
     source = str(calibration) if calibration else "--text"
     if not texts:
         texts, source = read_jsonl(OWN), "blade's own texts"
@@ -57,20 +58,21 @@ def read_samples(
     return Samples(found, source)
 
 
-def read_jsonl(path: Path) -> list[str]:
-    """The "text" of every line. Raises ConfigError naming the line that has none."""
+def read_jsonl(path: Path, option: str = "") -> list[str]:
+    """The "text" of every line. Raises ConfigError naming the line that has none, after the `option` that named the
+    file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}.") from None
-    texts = list(_texts(path, lines))
+        raise ConfigError(f"{option}{path} cannot be read: {reason}.", REMEDY) from None
+    texts = list(_texts(f"{option}{path}", lines))
     if not texts:
-        raise ConfigError(f"{path} holds no texts.", 'Write one JSON object to a line: {"text": "..."}')
+        raise ConfigError(f"{option}{path} holds no texts.", REMEDY)
     return texts
 
 
-def _texts(path: Path, lines: list[str]) -> Iterator[str]:
+def _texts(source: str, lines: list[str]) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -80,7 +82,7 @@ def _texts(path: Path, lines: list[str]) -> Iterator[str]:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise ConfigError(
-                f"{path}, line {number} is no JSON object with a text.", 'Every line has to be {"text": "..."}'
+                f"{source}, line {number} is no JSON object with a text.", 'Every line has to be {"text": "..."}'
             )
         yield entry["text"]
 
@@ -92,8 +94,8 @@ def held_out_ids(opened: OpenedModel, evaluate: Path | None) -> list[int]:
         ids = opened.tokenizer.encode(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"{path} cannot be read: {reason}.") from None
+        raise ConfigError(f"--evaluate {path} cannot be read: {reason}.", "Name a text file.") from None
     ids = ids[: min(HELD_OUT_TOKENS, opened.model_config.max_context)]
     if len(ids) < 2:
-        raise ConfigError(f"{path} is too short to measure anything on.")
+        raise ConfigError(f"--evaluate {path} is too short to measure anything on.", "Take a longer text.")
     return ids

@@ -52,6 +52,8 @@ def test_updates_and_their_scale(tmp_path: Path, settings: dict[str, Any], scale
         ({"bias": "lora_only"}, "bias 'lora_only' is not served"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\] is not served"),
         ({"alpha_pattern": {".*q_proj": 2}}, "the pattern .* in alpha_pattern is not served"),
+        ({"r": 8}, "is of rank 4; by adapter_config.json it would be 8. Fetch both files again"),
+        ({"r": 8, "rank_pattern": {"q_proj": 2}}, "is of rank 4; by adapter_config.json it would be 2 or 8"),
         ({"lora_alpha": "much"}, "Expected `float`, got `str`"),
         ({"r": None}, "Expected `int`, got `null`"),
     ],

@@ -122,6 +122,7 @@ def test_windows() -> None:
             "local_size must be less than chunk_size",
         ),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be"),
+        ({"partial_rotary_factor": 1e308}, "partial_rotary_factor must be"),
         ({"head_dim": 15}, "partial_rotary_factor must be"),
         ({"use_sliding_window": True}, "config.json has no sliding_window"),
         ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types must be"),
