@@ -159,8 +159,8 @@ def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:
     torch.testing.assert_close(linear(x), x @ dequantize(weight, torch.bfloat16).half().T)
     fp8 = Float8Weight(torch.ones(16, 96).to(torch.float8_e4m3fn), torch.ones(1, 1), (16, 96))
     assert isinstance(ops.quantized_linear([fp8], None), TorchLinear)
-    coded = replace(make_weight(4, 32, "SYMMETRIC", n=32, k=128), values=tuple(range(-8, 8)))
-    assert isinstance(ops.quantized_linear([coded], None), TorchLinear)
+    ordered = replace(make_weight(4, 32, "SYMMETRIC", n=32, k=128), order=torch.arange(127, -1, -1))
+    assert isinstance(ops.quantized_linear([ordered], None), TorchLinear)
 
 
 def test_numbers_that_the_kernels_cannot_hold(ops: CudaOps, caplog: pytest.LogCaptureFixture) -> None:
