@@ -52,15 +52,15 @@ gpu *args:
 
 # Broken checkpoints of every weight format, thousands of each: none may do worse than be refused in a sentence
 fuzz num="2000" *cases:
-    python tests/formats/mutations.py {{ num }} {{ cases }}
+    PYTHONPATH=tests python tests/formats/mutations.py {{ num }} {{ cases }}
 
 # Broken GGUF files, likewise
 fuzz-gguf num="2000" *cases:
-    python tests/models/gguf_mutations.py {{ num }} {{ cases }}
+    PYTHONPATH=tests python tests/models/gguf_mutations.py {{ num }} {{ cases }}
 
 # The same of the files beside the weights (config.json, tokenizer, index, ...) and of adapters
 fuzz-files num="2000" *cases:
-    python tests/formats/file_mutations.py {{ num }} {{ cases }}
+    PYTHONPATH=tests python tests/formats/file_mutations.py {{ num }} {{ cases }}
 
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:

@@ -1,13 +1,12 @@
 """Broken files beside the weights, and broken adapters: each is refused in one sentence, or read without an exception.
 
-python tests/formats/file_mutations.py 2000 [CASE ...]   # `just fuzz-files`
+PYTHONPATH=tests python tests/formats/file_mutations.py 2000 [CASE ...]   # `just fuzz-files`
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import random
 import shutil
 import sys
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import fuzzing
 from format_cases import assembled, logits
-from mutations import JUNK, change_bytes, check_sentence
+from mutations import JUNK, change_bytes
 from safetensors.torch import save_file
 
-from blade import BladeError
 from blade.assembly import check_shapes, load_model
 from blade.checkpoint.open import open_checkpoint
 from blade.checkpoint.peft import read_adapter
@@ -182,41 +180,24 @@ def change_json(value: dict[str, Any] | list[Any], rng: random.Random) -> None:
 
 
 def fuzz(name: str, num: int, model: Path, seed: int = 0) -> Counter[str]:
-    """How many of `num` broken folders were read, and how many refused; `model`: the folder of a tiny Llama. Raises
-    what is no BladeError, and AssertionError for one that is no sentence."""
-    case, outcomes = (CASES | FAMILIES)[name], Counter[str]()
-    folder = Path(tempfile.mkdtemp(prefix="blade-fuzz-"))
-    case.write(folder, model)
-    sound = (folder / case.file).read_bytes()
-    case.read(folder)
-    for i in range(num):
-        rng = random.Random(f"{name} {seed} {i}")
-        (folder / case.file).unlink()
-        (folder / case.file).write_bytes(sound)
-        change_file(folder / case.file, rng)
-        try:
-            with torch.inference_mode():
-                case.read(folder)
-        except BladeError as error:
-            check_sentence(str(error))
-            outcomes["refused"] += 1
-        except BaseException as error:  # a panic of a library is no Exception
-            error.add_note(f"{name}, mutation {i} of seed {seed}, in {folder}")
-            raise
-        else:
-            outcomes["read"] += 1
-    shutil.rmtree(folder)
-    return outcomes
+    """fuzzing.fuzz of a file; `model`: the folder of a tiny Llama."""
+    case = (CASES | FAMILIES)[name]
+    with tempfile.TemporaryDirectory() as sound:
+        case.write(Path(sound), model)
+        case.read(Path(sound))
+
+        def write(folder: Path, rng: random.Random) -> None:
+            shutil.rmtree(folder)
+            shutil.copytree(sound, folder)
+            change_file(folder / case.file, rng)
+
+        return fuzzing.fuzz(name, num, seed, write, case.read)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(TESTS)]
     from conftest import write_tiny_llama, write_tiny_tokenizer
 
-    logging.disable()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tiny:
         write_tiny_tokenizer(Path(tiny))
         write_tiny_llama(Path(tiny), layers=1)
-        for each in sys.argv[2:] or CASES | FAMILIES:
-            print(each, dict(fuzz(each, int(sys.argv[1]), Path(tiny))), flush=True)
+        fuzzing.main(CASES | FAMILIES, lambda name, num: fuzz(name, num, Path(tiny)))

@@ -1,27 +1,24 @@
 """Broken checkpoints: each is refused in one sentence, or served without an exception.
 
-python tests/formats/mutations.py 2000 [CASE ...]   # `just fuzz`
+PYTHONPATH=tests python tests/formats/mutations.py 2000 [CASE ...]   # `just fuzz`
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import random
-import shutil
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzzing
 import torch
 from format_cases import CASES, PLUGINS, PROMPT, RENAMED, QuantizedTorch, stored
 from safetensors.torch import save_file
 
-from blade import CheckpointError, SamplingParams, Sequence, Step
+from blade import SamplingParams, Sequence, Step
 from blade.checkpoint.open import open_checkpoint
 from blade.engine.batch import build_batch
 from blade.nn import Loader
@@ -117,7 +114,6 @@ def change_bytes(path: Path, rng: random.Random) -> None:
     path.write_bytes(data)
 
 
-@torch.inference_mode()
 def serve(folder: Path) -> None:
     """All that a start does with the weights, and a step. Raises what that raises."""
     checkpoint, ops = open_checkpoint(folder), QuantizedTorch()
@@ -136,38 +132,10 @@ def serve(folder: Path) -> None:
     model.forward(batch, attention.allocate(KVSpec(*heads, dtype="float32"), 1))
 
 
-def check_sentence(text: str) -> None:
-    assert text.endswith("."), text
-    assert "\n" not in text, text
-    assert len(text) < 600, text
-
-
 def fuzz(case: str, num: int, seed: int = 0) -> Counter[str]:
-    """How many of `num` broken checkpoints were served, and how many refused. Raises what is no CheckpointError, and
-    AssertionError for one that is no sentence."""
-    outcomes: Counter[str] = Counter()
-    source = Checkpoint(case)
-    folder = Path(tempfile.mkdtemp(prefix="blade-fuzz-"))
-    for i in range(num):
-        rng = random.Random(f"{case} {seed} {i}")
-        torch.manual_seed(i)
-        source.write(folder, rng)
-        try:
-            serve(folder)
-        except CheckpointError as error:
-            check_sentence(str(error))
-            outcomes["refused"] += 1
-        except Exception as error:
-            error.add_note(f"{case}, mutation {i} of seed {seed}, in {folder}")
-            raise
-        else:
-            outcomes["served"] += 1
-    shutil.rmtree(folder)
-    return outcomes
+    """fuzzing.fuzz of a fixture."""
+    return fuzzing.fuzz(case, num, seed, Checkpoint(case).write, serve)
 
 
 if __name__ == "__main__":
-    logging.disable()
-    torch.set_num_threads(1)
-    for each in sys.argv[2:] or [*CASES, *RENAMED]:
-        print(each, dict(fuzz(each, int(sys.argv[1]))), flush=True)
+    fuzzing.main([*CASES, *RENAMED], fuzz)

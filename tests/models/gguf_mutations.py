@@ -1,28 +1,23 @@
 """Broken GGUF files: each is refused in one sentence, or served without an exception.
 
-python tests/models/gguf_mutations.py 2000 [CASE ...]   # `just fuzz-gguf`
+PYTHONPATH=tests python tests/models/gguf_mutations.py 2000 [CASE ...]   # `just fuzz-gguf`
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import random
-import shutil
 import struct
-import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
+import fuzzing
 from checkpoints import Reference
 from stepper import Stepper, all_together
 
-from blade import CheckpointError
 from blade.checkpoint.gguf import GGMLType, read_gguf
 from blade.checkpoint.open import open_checkpoint
 from blade.nn.grouped import Stored
@@ -33,6 +28,7 @@ BLOCKED = [kind.name for kind in GGMLType if kind.bits]
 CASES = [*ARCHITECTURES, *BLOCKED]
 PROMPT = [3, 1, 4, 1, 5]
 MAX_CONTEXT = 4096
+BROKEN = "broken.gguf"
 WIDTH = 256  # of the models in blocks
 JUNK: list[Any] = [
     True, False, 0, -1, 1, 2, 3, 5, 7, 64, 2**31, 2**40, 2**63, 0.0, 0.5, -1.0, float("nan"), 1e30, "", "llama", "yarn",
@@ -168,7 +164,6 @@ def change_bytes(data: bytearray, rng: random.Random) -> None:
             data[place] = rng.randrange(256)
 
 
-@torch.inference_mode()
 def serve(path: Path) -> None:
     """All that a start does with the weights, and some steps. Raises what that raises."""
     checkpoint = open_checkpoint(path)
@@ -180,33 +175,16 @@ def serve(path: Path) -> None:
 
 
 def fuzz(case: str, num: int, seed: int = 0) -> Counter[str]:
-    """How many of `num` broken files were served, and how many refused. Raises what is no CheckpointError, and
-    AssertionError for one that is no sentence."""
-    outcomes: Counter[str] = Counter()
-    content, folder = content_of(case), Path(tempfile.mkdtemp(prefix="blade-fuzz-"))
-    for i in range(num):
-        path = folder / "broken.gguf"
-        path.unlink(missing_ok=True)
-        path.write_bytes(mutated(content, random.Random(f"{case} {seed} {i}")))
-        try:
-            serve(path)
-        except CheckpointError as error:
-            said = str(error)
-            assert said.endswith("."), said
-            assert "\n" not in said, said
-            assert len(said) < 900, said
-            outcomes["refused"] += 1
-        except Exception as error:
-            error.add_note(f"{case}, mutation {i} of seed {seed}: {path}")
-            raise
-        else:
-            outcomes["served"] += 1
-    shutil.rmtree(folder)
-    return outcomes
+    """fuzzing.fuzz of a file."""
+    content = content_of(case)
+
+    def write(folder: Path, rng: random.Random) -> None:
+        path = folder / BROKEN
+        path.unlink(missing_ok=True)  # it may be mapped
+        path.write_bytes(mutated(content, rng))
+
+    return fuzzing.fuzz(case, num, seed, write, lambda folder: serve(folder / BROKEN))
 
 
 if __name__ == "__main__":
-    logging.disable()
-    torch.set_num_threads(1)
-    for each in sys.argv[2:] or CASES:
-        print(each, dict(fuzz(each, int(sys.argv[1]))), flush=True)
+    fuzzing.main(CASES, fuzz)
