@@ -3,8 +3,9 @@
 All contenders of a row take turns within one process, so that a busy machine slows them alike. A turn is an untimed
 call, which wakes the contender's threads, and a timed one. Weights rotate through copies larger than the last-level
 cache: decoding never finds them there. Ends in one JSON line: by op, rows and contender the microseconds per call as
-[median, best] of the turns; of our linears also GB/s of weights and GFLOP/s at their best, of mixtures of experts in
-the median; and the best read bandwidth measured in the same run.
+[median, best] of the turns; of our linears also GB/s of weights and GFLOP/s in the median, and what share that is of
+the read bandwidth and of the arithmetic's peak (floats' or bytes', by the instructions of this level), the best ones
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # torch's idle threads would spin on our cores for milliseconds
 
@@ -33,12 +35,12 @@ from blade_native.kv_codes import MODES
 from blade_native.reference import TorchLinear
 from blade_native.simd.attention import SimdAttention
 from blade_native.simd.library import load
-from blade_native.simd.memory import allocate
+from blade_native.simd.limits import peak_flops, read_bandwidth, uncached_bytes
 from blade_native.simd.ops import SimdOps
 
 LINEARS = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864), "lm_head": (151936, 896)}
-COLD_BYTES = 96 << 20
-KV_BYTES = 128 << 20  # of layers that take turns, so that no cache of the processor holds them
+KV_BYTES = 128 << 20  # of layers that take turns, so that no cache of a core holds them
+ARITHMETIC = {"bf16": "bf16", "fp8": "float32"}  # of what kind a linear's products are; of others bytes
 FORMATS = {
     "int8": (8, 64),
     "int4": (4, 32),
@@ -105,9 +107,9 @@ def quantized(name: str, n: int, k: int) -> QuantizedWeight:
     return GroupedWeight(bits, group, q, codes[0], codes[1], None, halves[0], halves[1])
 
 
-def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
+def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, Any]]:
     n, k = LINEARS[name]
-    weights = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(max(1, COLD_BYTES // (n * k * 2)))]
+    weights = [(torch.randn(n, k) / k**0.5).bfloat16() for _ in range(max(1, uncached_bytes() // (n * k * 2)))]
     packed: dict[str, list[Linear]] = {"bf16": [ops.linear(w, None) for w in weights]}
     for kind in formats:
         weight = quantized(kind, n, k)
@@ -120,13 +122,13 @@ def linears(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: l
     for m in rows:
         x = torch.randn(m, k).bfloat16()
         us = measure({kind: rotate([partial(copy, x) for copy in copies]) for kind, copies in packed.items()}, seconds)
-        gb_s = {kind: round(size / us[kind][1] / 1e3, 1) for kind, size in sizes.items()}
-        gflop_s = {kind: round(2e-3 * m * n * k / us[kind][1]) for kind in sizes}
+        gb_s = {kind: round(size / us[kind][0] / 1e3, 1) for kind, size in sizes.items()}
+        gflop_s = {kind: round(2e-3 * m * n * k / us[kind][0]) for kind in sizes}
         results.append({"op": name, "m": m, "us": us, "gb_s": gb_s, "gflop_s": gflop_s})
     return results
 
 
-def experts(ops: SimdOps, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
+def experts(ops: SimdOps, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, Any]]:
     """A layer of Qwen3-30B-A3B, beside the same linears called expert by expert. Each call chooses other experts."""
     num_experts, k, width, inner = 128, 8, 2048, 768
     contenders, sizes = {}, {}
@@ -156,19 +158,19 @@ def experts(ops: SimdOps, rows: list[int], seconds: float, formats: list[str]) -
     return results
 
 
-def recurrence(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
+def recurrence(ops: SimdOps, seconds: float) -> list[dict[str, Any]]:
     """A gated delta net layer of Qwen3-Next in steps of one token per sequence and of a prompt."""
     return [row for shape in ((1, 1), (16, 1), (1, 512)) for row in recurrent_step(ops, *shape, seconds)]
 
 
-def recurrent_step(ops: SimdOps, num_seqs: int, num_tokens: int, seconds: float) -> list[dict[str, object]]:
+def recurrent_step(ops: SimdOps, num_seqs: int, num_tokens: int, seconds: float) -> list[dict[str, Any]]:
     """Of the gated delta rule also GB/s of states read and written, in the median."""
     key_heads, heads, dim = 16, 32, 128
     width, state_bytes = (2 * key_heads + heads) * dim, 2 * num_seqs * heads * dim * dim * 4
     batch = decode_batch(num_seqs, 1, 16) if num_tokens == 1 else prefill_batch(num_tokens, 16)
     batch.state_in = torch.arange(num_seqs, dtype=torch.int32)
     batch.state_out = batch.state_in + num_seqs
-    layers = range(max(1, COLD_BYTES // state_bytes))
+    layers = range(max(1, uncached_bytes() // state_bytes))
     states = [torch.randn(2 * num_seqs, heads, dim, dim) for _ in layers]
     held = [torch.zeros(2 * num_seqs, width, 3).bfloat16() for _ in layers]
     mixed = torch.randn(num_seqs * num_tokens, width).bfloat16()
@@ -181,11 +183,11 @@ def recurrent_step(ops: SimdOps, num_seqs: int, num_tokens: int, seconds: float)
         "short_conv": lambda o, i: o.short_conv(mixed, weight, batch, held[i]),
         "gated_rms_norm": lambda o, _: o.gated_rms_norm(x, v, ones, 1e-6),
     }
-    results: list[dict[str, object]] = []
+    results: list[dict[str, Any]] = []
     for name, case in cases.items():
         both = {"native": ops, "torch": ops.base}
         us = measure({n: rotate([partial(case, o, i) for i in layers]) for n, o in both.items()}, seconds)
-        row: dict[str, object] = {"op": name, "case": f"{num_seqs} x {num_tokens}", "us": us}
+        row: dict[str, Any] = {"op": name, "case": f"{num_seqs} x {num_tokens}", "us": us}
         if name == "gated_delta":
             row["gb_s"] = round(state_bytes / us["native"][0] / 1e3, 1)
         results.append(row)
@@ -224,7 +226,7 @@ def prefill_batch(context: int, block_size: int) -> Batch:
     )
 
 
-def attention(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
+def attention(ops: SimdOps, seconds: float) -> list[dict[str, Any]]:
     paged = PagedAttention(ops.device)
     backends = {"native": SimdAttention(paged, ops.library, ops.threads), "torch": paged}
     batches = {
@@ -236,7 +238,7 @@ def attention(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
     return [row for name, batch in batches.items() for row in attention_steps(name, batch, backends, seconds)]
 
 
-def kv_cache(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
+def kv_cache(ops: SimdOps, seconds: float) -> list[dict[str, Any]]:
     """Decodes over a cache in bfloat16 and in every mode, of Qwen2.5-0.5B's heads and of Qwen3-0.6B's."""
     native = SimdAttention(PagedAttention(ops.device), ops.library, ops.threads)
     results = []
@@ -260,7 +262,7 @@ def kv_cache(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
     return results
 
 
-def attention_steps(name: str, batch: Batch, backends: dict[str, Attention], seconds: float) -> list[dict[str, object]]:
+def attention_steps(name: str, batch: Batch, backends: dict[str, Attention], seconds: float) -> list[dict[str, Any]]:
     heads, kv_heads, dim = 14, 2, 64
     caches = {
         n: backend.allocate(KVSpec(1, heads, kv_heads, dim, "bfloat16"), 300)[0] for n, backend in backends.items()
@@ -276,7 +278,7 @@ def attention_steps(name: str, batch: Batch, backends: dict[str, Attention], sec
     ]
 
 
-def row_ops(ops: SimdOps, m: int, seconds: float) -> list[dict[str, object]]:
+def row_ops(ops: SimdOps, m: int, seconds: float) -> list[dict[str, Any]]:
     x, residual, weight = torch.randn(m, 896).bfloat16(), torch.zeros(m, 896).bfloat16(), torch.ones(896).bfloat16()
     gate_up = torch.randn(m, 9728).bfloat16()
     cases: dict[str, Callable[[Ops], object]] = {
@@ -293,7 +295,7 @@ def row_ops(ops: SimdOps, m: int, seconds: float) -> list[dict[str, object]]:
     return results
 
 
-def selection(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
+def selection(ops: SimdOps, seconds: float) -> list[dict[str, Any]]:
     logits = torch.randn(16, 151936)
     cases: dict[str, dict[str, Call]] = {
         "argmax": {"native": lambda _: ops.argmax(logits), "torch": lambda _: logits.argmax(-1)},
@@ -304,14 +306,31 @@ def selection(ops: SimdOps, seconds: float) -> list[dict[str, object]]:
     return [{"op": name, "m": 16, "us": measure(contenders, seconds)} for name, contenders in cases.items()]
 
 
-def read_bandwidth(ops: SimdOps, seconds: float) -> float:
-    """GB/s of reading 256 MiB on huge pages."""
-    data = allocate(256 << 20).zero_()
-    us = measure({"read": lambda _: ops.library.read(data.data_ptr(), data.numel(), ops.threads)}, seconds)
-    return round(data.numel() / us["read"][1] / 1e3, 1)
+class Limits:
+    """The best that the machine gave in any of some measurements between the others."""
+
+    def __init__(self, ops: SimdOps, seconds: float) -> None:
+        self._ops, self._seconds = ops, seconds
+        self.read_gb_s = 0.0
+        self.peak_gflop_s = dict.fromkeys(("float32", "bf16", "bytes"), 0)
+        self.measure()
+
+    def measure(self) -> None:
+        library, threads = self._ops.library, self._ops.threads
+        self.read_gb_s = max(self.read_gb_s, round(read_bandwidth(library, threads, self._seconds) / 1e9, 1))
+        for (name, best), bits in zip(self.peak_gflop_s.items(), (32, 16, 8), strict=True):
+            rate = round(peak_flops(library, bits, threads, self._seconds / 3) / 1e9)
+            self.peak_gflop_s[name] = max(best, rate)
+
+    def add_shares(self, row: dict[str, Any]) -> None:
+        if "gflop_s" not in row:
+            return
+        peaks = {kind: self.peak_gflop_s[ARITHMETIC.get(kind, "bytes")] for kind in row["gflop_s"]}
+        row["of_read"] = {kind: round(gb_s / self.read_gb_s, 2) for kind, gb_s in row["gb_s"].items()}
+        row["of_peak"] = {kind: round(rate / peaks[kind], 2) for kind, rate in row["gflop_s"].items()}
 
 
-def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, object]]:
+def run(ops: SimdOps, name: str, rows: list[int], seconds: float, formats: list[str]) -> list[dict[str, Any]]:
     if name == "attention":
         return attention(ops, seconds)
     if name == "kv":
@@ -339,13 +358,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="per row of the table")
     args = parser.parse_args()
     ops = SimdOps(CpuOps(), load())
-    bandwidth, results = [read_bandwidth(ops, args.seconds)], []
+    limits, results = Limits(ops, args.seconds), []
     for name in args.ops:
         results += run(ops, name, args.rows, args.seconds, args.formats)
-        bandwidth.append(read_bandwidth(ops, args.seconds))
+        limits.measure()
     for row in results:
+        limits.add_shares(row)
         print(*(f"{key} {value}" for key, value in row.items()), sep="  ")
-    summary = {"isa": ops.library.level, "threads": ops.threads, "read_gb_s": max(bandwidth)}
+    summary: dict[str, Any] = {"isa": ops.library.level, "threads": ops.threads, "read_gb_s": limits.read_gb_s}
+    summary["peak_gflop_s"] = limits.peak_gflop_s
     print(json.dumps({**summary, "results": results}))
 
 

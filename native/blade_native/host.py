@@ -24,6 +24,13 @@ def available_memory(root: Path = ROOT) -> int:
     return max(0, min([_mem_available(root), *(room for room in rooms if room is not None)]))
 
 
+def last_level_cache(root: Path = ROOT) -> int:
+    """Bytes of the largest cache that the first CPU sees, be it shared with others; 0 where the system is silent."""
+    paths = root.glob("sys/devices/system/cpu/cpu0/cache/index*/size")
+    sizes = [_text(path).strip() for path in paths]  # "32768K"
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K") and size[:-1].isdigit()), default=0)
+
+
 def _mem_available(root: Path) -> int:
     available = _fields(root / "proc/meminfo").get("MemAvailable:")  # kB
     if available is not None:

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from blade_native.host import available_cores, available_memory, keep_freed_memory, release_freed_memory
+from blade_native.host import (
+    available_cores,
+    available_memory,
+    keep_freed_memory,
+    last_level_cache,
+    release_freed_memory,
+)
 
 GIB = 1 << 30
 
@@ -95,3 +101,12 @@ def test_freed_memory_is_returned_when_asked() -> None:
 def _resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_largest_cache_is_the_last(tmp_path: Path) -> None:
+    cache = "sys/devices/system/cpu/cpu0/cache"
+    assert (
+        last_level_cache(tree(tmp_path, {f"{cache}/index0/size": "48K\n", f"{cache}/index3/size": "266240K\n"}))
+        == 260 << 20
+    )
+    assert last_level_cache(tmp_path / "nowhere") == 0

@@ -12,6 +12,7 @@ import torch
 from blade import ConfigError
 from blade_native.simd import build
 from blade_native.simd.library import Library, Unavailable, load, runnable_levels
+from blade_native.simd.limits import peak_flops
 from blade_native.simd.linear import pack_dense
 from blade_native.simd.memory import HUGE_PAGE, REGION, Regions, allocate
 from blade_native.simd.ops import SimdOps
@@ -124,3 +125,14 @@ def test_callers_on_several_threads_do_not_disturb_each_other(ops: SimdOps) -> N
     for caller in callers:
         caller.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(("bits", "products"), [(32, 1), (16, 2), (8, 4)])
+def test_the_peak_counts_what_is_multiplied(library: Library, bits: int, products: int) -> None:
+    zeros, ones = allocate(8192).zero_(), allocate(8192).fill_(1)
+    count = library.multiply(zeros.data_ptr(), bits, 10, 2)
+    assert count > 0
+    assert count % (10 * 2 * products) == 0
+    assert library.multiply(zeros.data_ptr(), bits, 30, 2) == 3 * count
+    assert library.multiply(ones.data_ptr(), bits, 10, 2) == -1  # what it says was multiplied is looked at
+    assert peak_flops(library, bits, 2, seconds=0.001) > 0

@@ -63,11 +63,11 @@ struct StreamGroups {
     };
 };
 
-// How so few rows take weights straight from memory; null where a slice of them is used as it lies there.
+// How so few rows take weights straight from memory; null where a slice of them is unpacked, or is float32.
 StreamTile find_stream(const Layout& layout, int rows) {
     int bits = layout.format.bits;
-    if (rows > STREAM_ROWS || bits == 32 || (bits == 16 && !WIDENS_BF16)) return nullptr;
-    if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
+    if (rows > (bits == 16 ? MAX_TILE_ROWS : STREAM_ROWS) || bits == 32) return nullptr;
+    if (bits == 16) return tile_of<StreamBF16, StreamTile>(rows);
     if (layout.floats) return tile_of<StreamFloat8, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
     with_packing(layout, [&](auto p) {
@@ -91,7 +91,7 @@ int most_rows_of(const Layout& layout, long m) {
 bool is_streamed(const Layout& layout, const Tiling& tiling) {
     int bits = layout.format.bits;
     return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
-           (tiling.num_tiles == 1 || bits == 4 || layout.floats);
+           (tiling.num_tiles == 1 || bits == 4 || bits == 16 || layout.floats);
 }
 }  // namespace
 

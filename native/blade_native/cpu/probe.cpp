@@ -1,5 +1,8 @@
-// What the memory gives, to hold the kernels against.
+// What the memory and the arithmetic units give, to hold the kernels against.
+#include <type_traits>
+
 #include "api.h"
+#include "linear_tile.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -28,4 +31,67 @@ EXPORT int blade_read(const char* data, int64_t bytes, int threads) {
             if (vec::sum(sums[j]) != 0) status = -1;
     });
     return status;
+}
+
+namespace {
+constexpr int CHAINS = 2 * TALL_TILE_ROWS;  // of sums that do not wait for each other
+
+struct FloatDots {
+    typedef vec::F Sum;
+    static constexpr int PRODUCTS = 1;  // of a 32-bit word
+    vec::W weights;
+    vec::W activation;
+    explicit FloatDots(const char* data) : weights(vec::word(data)), activation(vec::splat(data)) {}
+    Sum start(const char* data) const { return vec::load((const float*)data); }
+    Sum add(Sum c) const { return F32::dot(c, weights, activation); }
+};
+struct BF16Dots : FloatDots {
+    static constexpr int PRODUCTS = 2;
+    using FloatDots::FloatDots;
+    Sum add(Sum c) const {
+        if constexpr (WIDENS_BF16) return FloatDots::add(FloatDots::add(c));
+        return BF16::dot(c, weights, activation);
+    }
+};
+struct ByteDots {
+    typedef vec::I Sum;
+    static constexpr int PRODUCTS = 4;
+    ByteDot<8>::Weights weights;
+    const uint32_t* activation;
+    explicit ByteDots(const char* data)
+        : weights(ByteDot<8>::weights(vec::word(data))), activation((const uint32_t*)data) {}
+    Sum start(const char* data) const { return vec::splat(data); }
+    Sum add(Sum c) const { return ByteDot<8>::dot(c, weights, activation); }
+};
+
+template <class Dots>
+int64_t multiply(const char* data, int64_t steps, int threads) {
+    std::atomic<bool> zero{true};
+    parallel_for(threads, threads, 1, [&](long, int) {
+        Dots dots(data);
+        typename Dots::Sum sums[CHAINS];
+#pragma GCC unroll 32
+        for (int i = 0; i < CHAINS; i++) sums[i] = dots.start(data + 4 * vec::LANES * i);
+        for (int64_t step = 0; step < steps; step++)
+#pragma GCC unroll 32
+            for (int i = 0; i < CHAINS; i++) sums[i] = dots.add(sums[i]);
+        vec::F all = vec::zero();
+#pragma GCC unroll 32
+        for (int i = 0; i < CHAINS; i++) {
+            if constexpr (std::is_same_v<typename Dots::Sum, vec::F>)
+                all = vec::add(all, sums[i]);
+            else
+                all = vec::add(all, vec::to_float(sums[i]));
+        }
+        if (vec::sum(all) != 0) zero = false;
+    });
+    return zero ? threads * steps * CHAINS * vec::LANES * Dots::PRODUCTS : -1;
+}
+}  // namespace
+
+// Multiplies and adds in registers on all threads: floats of 32 or 16 bits, or integers of 8, by what the linears multiply
+// them with. `data` are 8 KiB of zeros. Returns how many products that were, -1 where `data` were not zeros.
+EXPORT int64_t blade_multiply(const char* data, int bits, int64_t steps, int threads) {
+    if (bits == 8) return multiply<ByteDots>(data, steps, threads);
+    return bits == 16 ? multiply<BF16Dots>(data, steps, threads) : multiply<FloatDots>(data, steps, threads);
 }

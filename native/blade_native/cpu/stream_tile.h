@@ -8,7 +8,7 @@
 #include "linear_tile.h"
 #include "unpack.h"
 
-constexpr int STREAM_ROWS = 4;       // taller tiles are worth unpacking a slice for
+constexpr int STREAM_ROWS = 4;       // taller tiles are worth unpacking a slice for, where there is anything to unpack
 constexpr long STREAM_AHEAD = 1024;  // bytes between what is read and what is prefetched
 constexpr long STREAM_RUN = 1024;    // bytes of a panel before the next one has its turn, or a unit; once a tile has fetched
                                      // them, the others need not take turns, and load and store their sums less often
@@ -42,12 +42,34 @@ INLINE void keep_sums(float* c, const vec::F (&sums)[R][NV]) {
         for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + v * vec::LANES, sums[r][v]);
 }
 
-// bf16 words [units][32], activations floats [2 units][R]. Only where no instruction multiplies bf16.
+// sums[r][v] += two columns of 16 NV channels . those of the activations.
+template <int R, int NV>
+INLINE void add_bf16(const vec::W (&weights)[NV], const float* x, vec::F (&sums)[R][NV]) {
+    if constexpr (WIDENS_BF16) {
+        vec::F even[NV], odd[NV];
+        for (int v = 0; v < NV; v++)
+            even[v] = vec::as_float(vec::shift<16>(weights[v])), odd[v] = vec::as_float(vec::high_halves(weights[v]));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(even[v], vec::set(x[r]), sums[r][v]);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(odd[v], vec::set(x[R + r]), sums[r][v]);
+    } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            vec::W activation = vec::splat(x + r);
+            for (int v = 0; v < NV; v++) sums[r][v] = vec::dot_bf16(sums[r][v], weights[v], activation);
+        }
+    }
+}
+
+// bf16 words [units][32]. Activations: words [units][R] where an instruction multiplies them, else floats [2 units][R].
 template <int R>
 void stream_bf16(const Layout&, const Streams& streams, long from, long to, const char* activations) {
-    constexpr int NV = TILE_VECTORS<R>;
+    constexpr int NV = TILE_VECTORS<R>, PER_UNIT = WIDENS_BF16 ? 2 * R : R;
     const long ahead = streams.fetch ? STREAM_AHEAD : 0, run = streams.fetch ? STREAM_RUN / (4 * PANEL) : to - from;
-    for (const float* a = (const float*)activations; from < to; from += run, a += 2 * R * run)
+    for (const float* a = (const float*)activations; from < to; from += run, a += PER_UNIT * run)
         for (long i = 0; i < streams.num; i++)
             for (int first = 0; first < PANEL; first += NV * vec::LANES) {
                 const uint32_t* words = (const uint32_t*)streams.packed[i] + from * PANEL + first;
@@ -55,16 +77,14 @@ void stream_bf16(const Layout&, const Streams& streams, long from, long to, cons
                 const float* x = a;
                 vec::F sums[R][NV];
                 load_sums(streams.sums[i] + first, sums);
-                for (; words < end; words += PANEL, x += 2 * R)
+                for (; words < end; words += PANEL, x += PER_UNIT) {
+                    vec::W weights[NV];
                     for (int v = 0; v < NV; v++) {
                         prefetch_lines((const char*)(words + v * vec::LANES) + ahead, 64);
-                        vec::W word = vec::word(words + v * vec::LANES);
-                        vec::F even = vec::as_float(vec::shift<16>(word)), odd = vec::as_float(vec::high_halves(word));
-#pragma GCC unroll 16
-                        for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(x[r]), sums[r][v]);
-#pragma GCC unroll 16
-                        for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(x[R + r]), sums[r][v]);
+                        weights[v] = vec::word(words + v * vec::LANES);
                     }
+                    add_bf16(weights, x, sums);
+                }
                 keep_sums(streams.sums[i] + first, sums);
             }
 }

@@ -25,6 +25,7 @@ LIBRARIES = SOURCES / "lib"
 
 X86_LEVELS = {
     "avx512bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+    "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx512": ["-march=x86-64-v4"],
     "avx2": ["-march=x86-64-v3"],
     "portable": [],
@@ -38,7 +39,7 @@ class CompileError(Exception):
 
 
 def levels() -> dict[str, list[str]]:
-    """Instruction-set levels of this architecture with their compiler flags, best first."""
+    """Instruction-set levels of this architecture with their compiler flags, the newest first."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return X86_LEVELS if is_x86 else {"portable": []}
 
@@ -67,7 +68,7 @@ def is_current(level: str) -> bool:
 
 
 def wanted_levels(cxx: str, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The levels to compile, best first. Raises CompileError for one that there is not."""
+    """The levels to compile, the newest first. Raises CompileError for one that there is not."""
     named = environ.get("BLADE_CPU_LEVELS")
     if not named:
         return list(dict.fromkeys([best_level(cxx), "portable"]))
@@ -78,13 +79,13 @@ def wanted_levels(cxx: str, environ: Mapping[str, str] = os.environ) -> list[str
 
 
 def best_level(cxx: str) -> str:
-    """That this machine can run."""
+    """Of those that this machine can run."""
     if len(levels()) == 1:
         return "portable"
     with tempfile.TemporaryDirectory() as scratch:
         probe = str(Path(scratch, "level.so"))
         run([cxx, *FLAGS, '-DBLADE_SOURCE_HASH=""', "-shared", str(SOURCES / "level.cpp"), "-o", probe])
-        index: int = ctypes.CDLL(probe).blade_machine_level()
+        index: int = ctypes.CDLL(probe).blade_best_level()
     return list(reversed(levels()))[index]
 
 

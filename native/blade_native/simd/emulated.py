@@ -13,7 +13,11 @@ from blade_native.simd import build
 HEADER = build.SOURCES / "emulated" / "avx512.h"
 # Without most optimisation: SIMDe's functions would keep GCC busy for minutes.
 FLAGS = ["-O1", "-march=x86-64-v3", "-include", str(HEADER)]
-LEVELS = {"avx512bf16": [*FLAGS, "-DBLADE_EMULATE_BF16"], "avx512": FLAGS}
+LEVELS = {
+    "avx512bf16": [*FLAGS, "-DBLADE_EMULATE_VNNI", "-DBLADE_EMULATE_BF16"],
+    "avx512vnni": [*FLAGS, "-DBLADE_EMULATE_VNNI"],
+    "avx512": FLAGS,
+}
 
 
 def library_name(level: str) -> str:

@@ -16,7 +16,7 @@ from blade_native.simd.memory import Regions
 
 log = logging.getLogger("blade.native")
 
-MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")  # as blade_machine_level counts them
+MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")  # as blade_machine_level counts them
 
 
 class Unavailable(ConfigError):
@@ -256,6 +256,7 @@ class Library:
         self.pack_float8 = self._function("pack_float8", LINEAR, POINTER(CFloat8), INT)
         self.round = self._function("round", POINTER(CRounding), INT)
         self.read = self._function("read", PTR, LONG, INT)
+        self.multiply = self._function("multiply", PTR, INT, LONG, INT, result=LONG)
         self.touch = self._function("touch", PTR, LONG)
         self.replay = self._function("replay", PTR, LONG)
 
@@ -284,8 +285,10 @@ def open_library(level: str) -> ctypes.CDLL:
 
 def runnable_levels() -> list[str]:
     """Levels this machine can run, best first."""
-    best = open_library("portable").blade_machine_level()
-    return list(reversed(MACHINE_LEVELS[: best + 1]))
+    portable = open_library("portable")
+    levels = list(reversed(MACHINE_LEVELS[: portable.blade_machine_level() + 1]))
+    best = MACHINE_LEVELS[portable.blade_best_level()]
+    return [best, *(level for level in levels if level != best)]
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Library:

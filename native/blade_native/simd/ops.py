@@ -13,12 +13,12 @@ from torch import Tensor
 from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
 from blade.contracts import Experts, Linear, Model, Ops
 from blade.nn import DefaultOps, dequantize
-from blade_native.simd.bandwidth import read_bandwidth
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check, check_heads, check_rows
 from blade_native.simd.experts import packed_experts
 from blade_native.simd.library import Library
+from blade_native.simd.limits import read_bandwidth
 from blade_native.simd.linear import PackedLinear, pack_dense
 from blade_native.simd.quantized import DequantizedLinear, has_kernel, pack_quantized, problem
 from blade_native.simd.recurrence import LANES, WINDOWS, Recurrence

@@ -11,13 +11,15 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-// What the compiler would define for the level; -DBLADE_EMULATE_BF16 asks for the one that has VNNI and BF16 too.
+// What the compiler would define for the level; -DBLADE_EMULATE_VNNI and -DBLADE_EMULATE_BF16 ask for those that have them.
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
 #define __AVX512VL__ 1
 #define __AVX512DQ__ 1
-#ifdef BLADE_EMULATE_BF16
+#ifdef BLADE_EMULATE_VNNI
 #define __AVX512VNNI__ 1
+#endif
+#ifdef BLADE_EMULATE_BF16
 #define __AVX512BF16__ 1
 #endif
 #define BLADE_NO_INLINE_ASM
