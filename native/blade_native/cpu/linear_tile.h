@@ -21,10 +21,9 @@ struct Slice {
 // c[r][v] += scale * sum.
 template <int R, int NV>
 INLINE void add_scaled(const vec::F (&sums)[R][NV], const float* scales, float* c) {
-    for (int v = 0; v < NV; v++) {
+    UNROLL for (int v = 0; v < NV; v++) {
         vec::F scale = vec::load(scales + v * vec::LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             float* to = c + r * PANEL + v * vec::LANES;
             vec::store(to, vec::fma(sums[r][v], scale, vec::load(to)));
         }
@@ -40,21 +39,18 @@ void dense_tile(const Slice& slice, const char* activations, float* c) {
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
         const uint32_t *w = (const uint32_t*)slice.words + first, *a = (const uint32_t*)activations;
         vec::F sums[R][NV];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + first + v * vec::LANES);
         for (long u = 0; u < slice.units; u++, w += PANEL, a += R) {
             vec::W weights[NV];
-            for (int v = 0; v < NV; v++) weights[v] = vec::word(w + v * vec::LANES);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) {
+            UNROLL for (int v = 0; v < NV; v++) weights[v] = vec::word(w + v * vec::LANES);
+            UNROLL for (int r = 0; r < R; r++) {
                 vec::W activation = vec::splat(a + r);
-                for (int v = 0; v < NV; v++) sums[r][v] = E::dot(sums[r][v], weights[v], activation);
+                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = E::dot(sums[r][v], weights[v], activation);
             }
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + first + v * vec::LANES, sums[r][v]);
     }
 }
 
@@ -66,15 +62,13 @@ void float8_tile(const Slice& slice, const char* activations, float* c) {
         for (int first = 0; first < PANEL; first += NV * vec::LANES) {
             const float *w = (const float*)(slice.words + u * slice.stride) + first, *a = (const float*)activations;
             vec::F sums[R][NV];
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) sums[r][v] = vec::zero();
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::zero();
             for (long i = 0; i < slice.columns; i++, w += PANEL, a += R) {
                 vec::F weights[NV];
-                for (int v = 0; v < NV; v++) weights[v] = vec::load(w + v * vec::LANES);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++)
-                    for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(weights[v], vec::set(a[r]), sums[r][v]);
+                UNROLL for (int v = 0; v < NV; v++) weights[v] = vec::load(w + v * vec::LANES);
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(weights[v], vec::set(a[r]), sums[r][v]);
             }
             add_scaled(sums, slice.scales + u * PANEL + first, c + first);
         }
@@ -100,14 +94,14 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
     typedef ByteDot<BITS> Dot;
     auto step = [&](int s, auto body) {  // body(r, v, weights, activation)
         typename Dot::Weights weights[NV];
-        for (int v = 0; v < NV; v++) weights[v] = Dot::weights(vec::word(w + s * PANEL + v * vec::LANES));
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) body(r, v, weights[v], x + (s * R + r) * Dot::WORDS);
+        UNROLL for (int v = 0; v < NV; v++) weights[v] = Dot::weights(vec::word(w + s * PANEL + v * vec::LANES));
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < NV; v++) body(r, v, weights[v], x + (s * R + r) * Dot::WORDS);
     };
     if constexpr (Dot::FIT == 0) {
-        for (int s = 0; s < steps; s++)
-            step(s, [&](int r, int v, auto w, auto x) { sums[r][v] = Dot::dot(sums[r][v], w, x); });
+        int s = 0;
+        do step(s, [&](int r, int v, auto w, auto x) { sums[r][v] = Dot::dot(sums[r][v], w, x); });
+        while (++s < steps);
     } else {
         for (int s = 0; s < steps; s += Dot::FIT) {
             typename Dot::Partial partial[R][NV];
@@ -115,9 +109,8 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
 #pragma GCC unroll 8
             for (int i = 1; i < Dot::FIT; i++)
                 step(s + i, [&](int r, int v, auto w, auto x) { partial[r][v] = Dot::dot(partial[r][v], w, x); });
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) sums[r][v] = Dot::flush(sums[r][v], partial[r][v]);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = Dot::flush(sums[r][v], partial[r][v]);
         }
     }
 }
@@ -144,16 +137,14 @@ INLINE void byte_units(const Slice slice, const char* activations, float* c) {
         ActivationGroup<R, WORDS> group(activations + u * group_bytes);
         for (int first = 0; first < PANEL; first += NV * vec::LANES) {
             vec::I sums[R][NV];
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
             dot_group<BITS>((const uint32_t*)(slice.words + u * slice.stride) + first, group.words, steps, sums);
-            for (int v = 0; v < NV; v++) {
+            UNROLL for (int v = 0; v < NV; v++) {
                 long at = u * PANEL + first + v * vec::LANES;
                 vec::F scale = vec::load(slice.scales + at);
                 vec::F offset = OFFSETS ? vec::load(slice.offsets + at) : vec::zero();
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
+                UNROLL for (int r = 0; r < R; r++) {
                     float* to = c + r * PANEL + first + v * vec::LANES;
                     vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
                     vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to));
@@ -161,6 +152,7 @@ INLINE void byte_units(const Slice slice, const char* activations, float* c) {
                     vec::store(to, sum);
                 }
             }
+            vec::forget_memory();
         }
     }
 }

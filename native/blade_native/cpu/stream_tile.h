@@ -31,15 +31,13 @@ INLINE void prefetch_lines(const char* at, long bytes) {
 
 template <int R, int NV>
 INLINE void load_sums(const float* c, vec::F (&sums)[R][NV]) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + v * vec::LANES);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::load(c + r * PANEL + v * vec::LANES);
 }
 template <int R, int NV>
 INLINE void keep_sums(float* c, const vec::F (&sums)[R][NV]) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + v * vec::LANES, sums[r][v]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < NV; v++) vec::store(c + r * PANEL + v * vec::LANES, sums[r][v]);
 }
 
 // sums[r][v] += two columns of 16 NV channels . those of the activations.
@@ -47,19 +45,16 @@ template <int R, int NV>
 INLINE void add_bf16(const vec::W (&weights)[NV], const float* x, vec::F (&sums)[R][NV]) {
     if constexpr (WIDENS_BF16) {
         vec::F even[NV], odd[NV];
-        for (int v = 0; v < NV; v++)
+        UNROLL for (int v = 0; v < NV; v++)
             even[v] = vec::as_float(vec::shift<16>(weights[v])), odd[v] = vec::as_float(vec::high_halves(weights[v]));
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(even[v], vec::set(x[r]), sums[r][v]);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(odd[v], vec::set(x[R + r]), sums[r][v]);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(even[v], vec::set(x[r]), sums[r][v]);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::fma(odd[v], vec::set(x[R + r]), sums[r][v]);
     } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             vec::W activation = vec::splat(x + r);
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::dot_bf16(sums[r][v], weights[v], activation);
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::dot_bf16(sums[r][v], weights[v], activation);
         }
     }
 }
@@ -79,7 +74,7 @@ void stream_bf16(const Layout&, const Streams& streams, long from, long to, cons
                 load_sums(streams.sums[i] + first, sums);
                 for (; words < end; words += PANEL, x += PER_UNIT) {
                     vec::W weights[NV];
-                    for (int v = 0; v < NV; v++) {
+                    UNROLL for (int v = 0; v < NV; v++) {
                         prefetch_lines((const char*)(words + v * vec::LANES) + ahead, 64);
                         weights[v] = vec::word(words + v * vec::LANES);
                     }
@@ -100,13 +95,11 @@ INLINE void stream_pairs(const uint16_t* pairs, long num, const float* a, long a
         load_sums(c + first, sums);
         for (; at < end; at += PANEL, x += 2 * R) {
             __builtin_prefetch((const char*)at + ahead, 0, 2);
-            for (int v = 0; v < NV; v++) {
+            UNROLL for (int v = 0; v < NV; v++) {
                 vec::F even, odd;
                 vec::widen_float8(at + v * vec::LANES, even, odd);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(x[r]), sums[r][v]);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(x[R + r]), sums[r][v]);
+                UNROLL for (int r = 0; r < R; r++) sums[r][v] = vec::fma(even, vec::set(x[r]), sums[r][v]);
+                UNROLL for (int r = 0; r < R; r++) sums[r][v] = vec::fma(odd, vec::set(x[R + r]), sums[r][v]);
             }
         }
         keep_sums(c + first, sums);
@@ -147,14 +140,13 @@ INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint
     for (int s = 0; s < steps; s += CHUNK, x += CHUNK * R * Dot::WORDS) {
         typename Dot::Partial partial[R][NV];
         for_constants(std::make_integer_sequence<int, CHUNK>{}, [&](auto i) {
-            for (int v = 0; v < NV; v++) {
+            UNROLL for (int v = 0; v < NV; v++) {
                 const uint32_t* word = low + (BITS == 8 ? 0 : i % SPAN / 2 * PANEL) + v * vec::LANES;
                 if constexpr (BITS == 8 || i % 2 == 0)  // little by little: many at a time would hold up the loads
                     prefetch_lines((const char*)word + ahead, 64);
                 auto weights = Dot::weights(
                     unpacked.template step<i % SPAN>(low + v * vec::LANES, high + v * vec::LANES));
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
+                UNROLL for (int r = 0; r < R; r++) {
                     const uint32_t* activation = x + (i * R + r) * Dot::WORDS;
                     if constexpr (Dot::FIT == 0)
                         sums[r][v] = Dot::dot(sums[r][v], weights, activation);
@@ -180,17 +172,15 @@ INLINE void stream_group(const Format f, const Steps<P> unpacked, const char* nu
     constexpr int NV = TILE_VECTORS<R>;
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
         vec::I sums[R][NV];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = vec::splat(group.starts + r);
         const uint32_t* low = (const uint32_t*)quants + first;
         stream_dot(unpacked, low, low + steps / 2 * PANEL, group.words, steps, ahead, sums);
-        for (int v = 0; v < NV; v++) {
+        UNROLL for (int v = 0; v < NV; v++) {
             int channel = first + v * vec::LANES;
             vec::F scale = numbers_at(f.scales, numbers, block.scales, channel);
             vec::F offset = f.offsets == NONE ? vec::zero() : offset_at(f, offsets, block, channel, scale);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; r++) {
+            UNROLL for (int r = 0; r < R; r++) {
                 float* to = c + r * PANEL + channel;
                 vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
                 vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to));
@@ -199,6 +189,7 @@ INLINE void stream_group(const Format f, const Steps<P> unpacked, const char* nu
             }
         }
     }
+    vec::forget_memory();
 }
 
 // Units of STEPS steps, or of any number of them for 0.

@@ -14,6 +14,8 @@
 #include <cstring>
 
 #define INLINE static inline __attribute__((always_inline))
+// Before every loop over an array of vectors: unrolled early it leaves constants as indices, and the array in registers.
+#define UNROLL _Pragma("GCC unroll 16")
 
 struct bf16 {
     uint16_t bits;
@@ -82,6 +84,10 @@ INLINE float float8_to_float(uint8_t b) { return half_to_float(uint16_t((b & 0x8
 #endif
 
 namespace vec {
+// Between two turns of a loop that adds onto an array in memory. Else GCC would keep a copy of it, which does not fit the
+// registers, on the stack.
+INLINE void forget_memory() { asm volatile("" ::: "memory"); }
+
 // Activations times FLOAT8_X meet 8-bit floats divided by FLOAT8_UNIT, so that products are far from both ends of what
 // float32 holds; scales make good the rest.
 constexpr float FLOAT8_SCALE = FLOAT8_UNIT / FLOAT8_X;
