@@ -15,6 +15,8 @@ constexpr long FEW_AHEAD = 2 * 1024;        // bytes between what is read and wh
 constexpr long FEW_ITEMS = 4;               // of a thread, at least, for others to help it
 constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
 constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
+constexpr long MOST_CHUNK = 8;              // panels
+constexpr long ITEMS = 8;                   // chunks times blocks of a thread, at least, for others to help it
 
 template <int R>
 struct F32Tile {
@@ -66,8 +68,8 @@ struct StreamGroups {
 // How so few rows take weights straight from memory; null where a slice of them is unpacked, or is float32.
 StreamTile find_stream(const Layout& layout, int rows) {
     int bits = layout.format.bits;
-    if (rows > (bits == 16 ? MAX_TILE_ROWS : STREAM_ROWS) || bits == 32) return nullptr;
-    if (bits == 16) return tile_of<StreamBF16, StreamTile>(rows);
+    if (rows > STREAM_ROWS || bits == 32) return nullptr;
+    if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
     if (layout.floats) return tile_of<StreamFloat8, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
     with_packing(layout, [&](auto p) {
@@ -78,20 +80,28 @@ StreamTile find_stream(const Layout& layout, int rows) {
 
 int words_per_step(int width) { return width == 8 ? ByteDot<8>::WORDS : 1; }
 
+// Parts as even as they get of which none is more than `most`.
+long even(long count, long most) {
+    long parts = (count + most - 1) / most;
+    return (count + parts - 1) / parts;
+}
+
 // How many panels are read side by side: fewer where their units are long, and one where slices of it are unpacked.
 long places(const Layout& layout, bool stream) { return !stream ? 1 : layout.unit_bytes > STREAM_RUN ? 2 : STREAM_PANELS; }
 
-// Tall tiles use a weight that has been widened for more rows; rows so few that they are streamed do not need them.
+// Rows that make a single tile are streamed; tall tiles use a weight that has been widened for more rows.
 int most_rows_of(const Layout& layout, long m) {
+    if (layout.format.bits < 32 && m <= STREAM_ROWS) return STREAM_ROWS;
     bool widened = layout.floats && layout.format.bits < 32;
     return widened && m > FEW_TILES * MAX_TILE_ROWS ? TALL_TILE_ROWS : MAX_TILE_ROWS;
 }
 
-// Whether each tile unpacks the weights for itself, which for several tiles pays where unpacking costs little.
+// Whether each tile unpacks the weights for itself, which for several tiles pays where they are low and unpacking costs
+// little.
 bool is_streamed(const Layout& layout, const Tiling& tiling) {
     int bits = layout.format.bits;
     return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
-           (tiling.num_tiles == 1 || bits == 4 || bits == 16 || layout.floats);
+           (tiling.num_tiles == 1 || (STREAM_ROWS <= MAX_TILE_ROWS && (bits == 4 || layout.floats)));
 }
 }  // namespace
 
@@ -110,8 +120,8 @@ Job::Job(const LinearCall& c)
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
     if (stream && tiling.num_tiles == 1) slice = layout.units;
     long part = slice * row_bytes * most_rows;  // of a tile's activations
-    block = few ? tiling.num_tiles : std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles);
-    chunk = few ? cut.runs : std::clamp(num_panels / (c.threads * 8), 1L, 8L);
+    block = few ? tiling.num_tiles : even(tiling.num_tiles, std::clamp(BLOCK_BYTES / part, 1L, tiling.num_tiles));
+    chunk = few ? cut.runs : std::clamp(num_blocks() * num_panels / (c.threads * ITEMS), 1L, MOST_CHUNK);
     per_thread = aligned(sums_bytes() + (stream ? 0 : slice * (unpacked + 8L * PANEL)));
 }
 

@@ -8,7 +8,6 @@
 #include "linear_tile.h"
 #include "unpack.h"
 
-constexpr int STREAM_ROWS = 4;       // taller tiles are worth unpacking a slice for, where there is anything to unpack
 constexpr long STREAM_AHEAD = 1024;  // bytes between what is read and what is prefetched
 constexpr long STREAM_RUN = 1024;    // bytes of a panel before the next one has its turn, or a unit; once a tile has fetched
                                      // them, the others need not take turns, and load and store their sums less often
@@ -62,7 +61,7 @@ INLINE void add_bf16(const vec::W (&weights)[NV], const float* x, vec::F (&sums)
 // bf16 words [units][32]. Activations: words [units][R] where an instruction multiplies them, else floats [2 units][R].
 template <int R>
 void stream_bf16(const Layout&, const Streams& streams, long from, long to, const char* activations) {
-    constexpr int NV = TILE_VECTORS<R>, PER_UNIT = WIDENS_BF16 ? 2 * R : R;
+    constexpr int NV = STREAM_VECTORS<R, 16>, PER_UNIT = WIDENS_BF16 ? 2 * R : R;
     const long ahead = streams.fetch ? STREAM_AHEAD : 0, run = streams.fetch ? STREAM_RUN / (4 * PANEL) : to - from;
     for (const float* a = (const float*)activations; from < to; from += run, a += PER_UNIT * run)
         for (long i = 0; i < streams.num; i++)
@@ -87,7 +86,7 @@ void stream_bf16(const Layout&, const Streams& streams, long from, long to, cons
 // Pairs of columns of 8-bit floats, all channels of one panel, onto c [R][32].
 template <int R>
 INLINE void stream_pairs(const uint16_t* pairs, long num, const float* a, long ahead, float* c) {
-    constexpr int NV = TILE_VECTORS<R>;
+    constexpr int NV = STREAM_VECTORS<R, 8>;
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
         const uint16_t *at = pairs + first, *end = at + num * PANEL;
         const float* x = a;
@@ -169,7 +168,7 @@ template <class P, int R>
 INLINE void stream_group(const Format f, const Steps<P> unpacked, const char* numbers, const char* offsets,
                          const char* quants, const BlockUnits& block,
                          const ActivationGroup<R, ByteDot<P::WIDTH>::WORDS>& group, int steps, long ahead, float* c) {
-    constexpr int NV = TILE_VECTORS<R>;
+    constexpr int NV = STREAM_VECTORS<R, P::BITS>;
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
         vec::I sums[R][NV];
         UNROLL for (int r = 0; r < R; r++)

@@ -2,21 +2,32 @@
 // registers, and whether bf16 has to be widened.
 #pragma once
 
+// Tiles of more rows than the WIDE ones take a panel half by half: where the registers hold no more, and in streams where
+// the memory gives more so (measured; some formats' halves lie in lines of their own, 8-bit ones' do not gain by it).
 #if defined(__AVX512F__)
 constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and an activation fit 32 registers
 constexpr int TALL_TILE_ROWS = 12;
-constexpr int NARROW_TILE_ROWS = 0;
+constexpr int WIDE_TILE_ROWS = 12;
+constexpr int STREAM_ROWS = 16;  // of a single tile: while a second one works nothing would be fetched from memory
+constexpr int wide_stream_rows(int bits) { return bits == 8 || bits == 5 ? 8 : 0; }
 #elif defined(__AVX2__)
 constexpr int MAX_TILE_ROWS = 4;
 constexpr int TALL_TILE_ROWS = 6;  // of floats: twelve sums, two weights and an activation fit as well
-constexpr int NARROW_TILE_ROWS = 2;  // taller tiles take the panel half by half, for 16 registers hold no more
+constexpr int WIDE_TILE_ROWS = 2;
+constexpr int STREAM_ROWS = 4;
+constexpr int wide_stream_rows(int) { return 2; }
 #else
 constexpr int MAX_TILE_ROWS = 2;
 constexpr int TALL_TILE_ROWS = 2;
-constexpr int NARROW_TILE_ROWS = 1;
+constexpr int WIDE_TILE_ROWS = 1;
+constexpr int STREAM_ROWS = 2;
+constexpr int wide_stream_rows(int) { return 1; }
 #endif
+// How many times 16 channels of a panel a tile of R rows takes at a time.
 template <int R>
-constexpr int TILE_VECTORS = NARROW_TILE_ROWS && R > NARROW_TILE_ROWS ? 1 : 2;  // of 16 channels at a time
+constexpr int TILE_VECTORS = R > WIDE_TILE_ROWS ? 1 : 2;
+template <int R, int BITS>
+constexpr int STREAM_VECTORS = R > wide_stream_rows(BITS) ? 1 : 2;
 
 #ifdef __AVX512BF16__
 constexpr bool WIDENS_BF16 = false;
