@@ -8,7 +8,6 @@
 #include "linear_tile.h"
 #include "unpack.h"
 
-constexpr long STREAM_AHEAD = 1024;  // bytes between what is read and what is prefetched
 constexpr long STREAM_RUN = 1024;    // bytes of a panel before the next one has its turn, or a unit; once a tile has fetched
                                      // them, the others need not take turns, and load and store their sums less often
 constexpr long STREAM_PANELS = 3;    // side by side, at most

@@ -23,6 +23,11 @@ constexpr int WIDE_TILE_ROWS = 1;
 constexpr int STREAM_ROWS = 2;
 constexpr int wide_stream_rows(int) { return 1; }
 #endif
+#ifdef __AVX512F__
+constexpr long STREAM_AHEAD = 2048;  // bytes between what is read and what is prefetched
+#else
+constexpr long STREAM_AHEAD = 1024;
+#endif
 // How many times 16 channels of a panel a tile of R rows takes at a time.
 template <int R>
 constexpr int TILE_VECTORS = R > WIDE_TILE_ROWS ? 1 : 2;
