@@ -84,9 +84,13 @@ INLINE float float8_to_float(uint8_t b) { return half_to_float(uint16_t((b & 0x8
 #endif
 
 namespace vec {
-// Between two turns of a loop that adds onto an array in memory. Else GCC would keep a copy of it, which does not fit the
-// registers, on the stack.
-INLINE void forget_memory() { asm volatile("" ::: "memory"); }
+// Between two turns of a loop that adds onto an array in memory. With AVX-512 GCC would else keep a copy of it, which does
+// not fit the registers, on the stack.
+INLINE void forget_memory() {
+#ifdef __AVX512F__
+    asm volatile("" ::: "memory");
+#endif
+}
 
 // Activations times FLOAT8_X meet 8-bit floats divided by FLOAT8_UNIT, so that products are far from both ends of what
 // float32 holds; scales make good the rest.
