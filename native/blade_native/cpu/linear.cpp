@@ -96,8 +96,8 @@ int most_rows_of(const Layout& layout, long m) {
     return widened && m > FEW_TILES * MAX_TILE_ROWS ? TALL_TILE_ROWS : MAX_TILE_ROWS;
 }
 
-// Whether each tile unpacks the weights for itself, which for several tiles pays where they are low and unpacking costs
-// little.
+// Whether each tile unpacks the weights for itself, which for several tiles pays where these are of few rows and unpacking
+// costs little.
 bool is_streamed(const Layout& layout, const Tiling& tiling) {
     int bits = layout.format.bits;
     return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&

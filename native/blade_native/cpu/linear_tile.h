@@ -116,7 +116,7 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
 }
 
 // Calls body(constant) with a group's steps, or 0 for what is too long to be worth code of its own: knowing them keeps the
-// sums of a short group in registers, where no instruction does a whole step, and elsewhere is worth 5 % to low weights.
+// sums of a short group in registers, where no instruction does a whole step, and elsewhere is worth 5 % to weights of few bits.
 template <int BITS, class Body>
 INLINE void with_steps(int steps, Body body) {
     constexpr int FIT = ByteDot<BITS>::FIT;
