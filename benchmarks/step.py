@@ -3,7 +3,8 @@
 Runs the engine's own runner, without HTTP, on sequences of random tokens. Of each step it takes the whole time and the
 time inside the replay of the captured pass, the difference being Python: the batch, dispatch and the sampler. Then it
 runs the captured kernels one by one, timing each, which tells the share of every kernel (the sum is a little above the
-replay's time, by the cost of the calls). Ends in one JSON line, milliseconds as medians over the steps.
+replay's time, by the cost of the calls); on a CUDA device it asks the profiler. Ends in one JSON line, milliseconds as
+medians over the steps.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from blade import CaptureOptions, SamplingParams, Sequence, Step
 from blade.assembly import Assembly, choose, load_model
 from blade.config import Config, EngineConfig, ModelOptions
 from blade.engine.runner import ModelRunner
 from blade.plugins import load
+from blade_native.cuda.graphs import GraphedForward
 from blade_native.simd.capture import CapturedForward, Program
 
 BLOCK_SIZE = 16
@@ -35,7 +41,8 @@ def make_runner(args: argparse.Namespace) -> tuple[Assembly, ModelRunner]:
     assembly = choose(config, load(plugins))
     num_blocks = args.num_seqs * (-(-(args.context + args.steps + 8) // BLOCK_SIZE)) + 1
     kv = assembly.attention.allocate(assembly.kv_spec, num_blocks)
-    return assembly, ModelRunner(load_model(assembly), kv, assembly.ops, CaptureOptions(block_size=BLOCK_SIZE))
+    capture = CaptureOptions(True, (args.num_seqs,), BLOCK_SIZE, args.context + 1024)
+    return assembly, ModelRunner(load_model(assembly), kv, assembly.ops, capture)
 
 
 def make_sequences(args: argparse.Namespace, runner: ModelRunner) -> list[Sequence]:
@@ -57,41 +64,92 @@ def advance(seqs: list[Sequence], results: list[Any]) -> None:
         seq.output_ids.append(sampled[0].token_id)
 
 
-def time_steps(seqs: list[Sequence], runner: ModelRunner, num_steps: int) -> tuple[list[float], list[float], Program]:
-    """Seconds of each step, and of its replay; and the program that was replayed."""
-    forward = runner.forward
-    assert isinstance(forward, CapturedForward), "the op set does not capture"
+def time_steps(seqs: list[Sequence], runner: ModelRunner, num_steps: int) -> tuple[list[float], list[float], Replayed]:
+    """Seconds of each step, and of its replay; and what was replayed."""
     for _ in range(4):
         advance(seqs, runner.run(Step(seqs, [1] * len(seqs))))
-    program = forward.captures[(len(seqs),) * 3].program
-    run, inside, whole = program.run, [], []
-
-    def timed() -> None:
-        start = time.perf_counter()
-        run()
-        inside.append(time.perf_counter() - start)
-
-    program.run = timed  # type: ignore[method-assign]
+    replayed = find(runner.forward, len(seqs))
+    whole = []
     for _ in range(num_steps):
         start = time.perf_counter()
         results = runner.run(Step(seqs, [1] * len(seqs)))
         whole.append(time.perf_counter() - start)
         advance(seqs, results)
-    return whole, inside, program
+    return whole, replayed.seconds(), replayed
 
 
-def time_kernels(program: Program, turns: int) -> dict[str, float]:
-    """Median milliseconds of all calls of each kernel, run one by one."""
-    sums: dict[str, list[float]] = {}
-    for _ in range(turns):
-        turn: Counter[str] = Counter()
-        for i, (kernel, _) in enumerate(program.tape):
-            start = time.perf_counter()
-            program.run_one(i)
-            turn[kernel.name] += (time.perf_counter() - start) * 1e3
-        for name, ms in turn.items():
-            sums.setdefault(name, []).append(ms)
-    return {name: round(statistics.median(values), 3) for name, values in sums.items()}
+class Replayed(Protocol):
+    """The captured pass of a step. It times itself from when it is made on."""
+
+    def seconds(self) -> list[float]: ...
+
+    def kernels(self, turns: int) -> dict[str, float]:
+        """Median milliseconds of all calls of each kernel."""
+        ...
+
+
+def find(forward: Any, num_seqs: int) -> Replayed:
+    if isinstance(forward, CapturedForward):
+        return OnCpu(forward.captures[(num_seqs,) * 3].program)
+    assert isinstance(forward, GraphedForward), "the op set does not capture"
+    return OnCuda(forward, num_seqs)
+
+
+class OnCpu:
+    def __init__(self, program: Program) -> None:
+        self.program, self.run, self.times = program, program.run, list[float]()
+        program.run = self.timed  # type: ignore[method-assign]
+
+    def timed(self) -> None:
+        start = time.perf_counter()
+        self.run()
+        self.times.append(time.perf_counter() - start)
+
+    def seconds(self) -> list[float]:
+        return self.times
+
+    def kernels(self, turns: int) -> dict[str, float]:
+        """Run one by one."""
+        sums: dict[str, list[float]] = {}
+        for _ in range(turns):
+            turn: Counter[str] = Counter()
+            for i, (kernel, _) in enumerate(self.program.tape):
+                start = time.perf_counter()
+                self.program.run_one(i)
+                turn[kernel.name] += (time.perf_counter() - start) * 1e3
+            for name, ms in turn.items():
+                sums.setdefault(name, []).append(ms)
+        return {name: round(statistics.median(values), 3) for name, values in sums.items()}
+
+
+class OnCuda:
+    def __init__(self, forward: GraphedForward, num_seqs: int) -> None:
+        self.events = list[tuple[torch.cuda.Event, torch.cuda.Event]]()
+        recorded = forward.recorded[num_seqs]
+        self.run = recorded.replay
+        forward.recorded[num_seqs] = replace(recorded, replay=self.timed)
+
+    def timed(self) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.run()
+        end.record()
+        self.events.append((start, end))
+
+    def seconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in self.events]
+
+    def kernels(self, turns: int) -> dict[str, float]:
+        """Means, of kernels that run in a graph as they do in a step."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(turns):
+                self.run()
+            torch.cuda.synchronize()
+        sums: Counter[str] = Counter()
+        for event in profile.key_averages():
+            sums[re.sub(r"^void |[<(].*", "", event.key)[-48:]] += event.device_time_total / turns / 1e3
+        return {name: round(ms, 4) for name, ms in sums.most_common(24)}
 
 
 def main() -> None:
@@ -105,12 +163,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of the kernels")
     args = parser.parse_args()
     assembly, runner = make_runner(args)
-    whole, inside, program = time_steps(make_sequences(args, runner), runner, args.steps)
+    whole, inside, replayed = time_steps(make_sequences(args, runner), runner, args.steps)
     python = [a - b for a, b in zip(whole, inside, strict=True)]
-    kernels = time_kernels(program, 9)
+    kernels = replayed.kernels(9)
     step_ms, python_ms = statistics.median(whole) * 1e3, statistics.median(python) * 1e3
     for name, ms in sorted(kernels.items(), key=lambda item: -item[1]):
-        print(f"{name:16} {ms:8.3f} ms")
+        print(f"{name:48} {ms:8.3f} ms")
     summary = {
         "model": assembly.model_name,
         "ops": assembly.ops.name,

@@ -63,7 +63,9 @@ class Stepper:
         kv, num_slots = attention.allocate(spec, sum(sizes)), 2 * len(self.prompts)
         self.kv = with_states(kv, config, num_slots, dtype, self.ops.device)
         self.held = [-1] * num_slots  # tokens of prompt slot // 2 that the state in a slot comes after
-        self.forward = self.ops.capture(self.model, self.kv, CaptureOptions(captured, block_size=block_size))
+        longest = max(sizes) * block_size
+        options = CaptureOptions(captured, batch_sizes=(1, 4), block_size=block_size, max_context=longest)
+        self.forward = self.ops.capture(self.model, self.kv, options)
 
     @torch.inference_mode()
     def step(self, spans: dict[int, Span], rows: list[int] | None = None) -> Tensor:
@@ -71,12 +73,17 @@ class Stepper:
         batch = make_batch([self.tables[i] for i in spans], list(spans.values()), self.block_size, self.ops)
         ids = [token for i, (start, stop) in spans.items() for token in self.prompts[i][start:stop]]
         rows = list(range(len(ids))) if rows is None else rows
-        batch = replace(batch, input_ids=torch.tensor(ids), logits_rows=torch.tensor(rows, dtype=torch.int64))
+        device = self.ops.device
+        batch = replace(
+            batch,
+            input_ids=torch.tensor(ids, device=device),
+            logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        )
         if self.model.config.state:
             slots = [self._slots(i, span) for i, span in spans.items()]
-            state_in, state_out = torch.tensor(slots, dtype=torch.int32).T.contiguous()
+            state_in, state_out = torch.tensor(slots, dtype=torch.int32, device=device).T.contiguous()
             batch = replace(batch, state_in=state_in, state_out=state_out)
-        return self.forward(batch)
+        return self.forward(batch).cpu()
 
     def _slots(self, prompt: int, span: Span) -> tuple[int, int]:
         """Where the state before the span is, -1 for none, and where the one after it goes."""

@@ -10,7 +10,7 @@ import torch
 from stepper import Stepper, all_together, one_by_one
 
 from blade import CheckpointError
-from blade_native import cpu_ops
+from blade_native import cpu_ops, cuda_ops
 from blade_native.cpu import CpuOps
 from blade_native.reference import TorchOps
 from blade_native.simd.ops import SimdOps
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from blade.contracts import Ops
 
 
+CPU = pytest.param(lambda: cpu_ops(None), id="cpu")
+CUDA = pytest.param(
+    lambda: cuda_ops(None),
+    id="cuda",
+    marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+)
+
+
 def lengths(reference: Reference) -> list[int]:
     return [len(prompt) for prompt in reference.prompts]
 
@@ -32,7 +40,7 @@ def error(found: list[Tensor], reference: Reference) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, reference.logits, strict=True))
 
 
-@pytest.mark.parametrize("make_ops", [lambda: cpu_ops(None), CpuOps, TorchOps], ids=["cpu", "onednn", "torch"])
+@pytest.mark.parametrize("make_ops", [CPU, pytest.param(CpuOps, id="onednn"), pytest.param(TorchOps, id="torch"), CUDA])
 def test_logits_equal_those_of_transformers(reference: Reference, make_ops: Callable[[], Ops]) -> None:
     assert 0.5 < float(reference.logits[0].std()) < 50  # they say something
     for steps in (
@@ -44,8 +52,9 @@ def test_logits_equal_those_of_transformers(reference: Reference, make_ops: Call
         assert error(Stepper(reference, ops=make_ops()).run(steps), reference) < 1e-4
 
 
-def test_replayed_steps_give_the_same(reference: Reference) -> None:
-    stepper = Stepper(reference, captured=True)
+@pytest.mark.parametrize("make_ops", [CPU, CUDA])
+def test_replayed_steps_give_the_same(reference: Reference, make_ops: Callable[[], Ops]) -> None:
+    stepper = Stepper(reference, ops=make_ops(), captured=True)
     assert error(stepper.run(one_by_one(lengths(reference), chunk=7)), reference) < 1e-4
     assert error(stepper.run(one_by_one(lengths(reference), chunk=1)), reference) < 1e-4
     if isinstance(stepper.ops, SimdOps) and not stepper.model.config.state:  # states of 24 columns have no kernel

@@ -76,7 +76,7 @@ class GraphedForward:
         max_blocks = -(-options.max_context // options.block_size)
         self._inputs = padding(self.sizes[-1], max_blocks, options.max_context, device)
         largest_first = reversed(self.sizes)  # the others find room in its memory
-        self._recorded = {size: self._record(size, recorder) for size in largest_first}
+        self.recorded = {size: self._record(size, recorder) for size in largest_first}
 
     @torch.inference_mode()
     def _record(self, size: int, recorder: Recorder) -> Recorded:
@@ -88,7 +88,7 @@ class GraphedForward:
         size = self.size_for(batch)
         if size is None:
             return self.model.forward(batch, self._kv)
-        num_seqs, recorded = len(batch.query_lens), self._recorded[size]
+        num_seqs, recorded = len(batch.query_lens), self.recorded[size]
         self._fill(batch, num_seqs, size)
         recorded.replay()
         return recorded.logits[:num_seqs]

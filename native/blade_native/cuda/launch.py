@@ -97,6 +97,7 @@ class Kernel:
     def __init__(self, launcher: Launcher, function: Any, arguments: Arguments, shared_bytes: int) -> None:
         self.name = arguments.kernel
         self.shared_bytes = shared_bytes
+        self.device = launcher.device
         self._launcher, self._function, self._arguments = launcher, function, arguments
 
     def __call__(self, grid: Dims, block: Dims, /, **values: Any) -> None:

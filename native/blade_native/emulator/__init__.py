@@ -14,7 +14,15 @@ import torch
 from blade_native.cuda.launch import Launcher
 from blade_native.emulator.cupy_double import CupyDouble
 
-__all__ = ["CupyDouble", "emulated"]
+__all__ = ["CupyDouble", "bridged", "emulated"]
+
+
+def bridged() -> Launcher:
+    """A Launcher that takes CPU tensors as `emulated`'s does, and runs the kernels on a CUDA device: the same tests, of
+    what the device makes of the kernels. Raises ConfigError without CuPy."""
+    from blade_native.emulator.bridge import BridgedLauncher
+
+    return BridgedLauncher()
 
 
 def emulated(sanitize: str | None = None, seed: int | None = None) -> Launcher:
