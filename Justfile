@@ -47,7 +47,8 @@ cuda-check:
 
 # The CUDA kernels on a device: tests, then GB/s beside what the memory allows
 gpu *args:
-    pytest tests/native tests/native_cuda -k "cuda or device"
+    pytest tests/native tests/test_kits_builtin.py tests/models/test_decoders.py -k cuda
+    BLADE_CUDA_TESTS=device pytest tests/native_cuda
     python benchmarks/gpu_kernels.py {{ args }}
 
 # Broken checkpoints of every weight format, thousands of each: none may do worse than be refused in a sentence

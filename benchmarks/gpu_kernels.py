@@ -1,7 +1,8 @@
 """The CUDA kernels beside torch's and beside what the memory allows: ``python benchmarks/gpu_kernels.py``.
 
-A row gives microseconds per call as the median of the turns, and GB/s of the bytes that a call has to move at least, as
-measured and as a part of the device's bandwidth by its data sheet (`--bandwidth` gives another). Weights and caches
+A row gives microseconds per call as the median of the turns, of calls that follow each other in a CUDA graph as they
+do in a step, and GB/s of the bytes that a call has to move at least, as measured and as a part of what a copy on the
+device reaches in the same run. "launch" is what a call costs where there is no graph: mostly Python. Weights and caches
 rotate through copies larger than the L2 cache. Where there is no device nothing is measured, and the program says so.
 ``--dry-run`` runs every case once through the emulator, in small, to see that the program works.
 """
@@ -23,7 +24,6 @@ from blade_native import cuda_ops, paged_attention
 from blade_native.attention import PagedAttention
 from blade_native.cuda import CudaOps
 from blade_native.emulator import emulated
-from blade_native.emulator.devices import DEVICES
 from blade_native.reference import TorchOps
 
 DTYPE = torch.bfloat16
@@ -88,7 +88,15 @@ def row_cases(ops: Ops, base: Ops, size: Size, rows: int) -> Iterator[Case]:
     yield case("logprobs 20", rows * size.vocab * 8, lambda o, _: o.logprobs(logits, 20), 1)
 
 
+def dense_case(ops: Ops, n: int, k: int, rows: int, copies: int) -> Case:
+    x = random(ops, rows, k)
+    linears = [ops.linear(random(ops, n, k), None) for _ in range(copies)]
+    return Case(f"linear {n}x{k} {rows} rows", n * k * DTYPE.itemsize, {"own": [partial(each, x) for each in linears]})
+
+
 def linear_cases(ops: Ops, base: Ops, size: Size, rows: int) -> Iterator[Case]:
+    for n, k in ((size.hidden, size.hidden), (2 * size.intermediate, size.hidden), (size.hidden, size.intermediate)):
+        yield dense_case(ops, n, k, rows, size.num_copies(n * k * DTYPE.itemsize))
     n, k, group = size.intermediate, size.hidden, 128
     x = random(ops, rows, k)
     for bits in (4, 8):
@@ -149,39 +157,69 @@ def cases(ops: Ops, base: Ops, size: Size) -> Iterator[Case]:
             yield from attention_cases(ops, size, rows, context)
 
 
-def microseconds(calls: list[Call], turns: int) -> float:
-    """Median over `turns`, each the mean of ten calls back to back, between events on the stream."""
-    for call in calls[:3]:
+def microseconds(calls: list[Call], turns: int) -> float | None:
+    """Median over `turns` of a call in a graph of them; None where a call waits for the device, which no graph can."""
+    num = max(20, len(calls))
+    graph = torch.cuda.CUDAGraph()
+    for call in calls:
         call()
-    times, n = [], 0
-    for _ in range(turns):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            calls[n % len(calls)]()
-            n += 1
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 100)
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            for i in range(num):
+                calls[i % len(calls)]()
+    except Exception:  # torch and the driver refuse with classes of their own
+        return None
+    graph.replay()
+    return statistics.median(elapsed(graph.replay) for _ in range(turns)) / num
 
 
-def measure(size: Size, bandwidth: float | None, turns: int) -> None:
+def launch_microseconds(calls: list[Call], turns: int) -> float:
+    """Median over `turns`, each the mean of ten calls back to back."""
+
+    def ten() -> None:
+        for i in range(10):
+            calls[i % len(calls)]()
+
+    ten()
+    return statistics.median(elapsed(ten) for _ in range(turns)) / 10
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """Microseconds between events before and after on the stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def copy_bandwidth(turns: int) -> float:
+    """GB/s, read and written, of a copy larger than any cache."""
+    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    y = torch.empty_like(x)
+    y.copy_(x)
+    return 2 * x.nbytes / statistics.median(elapsed(lambda: y.copy_(x)) for _ in range(turns)) / 1e3
+
+
+def measure(size: Size, turns: int) -> None:
     ops = cuda_ops(None)
-    major, minor = torch.cuda.get_device_capability()
-    sheet = DEVICES.get(f"sm_{major}{minor}")
-    bandwidth = bandwidth or (sheet.bandwidth if sheet else None)
-    name = torch.cuda.get_device_name()
-    print(f"{name}, {bandwidth or 'unknown'} GB/s, {ops.name}")
+    name, bandwidth = torch.cuda.get_device_name(), copy_bandwidth(turns)
+    print(f"{name}, {bandwidth:.0f} GB/s, {ops.name}")
     results = []
     for case in cases(ops, TorchOps(ops.device), size):
         us = {key: microseconds(calls, turns) for key, calls in case.contenders.items()}
-        gb_s = case.num_bytes / us["own"] / 1e3
-        part = f"{gb_s / bandwidth:6.1%}" if bandwidth else ""
-        others = ", ".join(f"{key} {value:.1f}" for key, value in us.items() if key != "own")
-        print(f"{case.name:32} {us['own']:9.1f} us ({others}) {gb_s:8.0f} GB/s {part}", flush=True)
-        results.append({"case": case.name, "us": us, "gb_s": gb_s})
-    print(json.dumps({"device": name, "bandwidth": bandwidth, "results": results}))
+        own, launch = us.pop("own"), launch_microseconds(case.contenders["own"], turns)
+        gb_s = case.num_bytes / (own or launch) / 1e3
+        others = ", ".join(f"{key} {value:.1f}" for key, value in us.items() if value)
+        print(
+            f"{case.name:32} {own or launch:8.1f} us ({others}) {gb_s:6.0f} GB/s {gb_s / bandwidth:6.1%}, "
+            f"launch {launch:.0f} us",
+            flush=True,
+        )
+        results.append({"case": case.name, "us": own, "launch_us": launch, "others_us": us, "gb_s": round(gb_s, 1)})
+    print(json.dumps({"device": name, "copy_gb_s": round(bandwidth, 1), "results": results}))
 
 
 def dry_run() -> None:
@@ -194,14 +232,13 @@ def dry_run() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bandwidth", type=float, help="of the device's memory in GB/s, where the data sheet is wrong")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
     if given.dry_run:
         dry_run()
     elif torch.cuda.is_available():
-        measure(Size(), given.bandwidth, given.turns)
+        measure(Size(), given.turns)
     else:
         print("There is no CUDA device here: no figure has been taken.")
 

@@ -20,7 +20,7 @@ OF_THE_EMULATOR = ("test_emulator", "test_double", "test_faults", "test_faults_o
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if ON_DEVICE else ():
-        if item.path.stem in OF_THE_EMULATOR:
+        if item.path.stem in OF_THE_EMULATOR or item.get_closest_marker("emulator"):
             item.add_marker(pytest.mark.skip(reason="of the emulator itself, not of a device"))
 
 

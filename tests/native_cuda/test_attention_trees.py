@@ -145,6 +145,7 @@ def widened(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.emulator
 def test_lookahead_does_not_change_the_text(
     kernels: AttentionKernels, launcher: Launcher, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_wrong_arguments_are_refused(scale: Kernel, wrong: dict[str, object]) ->
         scale((1,), (32,), **values)
 
 
+@pytest.mark.emulator
 def test_the_example_of_the_manual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manual = (Path(__file__).parents[2] / "docs/cuda-emulator.md").read_text(encoding="utf-8")
     kernel, launch = (re.search(rf"```{kind}\n(.*?)```", manual, re.DOTALL)[1] for kind in ("cuda", "python"))

@@ -48,6 +48,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch, launcher: Launcher) -> None:
     monkeypatch.setattr(launch, "import_cupy", lambda: launcher.cupy)
 
 
+@pytest.mark.emulator
 @pytest.mark.usefixtures("on_a_device")
 def test_kernels_are_chosen() -> None:
     ops = cuda_ops(None)
@@ -57,6 +58,7 @@ def test_kernels_are_chosen() -> None:
     assert isinstance(paged_attention(ops), CudaAttention)
 
 
+@pytest.mark.emulator
 @pytest.mark.usefixtures("on_a_device")
 def test_without_cupy_torch_serves_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -71,6 +73,7 @@ def test_without_cupy_torch_serves_and_says_so(
     assert "CuPy is not installed. Serving on torch" in caplog.text
 
 
+@pytest.mark.emulator
 @pytest.mark.usefixtures("on_a_device")
 def test_where_nothing_compiles_torch_serves_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -23,14 +23,15 @@ from blade_native.cuda.launch import SOURCES, Dims, Kernel, Launcher, Module, im
 class BridgedLaunch:
     """One launch, its tensors on the CPU."""
 
-    kernel: Kernel
+    kernel: BridgedKernel
     grid: Dims
     block: Dims
     values: dict[str, Any]
 
     def run(self) -> None:
-        trip = RoundTrip(self.kernel.device)
-        self.kernel(self.grid, self.block, **{name: trip.there(value) for name, value in self.values.items()})
+        kernel = self.kernel.on_device
+        trip = RoundTrip(kernel.device)
+        kernel(self.grid, self.block, **{name: trip.there(value) for name, value in self.values.items()})
         torch.cuda.synchronize()
         trip.back()
 
@@ -76,13 +77,13 @@ class Launches:
 class BridgedKernel:
     """Checks the arguments as on the CPU, and launches on the device."""
 
-    def __init__(self, kernel: Kernel, arguments: Arguments, launches: Launches) -> None:
-        self.name, self.shared_bytes = kernel.name, kernel.shared_bytes
-        self._kernel, self._arguments, self._launches = kernel, arguments, launches
+    def __init__(self, expression: str, kernel: Kernel, arguments: Arguments, launches: Launches) -> None:
+        self.name, self.shared_bytes, self.on_device = expression, kernel.shared_bytes, kernel
+        self._arguments, self._launches = arguments, launches
 
     def __call__(self, grid: Dims, block: Dims, /, **values: Any) -> None:
         self._arguments.pack(values)
-        self._launches.add(BridgedLaunch(self._kernel, grid, block, values))
+        self._launches.add(BridgedLaunch(self, grid, block, values))
 
 
 class BridgedModule(Module):
@@ -91,7 +92,7 @@ class BridgedModule(Module):
 
     def kernel(self, expression: str, shared_bytes: int = 0) -> Any:
         arguments = Arguments(self._declared, expression, torch.device("cpu"))
-        return BridgedKernel(self._module.kernel(expression, shared_bytes), arguments, self._launches)
+        return BridgedKernel(expression, self._module.kernel(expression, shared_bytes), arguments, self._launches)
 
 
 class BridgedLauncher(Launcher):
