@@ -139,6 +139,8 @@ class EngineConfig:
     is padded to the next number. Those beyond --max-num-seqs are left out. Repeat for more."""
     disable_cuda_graph: bool = False
     """Launch every step kernel by kernel."""
+    disable_overlap: bool = False
+    """On a device that works by itself: begin a step only when the one before it is over."""
     threads: int | None = None
     """CPU threads of the model; all cores this process may use by default."""
     stall_seconds: float = 120.0

@@ -3,7 +3,7 @@
 An object fits by having the methods; nothing needs to inherit. `blade.testing` has a `check_*` kit for most of them.
 """
 
-from blade.contracts.devices import Attention, DraftRunner, Executor, Ops, Runner
+from blade.contracts.devices import Attention, BegunStep, DraftRunner, Executor, Ops, Overlapping, Runner
 from blade.contracts.heads import (
     NORMED,
     DraftHead,
@@ -23,6 +23,7 @@ __all__ = [
     "NORMED",
     "Architecture",
     "Attention",
+    "BegunStep",
     "Blocks",
     "DraftHead",
     "DraftModel",
@@ -41,6 +42,7 @@ __all__ = [
     "Model",
     "OpenedModel",
     "Ops",
+    "Overlapping",
     "Quantization",
     "ReadableModel",
     "ReasoningParser",

@@ -235,6 +235,28 @@ class Runner(Protocol):
         ...
 
 
+class BegunStep(Protocol):
+    """A step that was begun, and that nobody has waited for."""
+
+    wrong: set[int]  # once `results` has been called: ids of the sequences that steps after this one took for others
+
+    def results(self) -> list[list[Sampled] | Exception]:
+        """As those of Runner.run. Waits; raises what the device raises."""
+        ...
+
+
+class Overlapping(Protocol):
+    """What a runner or an executor has beside `run` where the device works while the host does something else. So the
+    next step is begun before the last one's tokens are on the host."""
+
+    def begin(self, step: Step, after: BegunStep | None = None) -> BegunStep | None:
+        """Begin a step in which every sequence has all that it owes. With `after`, a step that was begun and is not
+        booked yet, it is one more token of some of the same sequences, whose ids only the device knows: a sequence is
+        as `after` found it, and has a block for that token. None where a step cannot be begun without waiting, because
+        somebody wants to look at its logits or tokens first; it has to be run then."""
+        ...
+
+
 class DraftRunner(Runner, Protocol):
     """The runner of a draft model, which can draw several tokens before anybody on the host knows the first."""
 
@@ -248,7 +270,7 @@ class DraftRunner(Runner, Protocol):
 
 
 class Executor(Protocol):
-    """Where the ranks run: in this process, in local processes, on other machines."""
+    """Where the ranks run: in this process, in local processes, on other machines. One may be Overlapping as well."""
 
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
         """As Runner.run, of the rank that samples. Running the same step again must be harmless."""

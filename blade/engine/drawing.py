@@ -57,21 +57,36 @@ def draw(x: Tensor, ways: Seq[Way], settings: Settings, raw: RawLogprobs | None)
     One copy to the host, and one more for each time that some row's truncation turns out to keep more than the
     candidates looked at.
     """
-    _apply_temperatures(x, settings)
-    peaks = tiles.peaks(x)  # [R, W / TILE]
-    table = torch.ones(len(x), 3, dtype=torch.float64, device=x.device)  # a line is a Drawn
-    table[:, 1] = peaks.amax(-1)
-    groups = _grouped(enumerate(ways))
-    while True:
-        for way, members in groups.items():
-            rows, ids, enough = _draw_some(way, members, x, peaks, settings)
-            table[rows, 0], table[rows, 2] = ids.double(), enough.double()
-        drawn, lines = _fetch(table, raw)
-        again = [i for i, row in enumerate(drawn) if not row.enough and math.isfinite(row.peak)]
-        if not again:
-            return drawn, lines
-        way_at = {i: way for way, members in groups.items() for i in members}
-        groups = _grouped((i, way_at[i]._replace(size=more_than(way_at[i].size))) for i in again)
+    draws = Draws(x, ways, settings)
+    return draws.finish(*_fetch(draws.table, raw), raw)
+
+
+class Draws:
+    """`draw` in two halves: what is looked at first, and, once that is on the host, whatever else has to be."""
+
+    def __init__(self, x: Tensor, ways: Seq[Way], settings: Settings) -> None:
+        """Waits for nothing. `table` [R, 3] float64 on the device: a line is a Drawn. x has to stay as it is left."""
+        _apply_temperatures(x, settings)
+        self._x, self._settings = x, settings
+        self._peaks = tiles.peaks(x)  # [R, W / TILE]
+        self.table = torch.ones(len(x), 3, dtype=torch.float64, device=x.device)
+        self.table[:, 1] = self._peaks.amax(-1)
+        self._groups = _grouped(enumerate(ways))
+        self._look()
+
+    def _look(self) -> None:
+        for way, members in self._groups.items():
+            rows, ids, enough = _draw_some(way, members, self._x, self._peaks, self._settings)
+            self.table[rows, 0], self.table[rows, 2] = ids.double(), enough.double()
+
+    def finish(self, drawn: list[Drawn], lines: Lines, raw: RawLogprobs | None = None) -> tuple[list[Drawn], Lines]:
+        """`drawn`, `lines`: of the table as it was made."""
+        while again := [i for i, row in enumerate(drawn) if not row.enough and math.isfinite(row.peak)]:
+            way_at = {i: way for way, members in self._groups.items() for i in members}
+            self._groups = _grouped((i, way_at[i]._replace(size=more_than(way_at[i].size))) for i in again)
+            self._look()
+            drawn, lines = _fetch(self.table, raw)
+        return drawn, lines
 
 
 def fetch(peaks: Tensor, ids: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], Lines]:
@@ -105,7 +120,7 @@ def _draw_some(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `members` among the rows as a tensor, their ids, and whether the tokens looked at were enough: [len(members)]
     each."""
-    rows = torch.tensor(members).to(x.device, non_blocking=True)
+    rows = torch.tensor(members, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
     some = slice(None) if len(members) == len(x) else rows  # a view where it can be, not a copy
     return rows, *_draw_alike(way, x[some], peaks[some], settings.of(rows))
 
@@ -139,5 +154,9 @@ def _fetch(table: Tensor, raw: RawLogprobs | None) -> tuple[list[Drawn], Lines]:
         values = torch.cat([table.flatten(), columns.flatten()]).tolist()
         rest = values[num * width :]
         lines = [rest[i : i + columns.shape[1]] for i in range(0, len(rest), columns.shape[1])]
-    rows = (values[i : i + width] for i in range(0, num * width, width))
-    return [Drawn(int(token_id), peak, *map(bool, enough)) for token_id, peak, *enough in rows], lines
+    return read_table([values[i : i + width] for i in range(0, num * width, width)]), lines
+
+
+def read_table(rows: Iterable[Seq[float]]) -> list[Drawn]:
+    """Lines of `Draws.table`, or of their first two columns."""
+    return [Drawn(int(token_id), peak, *map(bool, enough)) for token_id, peak, *enough in rows]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from blade.engine.overlap import Overlap
 from blade.engine.pace import Pace
 from blade.engine.stream import OutputStream
 from blade.engine.trees import num_in_place
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from blade.config import EngineConfig
     from blade.contracts import Executor, Scheduler
     from blade.engine.blocks import BlockPool
+    from blade.engine.overlap import Flight
     from blade.engine.speculation import Speculator
     from blade.types import FinishReason, Limits, Sampled, Sequence
 
@@ -87,6 +89,9 @@ class Engine:
         self._step_seconds = 0.0
         self._num_received = 0  # sequences taken in since the last delivery
         self._busy_since: float | None = None  # start of the step under way; None when asleep
+        self._overlap = Overlap(executor, scheduler, blocks, limits, config, enabled=speculator is None)
+        self._flight: Flight | None = None  # a step that has been begun already
+        self._landed = 0.0  # when the last step's results were there
 
     # ------------------------------------------------------------------------------------------ loop thread
 
@@ -219,8 +224,30 @@ class Engine:
         return [self._end(seq, "error", error) for seq in late]
 
     def _step(self) -> list[Output]:
+        """Book one step. Where that is possible the next one is begun before this one's results are waited for."""
         if not self._seqs:
+            self._flight = None  # of sequences that have ended
             return []
+        flight = self._flight or self._overlap.begin(self._schedule())
+        self._flight = self._overlap.follow(flight)
+        results = self._land(flight)
+        step, landed = flight.step, time.monotonic()
+        seconds = landed - max(flight.began, self._landed)
+        self._landed = landed
+        self._learn(step, seconds)
+        outputs = []
+        for seq, num_tokens, result in zip(step.seqs, step.num_tokens, results, strict=True):
+            if not flight.is_of_use(seq):
+                continue
+            if isinstance(result, Exception):
+                outputs.append(self._end(seq, "error", result))
+            elif output := self._commit(seq, num_tokens, result):
+                outputs.append(output)
+        self._counters["steps"] += 1
+        self._step_seconds += time.monotonic() - landed + seconds
+        return outputs
+
+    def _schedule(self) -> Step:
         self._draft()
         self.scheduler.max_prompt_tokens = self._pace.num_tokens
         step = self.scheduler.schedule()
@@ -234,17 +261,22 @@ class Engine:
                 seq.num_cached = seq.computed
                 self._counters["prompt_tokens"] += len(seq.prompt_ids)
                 self._counters["prompt_tokens_cached"] += seq.num_cached
-        results = self._run(step)
-        self._learn(step, time.monotonic() - started)
-        outputs = []
-        for seq, num_tokens, result in zip(step.seqs, step.num_tokens, results, strict=True):
-            if isinstance(result, Exception):
-                outputs.append(self._end(seq, "error", result))
-            elif output := self._commit(seq, num_tokens, result):
-                outputs.append(output)
-        self._counters["steps"] += 1
-        self._step_seconds += time.monotonic() - started
-        return outputs
+        return step
+
+    def _land(self, flight: Flight) -> list[list[Sampled] | Exception]:
+        """The results of a step that was scheduled."""
+        if flight.begun is None:
+            return self._run(flight.step)
+        try:
+            results = flight.begun.results()
+        except Exception:
+            log.exception("a step of %d sequences failed", len(flight.step))
+            self._flight = None  # it went on from that
+            flight.step = flight.of_use()
+            return self._run(flight.step)
+        if self._flight is not None:
+            self._flight.wrong = flight.begun.wrong
+        return results
 
     def _learn(self, step: Step, seconds: float) -> None:
         """From what a step has taken; its results are not booked yet."""
@@ -266,6 +298,8 @@ class Engine:
     def _run(self, step: Step) -> list[list[Sampled] | Exception]:
         """Run the step; if it fails as a whole, run it one by one to find out whose fault it is. Running a step again
         stores the same KV in the same slots, so the innocent lose nothing."""
+        if not len(step):
+            return []
         try:
             results = self.executor.run(step)
             if len(results) != len(step):

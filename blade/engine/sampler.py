@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blade.engine import tiles
-from blade.engine.drawing import GREEDY, Drawn, Lines, Way, draw, fetch, guess, way_of
+from blade.engine.drawing import GREEDY, Drawn, Draws, Lines, Way, draw, fetch, guess, read_table, way_of
 from blade.engine.edits import LogitEdits, Row, is_edited
 from blade.engine.logprobs import RawLogprobs, read_line
 from blade.engine.truncation import ALL, Settings
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Ops
-    from blade.types import Sequence
+    from blade.types import SamplingParams, Sequence
 
 __all__ = ["Row", "Sampler", "SamplingError"]
 
@@ -65,7 +65,19 @@ class Sampler:
         failed = self._edits.apply(x, rows)
         drawn, lines = self._draw(x, ways, rows, raw)
         line_of = dict(zip(reported, lines, strict=True))
-        return [self._result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
+        return [self.result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
+
+    def begin(self, logits: Tensor, rows: Seq[Row]) -> BegunSampling:
+        """As `sample`, of rows that are not edited and want no logprobs, without waiting for the device."""
+        x, ways = logits.contiguous(), self._ways(rows)
+        if _are_greedy(ways):
+            peaks, ids = self.ops.argmax(x)
+            return BegunSampling(self, rows, torch.stack((ids.double(), peaks.double()), 1))
+        padded = tiles.pad(x)
+        # Those of the next step may be written to the same place before this one is finished.
+        own = padded.clone() if padded.data_ptr() == logits.data_ptr() else padded
+        draws = Draws(own, ways, self._settings(ways, rows))
+        return BegunSampling(self, rows, draws.table, draws)
 
     def guess(self, logits: Tensor, rows: Seq[Row], drawn: Seq[Tensor] = ()) -> Tensor:
         """What `sample` would find, most of the time, without waiting for the device: ids [R] int64 that stay there. A
@@ -84,6 +96,10 @@ class Sampler:
     def is_plain(self, rows: Seq[Row]) -> bool:
         """Whether each is drawn by its largest logit alone, as the model leaves it."""
         return _are_greedy(self._ways(rows)) and not any(is_edited(row.seq.params) for row in rows)
+
+    def is_simple(self, params: SamplingParams) -> bool:
+        """Whether `begin` covers the rows of such a request."""
+        return params.logprobs is None and not is_edited(params)
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended."""
@@ -114,12 +130,12 @@ class Sampler:
             [p.min_p for p in params],
             uniforms(seeds, (row.position for row in rows)).tolist(),
         ]
-        table = torch.tensor(columns, dtype=torch.float64).to(self.device, non_blocking=True)
+        table = self.ops.to_device(torch.tensor(columns, dtype=torch.float64))
         temperatures, top_k, top_p, min_p, u = table
         return Settings(temperatures.float(), top_k.long(), top_p, min_p.float(), u)
 
-    def _result(
-        self, seq: Sequence, drawn: Drawn, line: list[float] | None, raised: Exception | None
+    def result(
+        self, seq: Sequence, drawn: Drawn, line: list[float] | None = None, raised: Exception | None = None
     ) -> Sampled | SamplingError:
         if raised is not None:
             log.error("a logits processor of sequence %d failed", seq.id, exc_info=raised)
@@ -130,6 +146,41 @@ class Sampler:
         if line is None:
             return Sampled(drawn.token_id)
         return Sampled(drawn.token_id, *read_line(line, seq.params.logprobs or 0))
+
+
+class BegunSampling:
+    """Rows whose tokens are on their way to the host."""
+
+    def __init__(self, sampler: Sampler, rows: Seq[Row], table: Tensor, draws: Draws | None = None) -> None:
+        """`table`: see `read_table`; of `draws`, where it may turn out that more has to be looked at."""
+        self.ids = table[:, 0].long().clamp_(max=sampler.vocab_size - 1)  # [R] on the device: of `results`, as a rule
+        self._sampler, self._rows, self._draws = sampler, rows, draws
+        self._copy = Later(table)
+
+    def results(self) -> tuple[list[Sampled | SamplingError], list[bool]]:
+        """What `Sampler.sample` would have said, and which of `ids` are right. Waits."""
+        first = read_table(self._copy.tolist())
+        drawn = first if self._draws is None else self._draws.finish(first, [])[0]
+        results = [self._sampler.result(row.seq, each) for row, each in zip(self._rows, drawn, strict=True)]
+        return results, [a.token_id == b.token_id for a, b in zip(first, drawn, strict=True)]
+
+
+class Later:
+    """A tensor's copy on the host, begun now, so that what the device does afterwards is not waited for."""
+
+    def __init__(self, x: Tensor) -> None:
+        on_device = x.is_cuda
+        self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=on_device)
+        self._copy.copy_(x, non_blocking=on_device)
+        self._event = torch.cuda.Event() if on_device else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
+
+    def tolist(self) -> list[list[float]]:
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[list[float]] = self._copy.tolist()
+        return found
 
 
 def _are_greedy(ways: Seq[Way]) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from blade import EngineConfig, Sampled, Sequence, Step, hookimpl
 
 if TYPE_CHECKING:
-    from blade.contracts import Runner
+    from blade.contracts import BegunStep, Runner
 
 
 class LocalExecutor:
@@ -17,6 +17,10 @@ class LocalExecutor:
 
     def run(self, step: Step) -> list[list[Sampled] | Exception]:
         return self.runner.run(step)
+
+    def begin(self, step: Step, after: "BegunStep | None" = None) -> "BegunStep | None":
+        begin = getattr(self.runner, "begin", None)
+        return begin(step, after) if begin else None
 
     def forget(self, seq: Sequence) -> None:
         self.runner.forget(seq)

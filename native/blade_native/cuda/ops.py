@@ -55,6 +55,9 @@ class CudaOps(TorchOps):
     def available_memory(self) -> int:
         return self.base.available_memory()
 
+    def to_device(self, x: Tensor) -> Tensor:
+        return self.base.to_device(x)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not self._rows.covers_norm(x, weight):
             return super().rms_norm(x, weight, eps)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from blade import ConfigError
 from blade_native.reference import TorchOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TorchCudaOps(TorchOps):
@@ -26,6 +31,9 @@ class TorchCudaOps(TorchOps):
         free, _ = torch.cuda.mem_get_info(self.device)
         return free
 
+    def to_device(self, x: Tensor) -> Tensor:
+        return to_cuda(x, self.device)
+
     def require_capability(self, major: int, minor: int) -> None:
         """Raises ConfigError for an older device."""
         found = torch.cuda.get_device_capability(self.device)
@@ -33,3 +41,13 @@ class TorchCudaOps(TorchOps):
             raise ConfigError(
                 f"The device has compute capability {found[0]}.{found[1]}, our kernels need {major}.{minor}."
             )
+
+
+MAX_PINNED_BYTES = 4 << 20  # of what a step brings; weights would take long to pin
+
+
+def to_cuda(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that neither waits for the device nor is waited for: from pinned memory, which CUDA asks for."""
+    if x.is_cpu and x.nbytes <= MAX_PINNED_BYTES:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
