@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from blade.engine import tiles
+from blade.engine.transfer import send
 from blade.engine.truncation import ALL, draw_from_all, draw_from_top, more_than
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _draw_some(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `members` among the rows as a tensor, their ids, and whether the tokens looked at were enough: [len(members)]
     each."""
-    rows = torch.tensor(members, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+    rows = send(torch.tensor(members), x.device)
     some = slice(None) if len(members) == len(x) else rows  # a view where it can be, not a copy
     return rows, *_draw_alike(way, x[some], peaks[some], settings.of(rows))
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from blade.engine.penalties import TokenCounts, has_penalties, penalize
+from blade.engine.transfer import send
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -105,7 +106,8 @@ def _make(seq: Sequence, vocab_size: int) -> Kept:
 
 def is_edited(params: SamplingParams) -> bool:
     """Whether the logits are changed before they are drawn from."""
-    return bool(params.logit_bias or params.processors or params.min_tokens or has_penalties(params))
+    held_back = params.min_tokens and params.stop_token_ids
+    return bool(params.logit_bias or params.processors or held_back or has_penalties(params))
 
 
 def _penalize(x: Tensor, edited: Seq[Edited], drawn: Seq[Tensor]) -> None:
@@ -126,7 +128,7 @@ def _add_bias(x: Tensor, edited: Seq[Edited]) -> None:
     if biased := [(i, kept) for i, _, kept in edited if len(kept.bias_ids)]:
         index = _index([i * x.shape[1] + kept.bias_ids for i, kept in biased], x.device)
         values = torch.from_numpy(np.concatenate([kept.bias_values for _, kept in biased]))
-        x.view(-1)[index] += values.to(x.device, non_blocking=True)
+        x.view(-1)[index] += send(values, x.device)
 
 
 def _forbid_stopping(x: Tensor, edited: Seq[Edited]) -> None:
@@ -136,4 +138,4 @@ def _forbid_stopping(x: Tensor, edited: Seq[Edited]) -> None:
 
 
 def _index(parts: Seq[Ids], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+    return send(torch.from_numpy(np.concatenate(parts)), device)

@@ -180,8 +180,9 @@ class Engine:
         try:
             while self._receive():
                 self._busy_since = time.monotonic()
-                self._send(self._expire() + self._step())
+                outputs = self._expire() + self._step()
                 self._busy_since = None
+                self._send(outputs)
         except Exception:  # a defect of blade's own or of a scheduler: nobody may wait for ever
             log.exception("the engine thread has died")
             reason, error = "error", RuntimeError("engine failure")

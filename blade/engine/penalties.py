@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
+from blade.engine.transfer import send
+
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
@@ -79,15 +81,15 @@ def penalize(
     position = np.concatenate([ids + start for start, (ids, _) in zip(starts, counts, strict=True)])
     factor = np.repeat(np.array([p.repetition_penalty for p in params], np.float32), sizes)
     less = [n * p.frequency_penalty + (n > 0) * p.presence_penalty for p, (_, n) in zip(params, counts, strict=True)]
-    index = torch.from_numpy(position).to(flat.device, non_blocking=True)
-    repetition = torch.from_numpy(factor).to(flat.device, non_blocking=True)
-    subtract = torch.from_numpy(np.concatenate(less, dtype=np.float32)).to(flat.device, non_blocking=True)
+    index = send(torch.from_numpy(position), flat.device)
+    repetition = send(torch.from_numpy(factor), flat.device)
+    subtract = send(torch.from_numpy(np.concatenate(less, dtype=np.float32)), flat.device)
     logits = flat[index]
     penalized = torch.where(logits < 0, logits * repetition, logits / repetition) - subtract
     if drawn is None:
         flat[index] = penalized
         return
-    places = torch.tensor(starts).to(flat.device, non_blocking=True)[:, None] + drawn
+    places = send(torch.tensor(starts), flat.device)[:, None] + drawn
     of_drawn = _penalize_drawn(flat[places], places, position, np.concatenate([n for _, n in counts]), params)
     flat[index] = penalized
     flat[places] = of_drawn  # they may be among the others, which did not know of them
@@ -100,12 +102,12 @@ def _penalize_drawn(
     order = np.argsort(known)
     known = np.append(known[order], np.iinfo(np.int64).max)  # where what is larger than all is looked up
     device = places.device
-    at_known = torch.from_numpy(known).to(device, non_blocking=True)
-    num_at = torch.from_numpy(np.append(num_known[order], np.float32(0))).to(device, non_blocking=True)
+    at_known = send(torch.from_numpy(known), device)
+    num_at = send(torch.from_numpy(np.append(num_known[order], np.float32(0))), device)
     found = torch.searchsorted(at_known, places)
     num = torch.where(at_known[found] == places, num_at[found], 0)
     num += (places[:, :, None] == places[:, None, :]).sum(-1)
     columns = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
-    repetition, frequency, presence = torch.tensor(columns).to(device, non_blocking=True).unsqueeze(1).unbind(2)
+    repetition, frequency, presence = send(torch.tensor(columns), device).unsqueeze(1).unbind(2)
     repeated = torch.where(logits < 0, logits * repetition, logits / repetition)
     return repeated - (num * frequency + presence)

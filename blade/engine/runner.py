@@ -82,15 +82,15 @@ class ModelRunner:
         if after is None:
             if any(not num_rows(*owed) for owed in zip(step.seqs, step.num_tokens, strict=True)):
                 return None
-            batch = build_batch(step, self.block_size, self.ops.to_device)
+            batch, drawn = build_batch(step, self.block_size, self.ops.to_device), []
             positions = [seq.num_tokens - 1 for seq in step.seqs]
         else:
             positions = [seq.num_tokens for seq in step.seqs]
-            ids = after.ids_of(step.seqs, self.ops.to_device)
-            batch = build_decodes(step.seqs, positions, ids, self.block_size, self.ops.to_device)
+            drawn = [after.ids_of(step.seqs, self.ops.to_device)]
+            batch = build_decodes(step.seqs, positions, drawn[0], self.block_size, self.ops.to_device)
         logits = self._forward(step, batch, [1] * len(step))
         rows = [Row(seq, position) for seq, position in zip(step.seqs, positions, strict=True)]
-        return BegunStep(step.seqs, self.sampler.begin(logits, rows))
+        return BegunStep(step.seqs, self.sampler.begin(logits, rows, drawn))
 
     @torch.inference_mode()
     def draft(self, step: Step, limits: Seq[int]) -> list[list[int]]:

@@ -17,6 +17,7 @@ from blade.engine import tiles
 from blade.engine.drawing import GREEDY, Drawn, Draws, Lines, Way, draw, fetch, guess, read_table, way_of
 from blade.engine.edits import LogitEdits, Row, is_edited
 from blade.engine.logprobs import RawLogprobs, read_line
+from blade.engine.transfer import Later
 from blade.engine.truncation import ALL, Settings
 from blade.engine.uniforms import uniforms
 from blade.types import Sampled
@@ -67,9 +68,10 @@ class Sampler:
         line_of = dict(zip(reported, lines, strict=True))
         return [self.result(row.seq, drawn[i], line_of.get(i), failed.get(i)) for i, row in enumerate(rows)]
 
-    def begin(self, logits: Tensor, rows: Seq[Row]) -> BegunSampling:
-        """As `sample`, of rows that are not edited and want no logprobs, without waiting for the device."""
+    def begin(self, logits: Tensor, rows: Seq[Row], drawn: Seq[Tensor] = ()) -> BegunSampling:
+        """As `sample`, of rows that are `is_simple`, without waiting for the device. `drawn`: see LogitEdits."""
         x, ways = logits.contiguous(), self._ways(rows)
+        self._edits.apply(x, rows, drawn)
         if _are_greedy(ways):
             peaks, ids = self.ops.argmax(x)
             return BegunSampling(self, rows, torch.stack((ids.double(), peaks.double()), 1))
@@ -98,8 +100,8 @@ class Sampler:
         return _are_greedy(self._ways(rows)) and not any(is_edited(row.seq.params) for row in rows)
 
     def is_simple(self, params: SamplingParams) -> bool:
-        """Whether `begin` covers the rows of such a request."""
-        return params.logprobs is None and not is_edited(params)
+        """Whether `begin` covers the rows of such a request: nothing on the host has to see its logits."""
+        return params.logprobs is None and not params.processors
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended."""
@@ -163,24 +165,6 @@ class BegunSampling:
         drawn = first if self._draws is None else self._draws.finish(first, [])[0]
         results = [self._sampler.result(row.seq, each) for row, each in zip(self._rows, drawn, strict=True)]
         return results, [a.token_id == b.token_id for a, b in zip(first, drawn, strict=True)]
-
-
-class Later:
-    """A tensor's copy on the host, begun now, so that what the device does afterwards is not waited for."""
-
-    def __init__(self, x: Tensor) -> None:
-        on_device = x.is_cuda
-        self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=on_device)
-        self._copy.copy_(x, non_blocking=on_device)
-        self._event = torch.cuda.Event() if on_device else None  # type: ignore[no-untyped-call]
-        if self._event is not None:
-            self._event.record()
-
-    def tolist(self) -> list[list[float]]:
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[list[float]] = self._copy.tolist()
-        return found
 
 
 def _are_greedy(ways: Seq[Way]) -> bool:
