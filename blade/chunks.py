@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 
+DEVICE_CHUNK = 1 << 25  # numbers of the first tensor
+
+
 def in_chunks(work: Callable[..., None], step: int, *tensors: Tensor) -> None:
     """Call work(*chunks) for every `step` rows of the tensors, which have the same number of rows, on as many threads
     as torch has.
 
     A chunk that stays in cache goes through all of work's operations there. Torch's own threads would meet at a barrier
     after each of those, and wait for each other thirty times as long as the work takes where cores are busy; so rows
-    are shared out once, to threads of which each works alone.
+    are shared out once, to threads of which each works alone. On a device chunks are large instead: it has threads
+    enough, and every operation is a launch.
     """
     num_rows = len(tensors[0])
+    if not tensors[0].is_cpu:
+        _each(work, max(step, DEVICE_CHUNK * num_rows // max(1, tensors[0].numel())), *tensors)
+        return
     with _one_thread() as num_threads:
         if num_rows < 2 * step or num_threads == 1:
             _each(work, step, *tensors)

@@ -21,11 +21,11 @@ ROUNDS = 3  # of rounding and fitting from each start
 
 
 def quantize_int4(weight: Tensor, group: int) -> GroupedWeight:
-    """weight [N, K] of any float dtype, K a multiple of `group`. Minima are at most 0."""
-    n, k = weight.shape
-    q = torch.empty(n, k, dtype=torch.uint8)
-    scales, minima = torch.empty(2, n, k // group, dtype=torch.uint8)
-    block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16)
+    """weight [N, K] of any float dtype, K a multiple of `group`, on any device. Minima are at most 0."""
+    (n, k), device = weight.shape, weight.device
+    q = torch.empty(n, k, dtype=torch.uint8, device=device)
+    scales, minima = torch.empty(2, n, k // group, dtype=torch.uint8, device=device)
+    block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16, device=device)
 
     def work(x: Tensor, q: Tensor, scales: Tensor, minima: Tensor, block_scales: Tensor, block_minima: Tensor) -> None:
         groups = x.view(-1, group).T.float().contiguous()  # [group, M]: sums over a group are sums of rows

@@ -12,10 +12,10 @@ CHUNK = 1 << 17  # numbers that go through all operations together: they stay in
 
 
 def quantize_int8(weight: Tensor, group: int) -> GroupedWeight:
-    """weight [N, K] of any float dtype, K a multiple of `group`. The largest number of a group decides its scale."""
-    n, k = weight.shape
-    q = torch.empty(n, k // group, group, dtype=torch.uint8)
-    scales = torch.empty(n, k // group, 1, dtype=torch.float16)
+    """weight [N, K] of any float dtype, K a multiple of `group`, on any device. The largest number of a group decides its scale."""
+    (n, k), device = weight.shape, weight.device
+    q = torch.empty(n, k // group, group, dtype=torch.uint8, device=device)
+    scales = torch.empty(n, k // group, 1, dtype=torch.float16, device=device)
     in_chunks(_round, max(1, CHUNK // k), weight.view(q.shape), q, scales)
     return GroupedWeight(8, group, q.view(n, k), scales.squeeze(2))
 

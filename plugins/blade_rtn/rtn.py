@@ -48,10 +48,14 @@ class Int8(GroupedQuantization):
         return ops.quantized_linear([self.rounded(prefix, weights, ops) for prefix in prefixes], bias)
 
     def rounded(self, prefix: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
-        """By the op set's kernel, where it has one."""
-        weight = weights.get(f"{prefix}.weight")
+        """By the op set's kernel, where it has one, or else on its device."""
+        weight = self._numbers(prefix, weights, ops)
         group = int8_group(weight.shape[1])
         return (ops and ops.round_weight(weight, 8, group)) or quantize_int8(weight, group)
+
+    def _numbers(self, prefix: str, weights: Weights, ops: Ops | None) -> Tensor:
+        weight = weights.get(f"{prefix}.weight")
+        return weight if ops is None else weight.to(ops.device)
 
     def _bytes(self, prefix: str, n: int, k: int) -> int:
         return n * k + 2 * n * k // int8_group(k)
@@ -70,7 +74,7 @@ class Int4(Int8):
     def rounded(self, prefix: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
         if is_table(prefix):
             return super().rounded(prefix, weights, ops)
-        weight = weights.get(f"{prefix}.weight")
+        weight = self._numbers(prefix, weights, ops)
         return (ops and ops.round_weight(weight, 4, INT4_GROUP)) or quantize_int4(weight, INT4_GROUP)
 
     def _bytes(self, prefix: str, n: int, k: int) -> int:
