@@ -10,7 +10,6 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-
 DEVICE_CHUNK = 1 << 25  # numbers of the first tensor
 
 

@@ -12,7 +12,8 @@ CHUNK = 1 << 17  # numbers that go through all operations together: they stay in
 
 
 def quantize_int8(weight: Tensor, group: int) -> GroupedWeight:
-    """weight [N, K] of any float dtype, K a multiple of `group`, on any device. The largest number of a group decides its scale."""
+    """weight [N, K] of any float dtype, K a multiple of `group`, on any device. The largest number of a group decides
+    its scale."""
     (n, k), device = weight.shape, weight.device
     q = torch.empty(n, k // group, group, dtype=torch.uint8, device=device)
     scales = torch.empty(n, k // group, 1, dtype=torch.float16, device=device)
