@@ -36,11 +36,15 @@ INLINE void score_group(const Tile<R>& t, const Span& span, int c, long g, float
     constexpr int P = Word<E>::ELEMENTS, PA = 4 / sizeof(A);
     const long d = t.d, group = CODED<E> ? t.job.kv->keys.group : d, begin = g * group;
     const uint32_t* words[NV];
+    const char* ahead[NV];  // the values that are weighed once all scores are there
     typename Word<E>::Sum s[R][NV];
-    for (int v = 0; v < NV; v++) words[v] = (const uint32_t*)span.keys[c + v] + begin / P * CHUNK;
+    for (int v = 0; v < NV; v++) {
+        words[v] = (const uint32_t*)span.keys[c + v] + begin / P * CHUNK;
+        ahead[v] = span.values[c + v] + begin / P * 64;
+    }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++) s[r][v] = first_sum<E>(t.sums[r * MAX_GROUPS + g]);
-    dot_tile<E, R, NV>((const uint32_t*)t.queries + begin / PA * R, 1, R, words, CHUNK, group / P, s);
+    dot_tile<E, R, NV>((const uint32_t*)t.queries + begin / PA * R, 1, R, words, CHUNK, group / P, ahead, s);
     asm volatile("" ::: "memory");  // or GCC 12 would keep all rows' factors in registers that the loop needs
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++) {
@@ -56,25 +60,11 @@ INLINE void score_group(const Tile<R>& t, const Span& span, int c, long g, float
         }
 }
 
-// Blocks lie apart, so the hardware does not see what comes next.
-template <int R>
-INLINE void prefetch(const Tile<R>& t, int key, bool is_value) {
-    if (key >= t.item.to) return;
-    const char* at = is_value ? t.value_chunk(key) : t.key_chunk(key);
-    const long bytes = is_value ? t.value_bytes : t.key_bytes;
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
 template <class E, int R>
 __attribute__((noinline)) void score(const Tile<R>& t, const Span& span, float* scores) {
     constexpr int NV = TILE_VECTORS<R>;
     const long num_groups = CODED<E> ? t.d / t.job.kv->keys.group : 1;
-    for (int c = 0, key = span.from; key < span.to; c += NV, key += NV * CHUNK) {
-        for (int v = 0; v < NV; v++) {
-            prefetch(t, key + (v + 2) * CHUNK, false);
-            prefetch(t, key + v * CHUNK, true);
-        }
+    for (int c = 0, key = span.from; key < span.to; c += NV, key += NV * CHUNK)
         for (long g = 0; g < num_groups; g++) score_group<E, R, NV>(t, span, c, g, scores);
-    }
 }
 }  // namespace attention

@@ -62,7 +62,8 @@ static inline float exp_of_difference(float a, float b) {
 // Keys [from, to) of a sequence, at most SPAN of them, and where their chunks lie.
 struct Span {
     int from, to;
-    const char *keys[SPAN / CHUNK + 1], *values[SPAN / CHUNK];
+    const char *keys[SPAN / CHUNK + 1], *values[SPAN / CHUNK + 1];
+    const char* next[SPAN / CHUNK];  // the keys after them, as far as there are any
 };
 
 template <int R>
@@ -121,6 +122,8 @@ struct Tile {
         for (int key = from; key < to; key += CHUNK, n++)
             span.keys[n] = key_chunk(key), span.values[n] = value_chunk(key);
         span.keys[n] = span.keys[n - 1];  // read beside it and masked: any keys will do
+        span.values[n] = span.values[n - 1];
+        for (int c = 0; c < n; c++) span.next[c] = to + c * CHUNK < item.to ? key_chunk(to + c * CHUNK) : span.keys[c];
         return span;
     }
 

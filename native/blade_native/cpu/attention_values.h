@@ -68,8 +68,12 @@ INLINE void weigh_channels(const Tile<R>& t, const Span& span, int i, const Weig
         int num_keys = std::min(left, CHUNK), num_words = (num_keys + (CODED<E> ? P - 1 : 0)) / P;
         const uint32_t* a = (const uint32_t*)(weights.numbers + c * CHUNK);
         const uint32_t* words[NV];
-        for (int v = 0; v < NV; v++) words[v] = (const uint32_t*)span.values[c] + i + v * vec::LANES;
-        dot_tile<E, R, NV>(a, SPAN / PA, 1, words, d, num_words, s);
+        const char* ahead[NV];
+        for (int v = 0; v < NV; v++) {
+            words[v] = (const uint32_t*)span.values[c] + i + v * vec::LANES;
+            ahead[v] = span.next[c] + (i / vec::LANES + v) * (CHUNK / P) * 64;
+        }
+        dot_tile<E, R, NV>(a, SPAN / PA, 1, words, d, num_words, ahead, s);
         if constexpr (!CODED<E>)
             if (num_keys % P) add_half_word<E>(a + num_keys / PA - (PA == 1), SPAN / PA, words, num_words * d, s);
     }

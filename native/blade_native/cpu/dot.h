@@ -78,12 +78,14 @@ INLINE void dot_parts(const uint32_t* a, long a_row, long a_step, vec::W word, i
 
 // c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
 // the parts of steps; w advances w_step words per step. One word at a time is held, for sixteen registers hold no more.
+// For each line that is read one of `ahead` is fetched: as many as there are in flight at a time, and no burst of them.
 template <class E, int R, int NV>
 INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
-                     long steps, typename Word<E>::Sum (&c)[R][NV]) {
+                     long steps, const char* const (&ahead)[NV], typename Word<E>::Sum (&c)[R][NV]) {
     for (long s = 0; s < steps; s++, a += Word<E>::PARTS * a_step) {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) {
+            __builtin_prefetch(ahead[v] + s * 64, 0, 2);
             vec::W word = vec::word(w[v] + s * w_step);
             dot_parts<E, 0>(a, a_row, a_step, word, v, c);
         }
