@@ -108,6 +108,12 @@ SELECT = Suite(
             "    if (threadIdx.x < 32) {",
             "report",  # a prefix that no key has leads past the histogram
         ),
+        Fault(
+            "warps not waited for",
+            "  __syncthreads();\n  if (threadIdx.x >= 32) return;",
+            "  if (threadIdx.x >= 32) return;",
+            "result",
+        ),
         Fault("sort without barriers", "step; step >>= 1) {\n      __syncthreads();", "step; step >>= 1) {", "result"),
         Fault("too little room", "unsigned long long best[MAX_K];", "unsigned long long best[32];", "report"),
         Fault(

@@ -19,8 +19,10 @@ enum Kind {
 };
 
 constexpr int TILE_N = 16, TILE_K = 64, MIN_WARPS = 4;  // of a block
-template <int KIND, int COLUMNS>
-constexpr int MAX_WARPS = KIND == MINIMA && COLUMNS == 8 ? 8 : 10;  // that registers suffice for
+template <int GROUP, int KIND, int COLUMNS>
+constexpr bool CROWDED = COLUMNS == 8 && (KIND == MINIMA || GROUP == 16);  // few registers to spare
+template <int GROUP, int KIND, int COLUMNS>
+constexpr int MAX_WARPS = CROWDED<GROUP, KIND, COLUMNS> ? 8 : 10;  // that registers suffice for
 
 template <class T>
 constexpr bool IS_BF16 = false;
@@ -274,12 +276,22 @@ struct TileSums {
 
   // `slot`: a stage of weights and parameters; `x`: where this lane's row of ldmatrix begins in the stage of x.
   __device__ __forceinline__ void add_stage(const unsigned char* slot, const T* x, unsigned magic) {
+    // The compiler mixes two parts' chains of products where there are registers for it.
+    constexpr int PART = GROUP < TILE_K ? TILE_K : GROUP, AT_ONCE = R::STAGE / PART > 1 && COLUMNS * (KIND == MINIMA ? 2 : 1) <= 2 ? 2 : 1;
+#pragma unroll AT_ONCE
+    for (int part = 0; part < R::STAGE / PART; ++part)
+      add_part<PART>(slot + part * (PART / TILE_K) * F::WEIGHT_BYTES,
+                     slot + R::WEIGHT_BYTES + part * (PART / GROUP) * F::GROUP_BYTES, x + part * PART, magic);
+  }
+
+  template <int PART>
+  __device__ __forceinline__ void add_part(const unsigned char* weights, const unsigned char* parameters, const T* x,
+                                           unsigned magic) {
     constexpr int STEPS = GROUP / 16, WORDS = BITS / 4;
-    unsigned words[4 * WORDS];
+    unsigned words[BITS];
 #pragma unroll
-    for (int pair = 0; pair < R::STAGE / 32; ++pair) {  // of steps
-      if (pair % 2 == 0) load_words(slot + pair / 2 * F::WEIGHT_BYTES, words);
-      if (2 * pair % STEPS == 0) start_group(slot + R::WEIGHT_BYTES + 2 * pair / STEPS * F::GROUP_BYTES);
+    for (int pair = 0; pair < PART / 32; ++pair) {  // of steps
+      if (pair % 2 == 0) load_words(weights + pair / 2 * F::WEIGHT_BYTES, words);
       unsigned b[COLUMNS][4];
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column)
@@ -287,14 +299,16 @@ struct TileSums {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const int step = 2 * pair + s;
-        if (s == 1 && step % STEPS == 0) start_group(slot + R::WEIGHT_BYTES + step / STEPS * F::GROUP_BYTES);
+        if (step % STEPS == 0) start_group(parameters + step / STEPS * F::GROUP_BYTES);
         unsigned a[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = weight_pair<T, BITS, KIND>(words + step % 4 * WORDS, i, zero[i & 1], magic);
+        for (int i = 0; i < 4; ++i)
+          a[i] = weight_pair<T, BITS, KIND>(words + step % 4 * WORDS, i, zero[i & 1], magic);
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column)
           multiply(step % STEPS == 0, column, a, b[column][2 * s], b[column][2 * s + 1]);
         if (step % STEPS == STEPS - 1) end_group();
+        if (CROWDED<GROUP, KIND, COLUMNS>) __syncwarp();  // the compiler would have two groups' sums at hand
       }
     }
   }
@@ -314,16 +328,18 @@ struct TileSums {
 // comes through one for all warps.
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, {1, 2}> | threads 320 | registers 96 | shared 156672 | threads@86,89,120 128 | shared@86,89,120 82944
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 320 | registers 168 | shared 96256
-// check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS}, 8> | threads 320 | registers 168 | shared 98304
+// check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32}, {SYMMETRIC, ZEROS}, 8> | threads 320 | registers 168 | shared 90624
+// check: grouped_linear<{__nv_bfloat16, __half}, 4, 16, {SYMMETRIC, ZEROS}, 8> | threads 256 | registers 255 | shared 89088
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, MINIMA, 8> | threads 256 | registers 255 | shared 89088
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, {1, 2}> | threads 320 | registers 96 | shared 119808 | threads@86,89,120 128 | shared@86,89,120 58368
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 320 | registers 168 | shared 137216 | threads@86,89,120 128 | shared@86,89,120 75776
-// check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS}, 8> | threads 320 | registers 168 | shared 129024 | threads@86,89,120 128 | shared@86,89,120 82944
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32}, {SYMMETRIC, ZEROS}, 8> | threads 320 | registers 168 | shared 121344 | threads@86,89,120 128 | shared@86,89,120 79872
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, 16, {SYMMETRIC, ZEROS}, 8> | threads 256 | registers 255 | shared 113664 | threads@86,89,120 128 | shared@86,89,120 82944
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, MINIMA, 8> | threads 256 | registers 255 | shared 113664 | threads@86,89,120 128 | shared@86,89,120 82944
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, {1, 2}> | threads 320 | registers 96 | shared 104448 | threads@86,89,120 128 | shared@86,89,120 52224
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, {4, 8}> | threads 320 | registers 168 | shared 121856 | threads@86,89,120 128 | shared@86,89,120 78336
 template <class T, int BITS, int GROUP, int KIND, int COLUMNS>
-__global__ void __launch_bounds__(MAX_WARPS<KIND, COLUMNS> * 32, COLUMNS <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(MAX_WARPS<GROUP, KIND, COLUMNS> * 32, COLUMNS <= 2 ? 2 : 1)
     grouped_linear(const LinearArgs<T> args) {
   using R = Ring<BITS, GROUP, KIND, COLUMNS>;
   constexpr int ROWS = 8 * COLUMNS;

@@ -85,7 +85,8 @@ class LinearKernels:
 
     def max_warps(self, chosen: Format, columns: int) -> int:
         """As many as linear.cu has registers for and the device shared memory."""
-        most = 8 if chosen.kind == "MINIMA" and columns == 8 else 10
+        crowded = columns == 8 and (chosen.kind == "MINIMA" or chosen.group == 16)
+        most = 8 if crowded else 10
         return max(
             w for w in range(MIN_WARPS, most + 1) if shared_bytes(chosen, columns, w) <= self.device.shared_bytes
         )
