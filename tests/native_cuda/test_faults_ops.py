@@ -9,7 +9,7 @@ import torch
 
 from blade import GroupedWeight
 from blade_native.cuda.launch import SOURCES, Launcher
-from blade_native.cuda.linear import LinearKernels, PackedLinear
+from blade_native.cuda.linear import Device, LinearKernels, PackedLinear
 from blade_native.cuda.packing import pack
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import DeltaKernels, SelectKernels
@@ -29,7 +29,7 @@ def run_linear(launcher: Launcher, source: Path) -> None:
     q = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scales = random(n, k // group).abs().half()
     weight = GroupedWeight(4, group, q, scales, minima=-8 * scales)
-    kernels = LinearKernels(Redirected(launcher, source), num_sms=132)
+    kernels = LinearKernels(Redirected(launcher, source), Device())
     linear = PackedLinear(kernels, [pack(weight, torch.device("cpu"))], None, torch.bfloat16)
     for num_rows in (3, 18, 18):
         x = random(num_rows, k).bfloat16()
@@ -69,12 +69,11 @@ LINEAR = Suite(
     run_linear,
     [
         Fault(
-            "a wait too short", "ptx::cp_async_wait<F::STAGES - 2>();", "ptx::cp_async_wait<F::STAGES - 1>();", "result"
+            "a wait too short", "ptx::cp_async_wait<R::STAGES - 2>();", "ptx::cp_async_wait<R::STAGES - 1>();", "result"
         ),
-        Fault("x is not waited for", "  __syncthreads();  // everybody's part of x is there\n", "", "thread"),
         Fault(
             "stages are not waited for",
-            "    __syncwarp();  // the stage is there",
+            "    __syncthreads();  // the stage is there",
             "    // the stage is there",
             "thread",
         ),
@@ -82,12 +81,13 @@ LINEAR = Suite(
         Fault("a slice is left out", "slice < num_slices; ++slice", "slice < num_slices - 1; ++slice", "result"),
         Fault(
             "channels beyond the last",
-            "channel >= args.num_out) continue;\n      if (grid",
-            "channel > args.num_out) continue;\n      if (grid",
+            "channel >= args.num_out) continue;\n      const float sum",
+            "channel > args.num_out) continue;\n      const float sum",
             "result",
         ),
-        Fault("a tile too many", "stage < num_stages) {", "stage <= num_stages) {", "address"),
-        Fault("x unpadded", "const int x_width = args.slice + 16;", "const int x_width = args.slice + 4;", "report"),
+        Fault("a stage too many", "params + i, i < params_left)", "params + i, true)", "address"),
+        Fault("x beyond the slice", "from, x_left > 0)", "from, true)", "result"),
+        Fault("x unpadded", "X_ROW = STAGE + 8;", "X_ROW = STAGE + 4;", "report"),
     ],
 )
 ROWS = Suite(
@@ -107,6 +107,12 @@ SELECT = Suite(
             "    __syncthreads();\n    if (threadIdx.x < 32) {",
             "    if (threadIdx.x < 32) {",
             "report",  # a prefix that no key has leads past the histogram
+        ),
+        Fault(
+            "warps not waited for",
+            "  __syncthreads();\n  if (threadIdx.x >= 32) return;",
+            "  if (threadIdx.x >= 32) return;",
+            "result",
         ),
         Fault("sort without barriers", "step; step >>= 1) {\n      __syncthreads();", "step; step >>= 1) {", "result"),
         Fault("too little room", "unsigned long long best[MAX_K];", "unsigned long long best[32];", "report"),

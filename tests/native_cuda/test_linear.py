@@ -12,8 +12,8 @@ from blade import Float8Weight, GroupedWeight
 from blade.nn import dequantize
 from blade_native.cuda import linear as cuda_linear
 from blade_native.cuda import packing
-from blade_native.cuda.linear import MAX_ROWS, LinearKernels, PackedLinear
-from blade_native.cuda.packing import Format, format_of, pack
+from blade_native.cuda.linear import COLUMNS, MAX_ROWS, Device, LinearKernels, PackedLinear, shared_bytes
+from blade_native.cuda.packing import Format, Packed, format_of, pack
 from blade_native.reference import TorchQuantizedLinear
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def make_weight(
 @pytest.fixture(scope="module")
 def kernels(launcher: Launcher) -> LinearKernels:
     """Compiled together."""
-    found = LinearKernels(launcher, num_sms=132)
+    found = LinearKernels(launcher, Device())
     formats = [(format_of(make_weight(bits, group, kind)), dtype) for bits, group, kind, dtype in CASES]
     found.add([*formats, (FP8, BF16), (FP8, FP16)])
     return found
@@ -116,12 +116,46 @@ def test_scales_as_codes(kernels: LinearKernels) -> None:
     assert error(linear(x, torch.float32), TorchQuantizedLinear([weight], None)(x.float())) < rounding
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(kernels: LinearKernels) -> None:
-    linear = PackedLinear(kernels, [pack(make_weight(4, 128, "SYMMETRIC"), CPU)], None, BF16)
-    x = make_rows(20, BF16)
+ROW_COUNTS = (1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_sms", [132, 1], ids=["slices", "whole"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(launcher: Launcher, bits: int, num_sms: int) -> None:
+    """Nor on how many rows a block takes: all kernels sum alike."""
+    weight = make_weight(bits, {4: 128, 8: 64}[bits], "SYMMETRIC", n=88)
+    linear = PackedLinear(LinearKernels(launcher, Device(num_sms)), [pack(weight, CPU)], None, BF16)
+    assert (linear.slices[0] < NUM_IN) == (num_sms > 1)
+    x = make_rows(MAX_ROWS, BF16)
     together = linear(x, torch.float32)
-    for rows in (x[:1], x[:7], x[:12]):
-        assert torch.equal(linear(rows, torch.float32), together[: len(rows)])
+    assert error(together, TorchQuantizedLinear([weight], None)(x.float())) < 2e-6
+    for num_rows in ROW_COUNTS:
+        first = MAX_ROWS - num_rows
+        assert torch.equal(linear(x[first:], torch.float32), together[first:])
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (17, 192), (152, 320), (200, 1344)], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_odd_tiles_and_slices_that_end_early(launcher: Launcher, bits: int, shape: tuple[int, int]) -> None:
+    n, k = shape
+    weight = make_weight(bits, 64, "SYMMETRIC", n=n, k=k)
+    linear = PackedLinear(LinearKernels(launcher, Device(num_sms=5)), [pack(weight, CPU)], None, BF16)
+    for num_rows in (1, 13, 40):
+        x = torch.randn(num_rows, k, generator=torch.Generator().manual_seed(n)).to(BF16)
+        assert error(linear(x, torch.float32), TorchQuantizedLinear([weight], None)(x.float())) < 2e-6
+
+
+def test_matrices_are_cut_to_fill_the_device(launcher: Launcher) -> None:
+    """A 7B model's: no SM has a tenth more to do than the average, whatever the batch."""
+    kernels = LinearKernels(launcher, Device())
+    for bits, n, k in ((4, 18944, 3584), (8, 37888, 3584), (4, 3584, 18944), (8, 3584, 3584)):
+        packed = Packed(Format(bits, 128, "SYMMETRIC"), n, k, torch.empty(0), torch.empty(0))
+        num_slices = -(-k // kernels.slice_of(packed))
+        for columns in COLUMNS:
+            warps = kernels.warps_of(packed, columns)
+            num_blocks = -(-n // (16 * warps)) * num_slices
+            assert -(-num_blocks // 132) * warps * 132 < 1.1 * n / 16 * num_slices
+            assert shared_bytes(packed.format, columns, warps) < kernels.device.shared_bytes
 
 
 def test_stacked_formats_write_side_by_side(kernels: LinearKernels) -> None:

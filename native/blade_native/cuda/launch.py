@@ -81,11 +81,12 @@ class Module:
         self._launcher, self._raw, self._kernels = launcher, raw, kernels
 
     def kernel(self, expression: str, shared_bytes: int = 0) -> Kernel:
-        """The kernel of one of the module's expressions, with so much dynamic shared memory in every launch.
+        """The kernel of one of the module's expressions, with so much dynamic shared memory in every launch. There may
+        be several of one expression, with more or less of it.
 
         Compiles where that has not been done: call it while loading, never inside a step."""
         function = self._raw.get_function(expression)
-        if shared_bytes > DEFAULT_SHARED_BYTES:
+        if shared_bytes > max(DEFAULT_SHARED_BYTES, function.max_dynamic_shared_size_bytes):
             function.max_dynamic_shared_size_bytes = shared_bytes
         arguments = Arguments(self._kernels, expression, self._launcher.device)
         return Kernel(self._launcher, function, arguments, shared_bytes)

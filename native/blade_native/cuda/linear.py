@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,21 +22,30 @@ if TYPE_CHECKING:
     from blade_native.cuda.packing import Packed
 
 DTYPES = (torch.bfloat16, torch.float16)
-BLOCK_N, MAX_BLOCK_ROWS = 128, 16
-MAX_ROWS = 128  # beyond, dequantising anew for every 16 rows should cost more than writing the weights out in 16 bits
+COLUMNS = (1, 2, 4, 8)  # how many times 8 rows a block takes
+MAX_ROWS = 128  # beyond, the cores that multiply have more to do than writing the weights out in 16 bits costs
 MAX_MATRIX_BYTES = 128 << 20  # of weights written out at once
-MAX_SLICE, MIN_SLICE = 512, 128  # numbers of K for one block
-BLOCKS_PER_SM = 3  # that should be there, where slices are not too short for it
+MIN_SLICE = 256  # numbers of K for one block
+WARPS_PER_SM = 6  # that should have a tile and a slice to themselves, where slices are not too short for it
+MIN_WARPS = 4  # of a block
 
 Key = tuple[Format, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the cutting of matrices into blocks goes by."""
+
+    num_sms: int = 132  # these are an H100's
+    shared_bytes: int = (227 << 10) - 128  # of a launch's block, at most
 
 
 class LinearKernels:
     """The kernels of the formats that were asked for, in one dtype of activations each."""
 
-    def __init__(self, launcher: Launcher, num_sms: int) -> None:
+    def __init__(self, launcher: Launcher, device: Device) -> None:
         self.launcher = launcher
-        self.num_sms = num_sms
+        self.device = device
         self._modules: dict[Key, Module] = {}
         self._ready: dict[Key, FormatKernels] = {}
 
@@ -56,29 +65,59 @@ class LinearKernels:
         return self._ready[key]
 
     def slice_of(self, packed: Packed) -> int:
-        """How many numbers of K a block takes. It follows from the matrix alone, so that sums are the same for any
-        number of rows."""
-        num_blocks = -(-packed.num_out // BLOCK_N)
-        wanted = -(-BLOCKS_PER_SM * self.num_sms // num_blocks)  # slices
+        """How many numbers of K a block takes. It follows from the matrix and the device alone, so that sums are the
+        same for any number of rows."""
+        num_tiles = -(-packed.num_out // TILE_N)
+        wanted = -(-WARPS_PER_SM * self.device.num_sms // num_tiles)  # slices
         length = -(-packed.num_in // wanted)
-        return min(MAX_SLICE, max(MIN_SLICE, -(-length // 64) * 64))
+        return max(MIN_SLICE, -(-length // 128) * 128)
+
+    def warps_of(self, packed: Packed, columns: int) -> int:
+        """Of a block, each with 16 channels: so many that no SM has much more to do than another one."""
+        num_tiles, num_slices = -(-packed.num_out // TILE_N), -(-packed.num_in // self.slice_of(packed))
+
+        def share(warps: int) -> int:
+            """The tiles that the SM with the most of them gets."""
+            num_blocks = -(-num_tiles // warps) * num_slices
+            return -(-num_blocks // self.device.num_sms) * warps
+
+        return min(range(self.max_warps(packed.format, columns), MIN_WARPS - 1, -1), key=share)
+
+    def max_warps(self, chosen: Format, columns: int) -> int:
+        """As many as linear.cu has registers for and the device shared memory."""
+        crowded = columns == 8 and (chosen.kind == "MINIMA" or chosen.group == 16)
+        most = 8 if crowded else 10
+        return max(
+            w for w in range(MIN_WARPS, most + 1) if shared_bytes(chosen, columns, w) <= self.device.shared_bytes
+        )
+
+
+def shared_bytes(chosen: Format, columns: int, warps: int) -> int:
+    """Ring of linear.cu: the stages of weights of each warp, and those of x."""
+    stage, num_stages = 256 if chosen.bits == 4 and columns <= 2 else 128, 3 if columns == 8 else 4
+    return num_stages * (warps * stage // 64 * chosen.bytes_of_64 + 8 * columns * (stage + 8) * 2)
 
 
 class FormatKernels:
-    """linear.cu for one format and dtype: `few[columns]` multiplies, `rows` dequantises."""
+    """linear.cu for one format and dtype: `few` multiplies, `rows` dequantises."""
 
     def __init__(self, module: Module, chosen: Format, dtype: torch.dtype) -> None:
-        rings = 8 * chosen.num_stages * chosen.slot_bytes
-        self.few: dict[int, Kernel] = {
-            columns: module.kernel(name, rings + 8 * columns * (MAX_SLICE + 16) * 2)
-            for columns, name in few_names(chosen, dtype).items()
-        }
+        self._module, self._format = module, chosen
+        self._names = few_names(chosen, dtype)
+        self._few: dict[tuple[int, int], Kernel] = {}
         self.rows = module.kernel(rows_name(chosen, dtype))
+
+    def few(self, columns: int, warps: int) -> Kernel:
+        """For blocks of so many warps, each of them for 8 times `columns` rows."""
+        key = columns, warps
+        if key not in self._few:
+            self._few[key] = self._module.kernel(self._names[columns], shared_bytes(self._format, *key))
+        return self._few[key]
 
 
 def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
     """The multiplying kernel by how many times 8 rows of x a block takes."""
-    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in (1, 2)}
+    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in COLUMNS}
 
 
 def rows_name(chosen: Format, dtype: torch.dtype) -> str:
@@ -100,11 +139,13 @@ class PackedLinear:
         self.bias = bias
         self.num_out = sum(part.num_out for part in parts)
         self.slices = [kernels.slice_of(part) for part in parts]
+        self.warps = [{columns: kernels.warps_of(part, columns) for columns in COLUMNS} for part in parts]
         device = parts[0].weight.device
-        num_counters = [-(-part.num_out // BLOCK_N) * (MAX_ROWS // MAX_BLOCK_ROWS) for part in parts]
-        self.arrived = [torch.zeros(num, dtype=torch.int32, device=device) for num in num_counters]
-        for part in parts:
-            kernels.get(part.format, dtype)
+        most_blocks = [-(-part.num_out // (TILE_N * MIN_WARPS)) * 2 for part in parts]  # 2: of 64 rows
+        self.arrived = [torch.zeros(num, dtype=torch.int32, device=device) for num in most_blocks]
+        for part, warps in zip(parts, self.warps, strict=True):
+            for each in warps.items():
+                kernels.get(part.format, dtype).few(*each)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [..., K] float16 or bfloat16 -> [..., N] in `out_dtype`: that of x or float32."""
@@ -122,15 +163,15 @@ class PackedLinear:
 
     def _multiply(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         num_rows, first = len(x), 0
-        columns = 1 if num_rows <= 8 else 2
-        for part, length, arrived in zip(self.parts, self.slices, self.arrived, strict=True):
-            end = first + part.num_out
+        columns = next((columns for columns in COLUMNS if num_rows <= 8 * columns), COLUMNS[-1])
+        for part, length, warps_of, arrived in zip(self.parts, self.slices, self.warps, self.arrived, strict=True):
+            end, warps = first + part.num_out, warps_of[columns]
             num_slices = -(-part.num_in // length)
             shape = (num_slices, num_rows, part.num_out)
             out = y[:, first:end]
-            self.kernels.get(part.format, x.dtype).few[columns](
-                (-(-num_rows // (8 * columns)), -(-part.num_out // BLOCK_N), num_slices),
-                (256,),
+            self.kernels.get(part.format, x.dtype).few(columns, warps)(
+                (-(-num_rows // (8 * columns)), -(-part.num_out // (TILE_N * warps)), num_slices),
+                (32 * warps,),
                 y=out if y.dtype == x.dtype else None,
                 y_float=out if y.dtype != x.dtype else None,
                 x=x,

@@ -13,7 +13,7 @@ import torch
 from blade.nn import dequantize
 from blade_native.cuda import packing
 from blade_native.cuda.experts import SortedExperts
-from blade_native.cuda.linear import DTYPES, DenseLinear, LinearKernels, PackedLinear
+from blade_native.cuda.linear import DTYPES, DenseLinear, Device, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
 from blade_native.reference import TorchOps
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from blade_native.cuda.packing import Format, Packed
 
 log = logging.getLogger("blade.native")
-NUM_SMS = 132  # an H100's, where there is no device to ask
 
 
 class CudaOps(TorchOps):
@@ -42,8 +41,9 @@ class CudaOps(TorchOps):
         self.launcher = launcher
         self.name = "cuda, own kernels"
         self._rows = RowKernels(launcher)
-        self.num_sms = num_sms(base.device)
-        self._linears = LinearKernels(launcher, self.num_sms)
+        device = properties(base.device)
+        self.num_sms = device.num_sms
+        self._linears = LinearKernels(launcher, device)
         self._refused: set[Format] = set()
         self._select: SelectKernels | None = None
         self._delta: dict[tuple[torch.dtype, int], DeltaKernels] = {}
@@ -161,5 +161,10 @@ class CudaOps(TorchOps):
         return self._select
 
 
-def num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else NUM_SMS
+def properties(device: torch.device) -> Device:
+    """Of the device; an H100's where there is none to ask."""
+    if device.type != "cuda":
+        return Device()
+    found = torch.cuda.get_device_properties(device)
+    reserved = 1024 + 128  # of a block: the system's, and what kernels have beside what they are launched with
+    return Device(found.multi_processor_count, found.shared_memory_per_multiprocessor - reserved)

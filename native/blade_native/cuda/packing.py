@@ -37,14 +37,10 @@ class Format:
         return 2 if self.kind in ("ZEROS", "MINIMA") else 1
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of a tile of 16 channels by 64, with its groups' parameters."""
+    def bytes_of_64(self) -> int:
+        """What a tile of 16 channels by 64 takes on average, its groups' parameters included."""
         itemsize = 4 if self.kind == "FP8" else 2
-        return TILE_N * (TILE_K * self.bits // 8 + max(1, TILE_K // self.group) * self.num_parameters * itemsize)
-
-    @property
-    def num_stages(self) -> int:
-        return 4 if self.bits == 4 else 3
+        return TILE_N * TILE_K * self.bits // 8 + TILE_N * TILE_K // self.group * self.num_parameters * itemsize
 
 
 @dataclass(frozen=True)
@@ -117,12 +113,12 @@ def _packed(chosen: Format, q: Tensor, parameters: list[Tensor]) -> Packed:
     n, k = q.shape
     q, tiles_k = _whole_tiles(q), k // TILE_K
     if chosen.bits == 4:
-        q = q.view(-1, 2, 8, tiles_k, 4, 4, 2, 2)  # tile, j, g, tile of K, s, t, m, h
-        nibbles = q.permute(0, 3, 2, 5, 4, 7, 6, 1)  # .., g, t, s, h, m, j
+        q = q.view(-1, 2, 8, tiles_k, 4, 2, 4, 2)  # tile, j, g, tile of K, s, m, t, h
+        nibbles = q.permute(0, 3, 2, 6, 4, 7, 5, 1)  # .., g, t, s, h, m, j
         weight = nibbles[..., 0] | nibbles[..., 1] << 4
     else:
-        q = q.view(-1, 2, 8, tiles_k, 2, 2, 4, 2, 2)  # tile, j, g, tile of K, s >> 1, s & 1, t, m, h
-        weight = q.permute(0, 3, 4, 2, 6, 5, 7, 1, 8)  # .., s >> 1, g, t, s & 1, m, j, h
+        q = q.view(-1, 2, 8, tiles_k, 2, 2, 2, 4, 2)  # tile, j, g, tile of K, s >> 1, s & 1, m, t, h
+        weight = q.permute(0, 3, 4, 2, 7, 5, 6, 1, 8)  # .., s >> 1, g, t, s & 1, m, j, h
     params = torch.stack([_whole_tiles(parameter) for parameter in parameters])  # [parameters, N, K / group]
     params = params.view(len(parameters), -1, 2, 8, k // chosen.group).permute(1, 4, 0, 3, 2)
     return Packed(chosen, n, k, weight.reshape(weight.shape[0], tiles_k, -1).contiguous(), params.contiguous())

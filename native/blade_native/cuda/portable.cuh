@@ -97,15 +97,24 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row AN
 // C[16, 8] += A[16, 16] B[16, 8] on the tensor cores; T is __half or __nv_bfloat16, C is float. With g = lane / 4 and
 // t = lane % 4 a lane holds: A at (g + 8 * (i & 1), 2 * t + 8 * (i >> 1)) and the next column in a[i];
 // B at (2 * t + 8 * i, g) and the next row in b_i; C at (g + 8 * (i >> 1), 2 * t + (i & 1)) in c[i].
+// mma16816_first is the same for C of zeros, whatever c holds.
 #ifdef BLADE_EMULATOR
 template <class T>
 __device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, CALL_SITE) {
   const unsigned b[2] = {b0, b1};
   emulator::mma16816<T>(c, a, b, site);
 }
+template <class T>
+__device__ __forceinline__ void mma16816_first(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                               CALL_SITE) {
+  c[0] = c[1] = c[2] = c[3] = 0.f;
+  mma16816<T>(c, a, b0, b1, site);
+}
 #else
 template <class T>
 __device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+template <class T>
+__device__ __forceinline__ void mma16816_first(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 #define BLADE_MMA16816(T, NAME)                                                                                       \
   template <>                                                                                                         \
   __device__ __forceinline__ void mma16816<T>(float(&c)[4], const unsigned(&a)[4], unsigned b0, unsigned b1) {        \
@@ -113,6 +122,13 @@ __device__ __forceinline__ void mma16816(float (&c)[4], const unsigned (&a)[4], 
                  "{%0,%1,%2,%3};"                                                                                     \
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                     \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void mma16816_first<T>(float(&c)[4], const unsigned(&a)[4], unsigned b0, unsigned b1) {  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+                 "{%10,%10,%10,%10};"                                                                                 \
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));                           \
   }
 BLADE_MMA16816(__half, "f16")
 BLADE_MMA16816(__nv_bfloat16, "bf16")

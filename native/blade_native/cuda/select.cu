@@ -28,23 +28,34 @@ __device__ __forceinline__ Mass merged(Mass a, Mass b) {
   return Mass{peak, a.sum * ptx::ex2((a.peak - peak) * LOG2E) + b.sum * ptx::ex2((b.peak - peak) * LOG2E)};
 }
 
-// The largest key and the merged mass of the block, in thread 0.
+// The largest key and the merged mass of COUNT lanes, a power of 2, in the first one.
+template <int COUNT>
+__device__ __forceinline__ void reduce_lanes(unsigned long long& key, Mass& mass) {
+#pragma unroll
+  for (int offset = COUNT / 2; offset; offset >>= 1) {
+    const unsigned long long other = __shfl_down_sync(FULL_WARP, key, offset);
+    if (other > key) key = other;
+    const float peak = __shfl_down_sync(FULL_WARP, mass.peak, offset);
+    mass = merged(mass, Mass{peak, __shfl_down_sync(FULL_WARP, mass.sum, offset)});
+  }
+}
+
+// The same of the block, in thread 0.
 __device__ __forceinline__ void reduce_block(unsigned long long& key, Mass& mass) {
-  __shared__ unsigned long long keys[SELECT_THREADS];
-  __shared__ Mass masses[SELECT_THREADS];
-  keys[threadIdx.x] = key;
-  masses[threadIdx.x] = mass;
-  for (int half = SELECT_THREADS / 2; half; half >>= 1) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) >= half) continue;
-    const unsigned long long other = keys[threadIdx.x + half];
-    if (other > keys[threadIdx.x]) keys[threadIdx.x] = other;
-    masses[threadIdx.x] = merged(masses[threadIdx.x], masses[threadIdx.x + half]);
+  constexpr int WARPS = SELECT_THREADS / 32;
+  __shared__ unsigned long long keys[WARPS];
+  __shared__ Mass masses[WARPS];
+  const int lane = threadIdx.x % 32;
+  reduce_lanes<32>(key, mass);
+  if (lane == 0) {
+    keys[threadIdx.x / 32] = key;
+    masses[threadIdx.x / 32] = mass;
   }
-  if (threadIdx.x == 0) {
-    key = keys[0];
-    mass = masses[0];
-  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  key = keys[lane % WARPS];
+  mass = masses[lane % WARPS];
+  reduce_lanes<WARPS>(key, mass);
 }
 
 struct PeakArgs {
