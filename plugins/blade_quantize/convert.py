@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from blade_quantize.scheme import Scheme
     from blade_quantize.stack import Stack
 
+EMBEDDINGS = ("embed_tokens", "ngram_embedding")
+
 
 @dataclass(slots=True)
 class Conversion:
@@ -150,9 +152,7 @@ class Converter:
         there = {name.removesuffix(".weight"): len(tensor.shape) for name, tensor in self._plan.items()}
         plain = [name for name, dims in there.items() if f"{name}.weight" in self._plan and dims == 2]
         rounded = set(self.result.quantized)
-        kept = [
-            name for name in plain if name not in rounded and not name.endswith(("embed_tokens", "ngram_embedding"))
-        ]
+        kept = [name for name in plain if name not in rounded and not name.endswith(EMBEDDINGS)]
         return list(dict.fromkeys([*kept, "lm_head"]))
 
 

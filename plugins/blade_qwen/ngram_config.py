@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from blade import StateTensor
 from blade.nn import Keys
 
-MAX_LENGTH, MAX_HEADS = 16, 256  # beyond them config.json could keep a start busy for hours
+MAX_LENGTH, MAX_HEADS = 16, 64  # beyond them config.json could keep a start busy for minutes
 
 
 @dataclass(slots=True, frozen=True)

@@ -27,10 +27,9 @@ class NgramTable:
     def __init__(self, name: str, config: NgramConfig, index: int, loader: Loader) -> None:
         """`index`: of the layer, among those that have a table."""
         self.config = config
-        sizes, shape = ranges(config, index), (config.length - 1, config.num_heads)
+        sizes, shape = ranges(config, index), (config.length - 1, config.num_heads, 1)
         *starts, end = accumulate(sizes, initial=0)
-        factors = multipliers(config, index)
-        self.factors = _stored(f"{name}.layer_multipliers", factors, loader)
+        self.factors = _stored(f"{name}.layer_multipliers", multipliers(config, index), loader)
         self.sizes = _stored(f"{name}.ngram_heads_vocab_sizes", sizes, loader).view(shape)
         self.starts = _stored(f"{name}.ngram_heads_offsets", starts, loader).view(shape)
         num_rows = -(-end // config.multiple_of) * config.multiple_of
@@ -39,18 +38,18 @@ class NgramTable:
     def __call__(self, batch: Batch, state: Tensor) -> Tensor:
         """[T, width]; state [num_slots, length - 1] int64, as NgramConfig.state says."""
         places = self.places(last_ids(batch, state, self.config.boundary))
-        return self.rows(places.flatten()).view(len(places), -1)
+        return torch.cat([self.rows(head) for head in places], dim=1)  # an adapter knows whose rows T are
 
     def places(self, ids: list[Tensor]) -> Tensor:
-        """ids[i] [T]: of the tokens i before each -> rows of the table [T, (length - 1) * num_heads]."""
+        """ids[i] [T]: of the tokens i before each -> rows of the table [(length - 1) * num_heads, T]."""
         boundary, before, mixed = self.config.boundary, ids[1], ids[0] * self.factors[0]
         found = []
         for distance in range(1, self.config.length):
             if distance > 1:
                 before = torch.where(before == boundary, boundary, ids[distance])  # once met, it hides all before it
             mixed = mixed ^ (before * self.factors[distance])
-            found.append(mixed.unsqueeze(1) % self.sizes[distance - 1] + self.starts[distance - 1])
-        return torch.cat(found, dim=1)
+            found.append(mixed % self.sizes[distance - 1] + self.starts[distance - 1])
+        return torch.cat(found)
 
 
 def last_ids(batch: Batch, state: Tensor, boundary: int) -> list[Tensor]:

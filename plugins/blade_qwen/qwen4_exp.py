@@ -153,11 +153,8 @@ class Qwen4ExpDecoder:
 
     def __init__(self, config: Qwen4ExpConfig, loader: Loader) -> None:
         self.config, self.ops = config, loader.ops
-        shape, table, layers = (
-            (config.vocab_size, config.hidden_size),
-            f"{config.prefix}.embed_tokens",
-            f"{config.prefix}.layers",
-        )
+        shape = (config.vocab_size, config.hidden_size)
+        table, layers = (f"{config.prefix}.{name}" for name in ("embed_tokens", "layers"))
         tied = config.tied and not loader.has(f"{config.head}.weight")
         self.lm_head = loader.linear(table if tied else config.head, shapes=[shape])
         self.embed = loader.embedding(table, shape, self.lm_head if tied else None)

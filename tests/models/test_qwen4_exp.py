@@ -12,7 +12,11 @@ from stepper import Stepper, one_by_one
 from test_hybrid_engine import WAYS, generate, greedy, opened, written
 
 from blade import CheckpointError
+from blade.nn import Loader
+from blade.nn.lora import Adapters
 from blade.testing import TensorWeights
+from blade.types import LowRank
+from blade_native import paged_attention
 from blade_qwen.ngrams import multipliers, ranges
 from blade_qwen.qwen4_exp import Qwen4Exp
 
@@ -74,6 +78,34 @@ def test_what_checkpoints_say_of_hashes_may_be_missing_but_not_another(exp: Refe
         others = {**exp.weights.tensors, name: exp.weights.tensors[name] + 2}
         with pytest.raises(CheckpointError, match=f"{name} is not what follows from config.json's seed"):
             Stepper(replace(exp, weights=TensorWeights(others)))
+
+
+@torch.inference_mode()
+def test_an_adapter_changes_what_it_names_for_its_sequence(exp: Reference) -> None:
+    table, linear = f"{NGRAMS}.ngram_embedding", "model.layers.1.attn_hyper_connection.input_mix_weight_down"
+    torch.manual_seed(0)
+    weights = Qwen4Exp().weights(exp.config, exp.weights)
+    changed = {name: weights.get(name) for name in weights.names()}
+    updates = {}
+    for prefix in (table, linear):
+        n, k = weights.shape(f"{prefix}.weight")
+        n, k = (k, n) if prefix == table else (n, k)
+        update = LowRank(torch.randn(2, k), torch.randn(n, 2), 0.3, of_table=prefix == table)
+        delta = update.scale * update.b @ update.a
+        updates[prefix] = update
+        changed[f"{prefix}.weight"] = changed[f"{prefix}.weight"] + (delta.T if prefix == table else delta)
+    stepper, merged = Stepper(exp), Stepper(replace(exp, weights=TensorWeights(changed)))
+    adapters = Adapters(stepper.ops, torch.float32)
+    loader = Loader(weights, stepper.ops, paged_attention(stepper.ops), torch.float32, adapters=adapters)
+    model = Qwen4Exp().build(stepper.model.config, loader)
+    stepper.forward = lambda batch: model.forward(batch, stepper.kv)
+    adapter = adapters.make("x", updates)
+    whose = [adapter] * 23 + [None] * 41
+    with adapters.chosen(whose, whose):
+        adapted, plain = stepper.step({1: (0, 23), 3: (0, 41)}).split((23, 41))
+    torch.testing.assert_close(plain, exp.logits[3], rtol=0, atol=1e-4)
+    torch.testing.assert_close(adapted, merged.step({1: (0, 23)}), rtol=0, atol=1e-4)
+    assert float((adapted - exp.logits[1]).std()) > 0.1
 
 
 def test_shards_are_put_together_by_number_and_let_go(exp: Reference) -> None:
