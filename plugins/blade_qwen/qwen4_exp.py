@@ -25,9 +25,8 @@ from blade_qwen.ngram_shards import JoinedShards
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from blade import Batch
+    from blade import Batch, KVCache
     from blade.contracts import Loader, Weights
-    from blade.types import KVCache
 
 log = logging.getLogger("blade.models")
 
