@@ -148,13 +148,15 @@ def _memory_problem(assembly: Assembly) -> str | None:
 
 
 def _bytes_per_token(assembly: Assembly) -> int:
-    """All weights, but for the embedding where it is not the output matrix too, and for experts that are not chosen."""
+    """All weights, but for embeddings where they are not the output matrix too, and for experts that are not chosen."""
     from blade.nn.tensors import loaded_bytes
 
     weights, quantization = assembly.weights, assembly.form.quantization
     names = set(weights.names())
     total = 0.0
     for name in names:
+        if name.endswith("ngram_embedding.weight"):
+            continue
         if name.endswith("embed_tokens.weight") and any(other.startswith("lm_head.") for other in names):
             continue
         num_bytes = loaded_bytes(name, weights, assembly.ops, assembly.dtype, quantization)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from blade_quantize.scheme import Scheme
     from blade_quantize.stack import Stack
 
+EMBEDDINGS = ("embed_tokens", "ngram_embedding")
+
 
 @dataclass(slots=True)
 class Conversion:
@@ -150,18 +152,20 @@ class Converter:
         there = {name.removesuffix(".weight"): len(tensor.shape) for name, tensor in self._plan.items()}
         plain = [name for name, dims in there.items() if f"{name}.weight" in self._plan and dims == 2]
         rounded = set(self.result.quantized)
-        kept = [name for name in plain if name not in rounded and not name.endswith("embed_tokens")]
+        kept = [name for name in plain if name not in rounded and not name.endswith(EMBEDDINGS)]
         return list(dict.fromkeys([*kept, "lm_head"]))
 
 
 def all_tensors(opened: OpenedModel) -> dict[str, Weights]:
     """Where each tensor of the new checkpoint comes from: the model's, and what else the files hold, as the other half
-    of a model for images. A tensor that the model sees in parts, as experts in one, is written in parts."""
+    of a model for images. A tensor that the model sees in parts, as experts in one, is written in parts, and one that
+    it sees put together of what lies below its module, as a table of n-grams, as a whole."""
     tensors = dict.fromkeys(opened.weights.names(), opened.weights)
-    made = (re.fullmatch(r"(.+)\.\d+\.\w+\.weight", name) for name in set(tensors).difference(opened.stored.names()))
-    split = {match[1] for match in made if match}
+    made = set(tensors).difference(opened.stored.names())
+    split = {match[1] for name in made if (match := re.fullmatch(r"(.+)\.\d+\.\w+\.weight", name))}
     for name in opened.stored.names():
-        if name.rpartition(".")[0] not in split:
+        module = name.rpartition(".")[0]
+        if module not in split and f"{module.rpartition('.')[0]}.weight" not in made:
             tensors.setdefault(name, opened.stored)
     return tensors
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from blade_quantize.shards import ShardWriter
     from blade_quantize.stack import Stack
 
-DECIDERS = {"gate", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b"}
+DECIDERS = {"gate", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "block_inject_weight"}
 """Matrices that are small and decide much: they stay plain."""
 
 

@@ -1,6 +1,6 @@
 """Qwen: checkpoints of `Qwen2ForCausalLM` (Qwen1.5 to Qwen2.5, QwQ), `Qwen3ForCausalLM`, and their mixtures of experts,
-`Qwen2MoeForCausalLM` and `Qwen3MoeForCausalLM`; `Qwen3NextForCausalLM`, and Qwen3.5 in all shapes, as a text model;
-and the first of all, `QWenLMHeadModel`."""
+`Qwen2MoeForCausalLM` and `Qwen3MoeForCausalLM`; `Qwen3NextForCausalLM`, and Qwen3.5 in all shapes and Qwen4-Exp, as
+text models; and the first of all, `QWenLMHeadModel`."""
 
 from __future__ import annotations
 
@@ -44,3 +44,4 @@ def register_models(register: Any) -> None:
     for kind in ("ForCausalLM", "ForConditionalGeneration"):
         register(f"Qwen3_5{kind}", maker("hybrid", "Qwen35"))
         register(f"Qwen3_5Moe{kind}", maker("hybrid", "Qwen35Moe"))
+        register(f"Qwen4Exp{kind}", maker("qwen4_exp", "Qwen4Exp"))

@@ -89,7 +89,11 @@ class DeltaNet:
         v = v.view(num_tokens, config.num_v_heads, config.value_dim)
         y = self.ops.gated_delta(q, k, v, a, b, self.decay, self.dt_bias, batch, sums)
         gate = qkvz[:, self.num_mixed :].view(y.shape)
-        return self.out(self.ops.gated_rms_norm(y, gate, self.norm, self.eps).flatten(1))
+        return self.out(self.gated(y, gate).flatten(1))
+
+    def gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """What the rule gave, normalised and gated: [T, HV, DV] each."""
+        return self.ops.gated_rms_norm(y, gate, self.norm, self.eps)
 
 
 class GroupedDeltaNet(DeltaNet):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from blade.nn import Decoder, DecoderConfig, Keys, MixtureConfig, SelectedWeights, SplitExperts, TokenMixer
 from blade_qwen.delta_net import DeltaConfig, DeltaNet, GroupedDeltaNet
@@ -24,8 +25,9 @@ class HybridConfig(DecoderConfig):
     delta: DeltaConfig
 
     @classmethod
-    def from_keys(cls, keys: Keys, **settings: Any) -> HybridConfig:
-        """From the keys that describe the text model; `settings` as in DecoderConfig.read."""
+    def from_keys(cls, keys: Keys, attention: Seq[str] = (FULL,), **settings: Any) -> Self:
+        """From the keys that describe the text model; `attention`: what layer_types may call layers of attention,
+        `settings` as in DecoderConfig.read."""
         delta = DeltaConfig.read(keys)
         return cls.read(
             keys,
@@ -34,17 +36,17 @@ class HybridConfig(DecoderConfig):
             output_gate=True,
             windows=(None,) * keys.num_layers(),
             delta=delta,
-            state=delta.state(_recurrent_layers(keys)),
+            state=delta.state(_recurrent_layers(keys, attention)),
             **settings,
         )
 
 
-def _recurrent_layers(keys: Keys) -> tuple[int, ...]:
-    num_layers, interval = keys.num_layers(), keys.integer("full_attention_interval", 4)
-    kinds = [FULL if (i + 1) % interval == 0 else RECURRENT for i in range(num_layers)]
+def _recurrent_layers(keys: Keys, attention: Seq[str]) -> tuple[int, ...]:
+    num_layers, interval, full = keys.num_layers(), keys.integer("full_attention_interval", 4), attention[0]
+    kinds = [full if (i + 1) % interval == 0 else RECURRENT for i in range(num_layers)]
     kinds = keys.texts("layer_types", kinds)
-    if len(kinds) != num_layers or not {RECURRENT, FULL}.issuperset(kinds) or FULL not in kinds:
-        keys.refuse("layer_types", f"{RECURRENT} or {FULL}, once for each of {num_layers} layers, one of them {FULL}")
+    if len(kinds) != num_layers or not {RECURRENT, *attention}.issuperset(kinds) or {RECURRENT}.issuperset(kinds):
+        keys.refuse("layer_types", f"{RECURRENT} or {full}, once for each of {num_layers} layers, one of them {full}")
     return tuple(i for i, kind in enumerate(kinds) if kind == RECURRENT)
 
 

@@ -152,7 +152,15 @@ CASES = {
 }
 FAMILIES = {  # which transformers has to make first
     name.replace(" ", "-"): Case(write_family(name), "config.json", load)
-    for name in ("qwen2 sliding", "qwen3 moe", "qwen3 next", "qwen3.5 moe vision", "llama yarn scales", "llama4 chunks")
+    for name in (
+        "qwen2 sliding",
+        "qwen3 moe",
+        "qwen3 next",
+        "qwen3.5 moe vision",
+        "qwen4 exp long ngrams vision",
+        "llama yarn scales",
+        "llama4 chunks",
+    )
 }
 
 

@@ -43,10 +43,15 @@ LLAMA4 = {"num_hidden_layers": 4, "head_dim": 32, "num_local_experts": 4, "inter
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 VISION = {
     "Qwen3_5": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+    "Qwen4Exp": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
     "Llama4": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
     | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
 }
 SHARED = {"shared_expert_intermediate_size": 80}
+STREAMS = {"hc_count": 3, "hc_lowrank": 32}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_compress_ratio": 8}
+NGRAMS = {"ple_layer_ids": [3, 1], "heads_per_ngram": 2, "ngram_vocab_size_base": 101, "split_ngram_parts": 4}
+EXP = MIXTURE | SHARED | DELTA | STREAMS | INDEXER | {"indexer_budget": 128, "eos_token_id": [24, 9]}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama grouped untied": ("Llama", {}),
@@ -85,6 +90,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4 vision": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2}),
     "qwen3.5 moe": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA | {"layer_types": LINEAR_FIRST}),
     "qwen3.5 moe fused": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
+    "qwen4 exp": ("Qwen4Exp", EXP),
+    "qwen4 exp ngrams": ("Qwen4Exp", EXP | NGRAMS | {"output_gate_type": "sigmoid"}),
+    "qwen4 exp long ngrams vision": (
+        "Qwen4Exp",
+        EXP | NGRAMS | {"ngram_size": 4, "ple_embed_dim": 36, "ple_conv_kernel_size": 2, "eos_token_id": 10},
+    ),
 }
 
 
@@ -111,9 +122,10 @@ def make_reference(case: str) -> Reference:
     config.architectures = [family + kind]
     torch.manual_seed(0)
     model = getattr(transformers, family + kind)(config).eval()
-    hybrid = hasattr(config.get_text_config(), "linear_num_key_heads")
+    hybrid, streams = (hasattr(config.get_text_config(), key) for key in ("linear_num_key_heads", "hc_count"))
+    std = 0.12 if hybrid and not streams else 0.2  # of what is read from streams all is normalised
     for name, parameter in model.named_parameters():
-        parameter.data.normal_(mean=_mean(name, hybrid) if parameter.dim() == 1 else 0.0, std=0.12 if hybrid else 0.2)
+        parameter.data.normal_(mean=_mean(name, hybrid) if parameter.dim() == 1 else 0.0, std=std)
     tensors = dict(model.state_dict()) if case.endswith("fused") else _published(model)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -125,7 +137,7 @@ def make_reference(case: str) -> Reference:
 def _config(family: str, settings: dict[str, Any]) -> Any:
     import transformers
 
-    text = "Text" if family.startswith(("Qwen3_5", "Llama4")) else ""
+    text = "Text" if family.startswith(("Qwen3_5", "Qwen4", "Llama4")) else ""
     return getattr(transformers, f"{family}{text}Config")(
         hidden_size=64,
         intermediate_size=96,

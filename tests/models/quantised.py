@@ -18,6 +18,7 @@ Written: TypeAlias = "tuple[dict[str, Tensor], Tensor]"  # a matrix's tensors by
 PLAIN = {
     "embed_tokens",
     "wte",
+    "ngram_embedding",
     "lm_head",
     "gate",
     "router",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 FAMILIES = [
     "llama grouped untied", "llama4", "qwen1", "qwen2 tied", "qwen2 moe", "qwen3", "qwen3 moe", "qwen3 next",
-    "qwen3.5", "qwen3.5 vision", "qwen3.5 moe",
+    "qwen3.5", "qwen3.5 vision", "qwen3.5 moe", "qwen4 exp ngrams",
 ]  # fmt: skip
 SOME = {  # families of the formats that are not for all, or read as others are
     "mlx": {"llama grouped untied", "qwen2 tied", "qwen3"},  # whose tensors MLX leaves as they are

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from checkpoints import make_reference
+from checkpoints import Reference, make_reference
 from safetensors.torch import save_file
 from stepper import Stepper
 
@@ -20,6 +20,7 @@ from blade.banner import describe
 from blade.plugins import load
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -42,10 +43,13 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = make_reference("qwen3.5 vision")
-    folder = tmp_path_factory.mktemp("tiny-hybrid")
-    (folder / "config.json").write_text(json.dumps(reference.config))
     tensors = reference.weights.tensors | heads(reference.weights.tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return written(reference.config, tensors, tmp_path_factory.mktemp("tiny-hybrid"))
+
+
+def written(config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -60,6 +64,10 @@ def heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> tuple[Assembly, Model]:
+    return opened(folder)
+
+
+def opened(folder: Path) -> tuple[Assembly, Model]:
     options = ModelOptions(model=str(folder), dtype="float32", max_model_len=128)
     assembly = choose(Config(model=options, engine=EngineConfig(threads=1)), load())
     return assembly, load_model(assembly)
@@ -67,8 +75,11 @@ def loaded(folder: Path) -> tuple[Assembly, Model]:
 
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[list[int], list[int]]]:
-    """Prompts, and what the model says greedily, each token from a pass of its own over all before it."""
-    reference = make_reference("qwen3.5 vision")
+    return greedy(make_reference("qwen3.5 vision"))
+
+
+def greedy(reference: Reference) -> list[tuple[list[int], list[int]]]:
+    """Prompts, and what the model says to them, each token from a pass of its own over all before it."""
     prompts = [reference.prompts[4][:90], reference.prompts[4][:90], reference.prompts[4][:70], [5] * 40, [7]]
     said = []
     for prompt in prompts:

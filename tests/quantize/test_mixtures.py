@@ -112,6 +112,12 @@ def test_what_the_model_does_not_see_is_copied_unless_it_sees_it_in_parts() -> N
     assert tensors["model.visual.patch.weight"].get("model.visual.patch.weight").sum() == 4
 
 
+def test_what_the_model_sees_put_together_is_written_as_a_whole() -> None:
+    seen = toy_tensors() | {"model.table.weight": torch.ones(4, 2)}
+    shards = {f"model.table.shard_{i}.weight": torch.ones(2, 2) for i in range(2)}
+    assert all_tensors(opened_toy(seen, toy_tensors() | shards)).keys() == seen.keys()
+
+
 def test_rows_come_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
     tensors = toy_tensors()
     tensors |= {f"model.mlp.experts.{i}.down_proj.weight": torch.zeros(D, I) for i in range(E)}
