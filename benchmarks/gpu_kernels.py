@@ -49,7 +49,7 @@ class Size:
     heads: tuple[int, int] = (28, 4)
     head_dim: int = 128
     vocab: int = 152064
-    batches: tuple[int, ...] = (1, 16, 64)
+    batches: tuple[int, ...] = (1, 8, 16, 32, 64)
     contexts: tuple[int, ...] = (1024, 8192)
     copies: bool = True
 
@@ -97,23 +97,20 @@ def dense_case(ops: Ops, n: int, k: int, rows: int, copies: int) -> Case:
 def linear_cases(ops: Ops, base: Ops, size: Size, rows: int) -> Iterator[Case]:
     for n, k in ((size.hidden, size.hidden), (2 * size.intermediate, size.hidden), (size.hidden, size.intermediate)):
         yield dense_case(ops, n, k, rows, size.num_copies(n * k * DTYPE.itemsize))
-    n, k, group = size.intermediate, size.hidden, 128
-    x = random(ops, rows, k)
-    for bits in (4, 8):
-        num_bytes = n * k * bits // 8 + n * k // group * 2
-        grouped = GroupedWeight(
-            bits=bits,
-            group=group,
-            q=torch.randint(2**bits, (n, k), dtype=torch.uint8),
-            scales=torch.full((n, k // group), 0.01, dtype=torch.float16),
-        )
+    n, k = 2 * size.intermediate, size.hidden
+    x, dense = random(ops, rows, k), base.linear(random(ops, n, k), None)
+    for bits, group, minima in ((4, 128, False), (4, 32, True), (8, 64, False)):  # GPTQ's; --quantize int4 and int8
+        scales = torch.full((n, k // group), 0.01, dtype=torch.float16, device=ops.device)
+        q = torch.randint(2**bits, (n, k), dtype=torch.uint8, device=ops.device)
+        grouped = GroupedWeight(bits, group, q, scales, -scales if minima else None)
+        num_bytes = n * k * bits // 8 + scales.nbytes * (2 if minima else 1)
         linears = [ops.quantized_linear([grouped], None) for _ in range(size.num_copies(num_bytes))]
-        dense = base.linear(random(ops, n, k), None)
         contenders: dict[str, list[Call]] = {
             "own": [partial(linear, x) for linear in linears],
             "dense": [partial(dense, x)],
         }
-        yield Case(f"W{bits}A16 {n}x{k} {rows} rows", num_bytes, contenders)
+        kind = f"W{bits}A16 groups of {group}{' with minima' if minima else ''}"
+        yield Case(f"{kind} {n}x{k} {rows} rows", num_bytes, contenders)
 
 
 def attention_cases(ops: Ops, size: Size, num_seqs: int, context: int) -> Iterator[Case]:
@@ -214,7 +211,7 @@ def measure(size: Size, turns: int) -> None:
         gb_s = case.num_bytes / (own or launch) / 1e3
         others = ", ".join(f"{key} {value:.1f}" for key, value in us.items() if value)
         print(
-            f"{case.name:32} {own or launch:8.1f} us ({others}) {gb_s:6.0f} GB/s {gb_s / bandwidth:6.1%}, "
+            f"{case.name:54} {own or launch:8.1f} us ({others}) {gb_s:6.0f} GB/s {gb_s / bandwidth:6.1%}, "
             f"launch {launch:.0f} us",
             flush=True,
         )
@@ -227,7 +224,7 @@ def dry_run() -> None:
     for case in cases(CudaOps(base, emulated()), base, SMALL):
         for calls in case.contenders.values():
             calls[0]()
-        print(f"{case.name:32} runs")
+        print(f"{case.name:54} runs")
 
 
 def main() -> None:
