@@ -153,6 +153,26 @@ def test_a_mixture_of_experts_waits_once_and_is_not_recorded(
     assert "which experts are chosen" in caplog.text
 
 
+def test_plain_experts_wait_for_nothing_and_are_recorded(launcher: Launcher) -> None:
+    ops, draw = CudaOps(Base(), launcher), torch.Generator().manual_seed(0)
+    matrices = torch.randn(5, 32, 24, generator=draw).bfloat16(), torch.randn(5, 24, 16, generator=draw).bfloat16()
+    linears = [[ops.linear(weight, None) for weight in weights] for weights in matrices]
+    x, weights = torch.randn(7, 24, generator=draw).bfloat16(), torch.rand(7, 3, generator=draw)
+    ids = torch.rand(7, 4, generator=draw).argsort(1)[:, :3]  # the last expert is never chosen
+    experts = ops.experts(*linears)
+    with Waits() as waits:
+        found = experts(x, ids, weights)
+    assert not waits.names
+    default = TorchOps().experts(*([TorchLinear(weight, None) for weight in part] for part in matrices))
+    for weigh_input in (False, True):
+        found, expected = experts(x, ids, weights, weigh_input), default(x, ids, weights, weigh_input)
+        torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) / 50)
+    assert experts(x[:0], ids[:0], weights[:0]).shape == (0, 24)
+    one = linears[0][3]
+    assert torch.equal(one(x), x @ matrices[0][3].T)  # it shares the stack's memory
+    assert not ops._waits
+
+
 def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:
     weight = make_weight(4, 32, "ZEROS", k=96)
     linear = ops.quantized_linear([weight], None)

@@ -1,4 +1,4 @@
-"""A mixture of experts on CUDA, over whatever linears its experts have."""
+"""A mixture of experts on CUDA: in two grouped products where the experts are plain, else expert by expert."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
+
+from blade_native.reference import TorchLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +17,50 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Linear
+
+ROW_BYTES = 16  # that rows of a grouped product's matrices are multiples of
+
+
+def are_plain(linears: Seq[Linear]) -> bool:
+    """Whether a grouped product covers them: plain matrices of one shape in bfloat16."""
+    weights = [linear.weight for linear in linears if type(linear) is TorchLinear and linear.bias is None]
+    return len(weights) == len(linears) and all(
+        weight.dtype == torch.bfloat16 and weight.shape == weights[0].shape and weight.shape[1] * 2 % ROW_BYTES == 0
+        for weight in weights
+    )
+
+
+class GroupedExperts:
+    """contracts.Experts over plain matrices: where each expert's tokens begin stays on the device, so that nothing is
+    waited for and steps can be captured. A token's results are summed in the order of its `ids`."""
+
+    def __init__(self, silu_mul: Callable[[Tensor], Tensor], gate_up: Seq[Linear], down: Seq[Linear]) -> None:
+        self.silu_mul = silu_mul
+        self.gate_up, self.down = stacked(gate_up), stacked(down)
+        self.experts = torch.arange(len(down), device=self.down.device)
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool = False) -> Tensor:
+        """`weigh_input`: weights are for what goes into the experts, and are rounded to x's dtype."""
+        chosen, order = torch.sort(ids.flatten(), stable=True)  # [T * k]
+        ends = torch.searchsorted(chosen, self.experts, right=True, out_int32=True)
+        gathered = x.index_select(0, order // ids.shape[1])
+        if weigh_input:
+            gathered = gathered * weights.flatten()[order, None].to(x.dtype)
+        inner = self.silu_mul(F.grouped_mm(gathered, self.gate_up.transpose(1, 2), offs=ends))
+        mixed = torch.empty_like(gathered)
+        mixed.index_copy_(0, order, F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends))
+        mixed = mixed.view(*ids.shape, x.shape[1])
+        if weigh_input:
+            return mixed.sum(1, dtype=torch.float32).to(x.dtype)
+        return (mixed * weights[..., None]).sum(1).to(x.dtype)
+
+
+def stacked(linears: Seq[Linear]) -> Tensor:
+    """The matrices as one [E, N, K], in which the linears have theirs from now on."""
+    whole = torch.stack([linear.weight for linear in linears])  # type: ignore[attr-defined]
+    for linear, weight in zip(linears, whole, strict=True):
+        linear.weight = weight  # type: ignore[attr-defined]
+    return whole
 
 
 class SortedExperts:

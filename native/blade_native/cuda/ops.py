@@ -12,7 +12,7 @@ import torch
 
 from blade.nn import dequantize
 from blade_native.cuda import packing
-from blade_native.cuda.experts import SortedExperts
+from blade_native.cuda.experts import GroupedExperts, SortedExperts, are_plain
 from blade_native.cuda.linear import DTYPES, DenseLinear, Device, LinearKernels, PackedLinear
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
@@ -110,6 +110,8 @@ class CudaOps(TorchOps):
         return super().embedding_of(linear, dtype)
 
     def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
+        if are_plain(gate_up) and are_plain(down):
+            return GroupedExperts(self.silu_mul, gate_up, down)
         self._waits = True
         return SortedExperts(self.silu_mul, gate_up, down)
 
