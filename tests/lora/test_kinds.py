@@ -99,6 +99,25 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
     torch.testing.assert_close(found, EXPECTED["experts"], rtol=1e-4, atol=1e-4)
 
 
+def test_names_with_and_without_eyes(tmp_path: Path) -> None:
+    """A model that sees as well has a longer name for its text model, whichever of the two was trained."""
+    case, short, long = "qwen3.5-dora", "model.layers", "model.language_model.layers"
+    config, tensors = (FIXTURES / case / name for name in ("config.json", "model.safetensors"))
+    text = json.loads(config.read_text())
+    seeing = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(seeing))
+    renamed = {name.replace("model.", "model.language_model."): x for name, x in load_file(tensors).items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    updates = read_adapter(FIXTURES / case)
+    longer = {prefix.replace(short, long): update for prefix, update in updates.items()}
+    for folder, names in ((tmp_path, updates), (tmp_path, longer), (FIXTURES / case, longer)):
+        prepared = prepare(folder, lora=("a=b",))
+        (found,) = logits(prepared, prepared[2].make("x", names))
+        torch.testing.assert_close(found, EXPECTED[case], rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"under two names, with and without 'language_model\.'"):
+        prepared[2].make("x", updates | longer)
+
+
 A, B = torch.zeros(8, 16), torch.zeros(32, 8)
 
 
