@@ -50,13 +50,14 @@ def test_the_embedding_is_read_once_or_not_at_all(smollm2_gguf: Path, capsys: py
 @pytest.mark.parametrize(
     ("embedding", "head"),
     [
-        ("model.embed_tokens", "lm_head"),
-        ("transformer.wte", "lm_head"),
-        ("language_model.model.embed_tokens", "language_model.lm_head"),
+        ("model.embed_tokens.weight", "lm_head.weight"),
+        ("model.embed_tokens._weight_qdata", "lm_head._weight_qdata"),
+        ("transformer.wte.weight", "lm_head.weight"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
     ],
 )
 def test_of_an_embedding_beside_the_output_matrix_a_token_reads_one_row(embedding: str, head: str) -> None:
-    numbers = {f"{embedding}.weight": 100, f"{head}.weight": 30, "model.layers.0.mlp.up_proj.weight": 7}
+    numbers = {embedding: 100, head: 30, "model.layers.0.mlp.up_proj.weight": 7}
     assembly: Any = SimpleNamespace(
         weights=TensorWeights({name: torch.zeros(num, 2) for name, num in numbers.items()}),
         checkpoint=SimpleNamespace(config={}),

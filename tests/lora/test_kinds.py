@@ -58,7 +58,7 @@ def test_logits_are_those_of_peft(case: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["dora", "experts"])
+@pytest.mark.parametrize("case", ["dora", "experts", "qwen3.5-dora"])
 def test_over_rounded_weights(case: str) -> None:
     """The lengths of rows are those of what the rounded weights stand for."""
     prepared = prepare(FIXTURES / case, lora=("a=b",), quantize="int8")
