@@ -32,7 +32,8 @@ class DraftOptions:
     decoding)."""
 
     model: str | None = None
-    """A folder, a .gguf file or a hub id; it implies --drafter model, for an EAGLE-3 head --drafter eagle3."""
+    """A folder, a .gguf file or a hub id; it implies --drafter model, for an EAGLE-3 head --drafter eagle3. With
+    --drafter mtp: where the model's heads are, if not in its own files."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     hub: Hub = "huggingface"

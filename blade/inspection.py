@@ -27,6 +27,8 @@ SHARE = 0.85  # of the memory's read bandwidth, at which the weights stream
 LAYER_SECONDS = 60e-6  # for all that is no weight
 TOKEN_SECONDS = 1e-3  # to sample it, and to send it
 
+EMBEDDINGS, NGRAMS, HEAD = ("embed_tokens", "wte"), "ngram_embedding", "lm_head"  # what families call them
+
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """How blade runs a checkpoint here. Sizes in bytes."""
@@ -149,15 +151,14 @@ def _memory_problem(assembly: Assembly) -> str | None:
 
 def _bytes_per_token(assembly: Assembly) -> int:
     """All weights, but for embeddings where they are not the output matrix too, and for experts that are not chosen."""
-    from blade.nn.tensors import loaded_bytes
+    from blade.nn.tensors import loaded_bytes, split_name
 
     weights, quantization = assembly.weights, assembly.form.quantization
-    names = set(weights.names())
+    part_of = {name: split_name(name)[0].rpartition(".")[2] for name in weights.names()}  # whatever the model's prefix
+    unread = {NGRAMS, *(EMBEDDINGS if HEAD in part_of.values() else ())}
     total = 0.0
-    for name in names:
-        if name.endswith("ngram_embedding.weight"):
-            continue
-        if name.endswith("embed_tokens.weight") and any(other.startswith("lm_head.") for other in names):
+    for name, part in part_of.items():
+        if part in unread:
             continue
         num_bytes = loaded_bytes(name, weights, assembly.ops, assembly.dtype, quantization)
         total += num_bytes * (_share_of_experts(assembly.checkpoint.config) if ".experts." in name else 1)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -261,6 +262,13 @@ class Float8Weight:
 QuantizedWeight: TypeAlias = GroupedWeight | Float8Weight
 
 
+class RankScale(NamedTuple):
+    """Of an update, where its matrices do not tell."""
+
+    rank: int
+    scale: float
+
+
 @dataclass(slots=True, frozen=True)
 class LowRank:
     """An update of a linear's W [N, K], scale * b a (LoRA, Hu et al. 2021)."""
@@ -270,7 +278,7 @@ class LowRank:
     scale: float
     of_table: bool = False  # of an embedding's K rows of N numbers instead
     magnitude: Tensor | None = None  # [N]: what the rows' lengths are to be after the update (DoRA, Liu et al. 2024)
-    num_experts: int = 0  # of as many experts' W in one: a [E r, K], b [N, r E]; see blade.nn.lora_experts
+    experts: Mapping[str, RankScale] | None = None  # of all experts' W in one, by its name: see blade.nn.lora_experts
 
 
 @dataclass(slots=True, frozen=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from blade.cli import main
+from blade.inspection import _bytes_per_token
+from blade.testing import TensorWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +45,29 @@ def test_the_embedding_is_read_once_or_not_at_all(smollm2_gguf: Path, capsys: py
     served = inspected(capsys, str(smollm2_gguf), "--dtype", "bfloat16", "--quantize", "none")["served"]
     assert served["bytes_per_token"] == served["weight_bytes"]  # tied: it is the output matrix
     assert served["tokens_per_second"] is None or served["tokens_per_second"] > 1
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.embed_tokens.weight", "lm_head.weight"),
+        ("model.embed_tokens._weight_qdata", "lm_head._weight_qdata"),
+        ("transformer.wte.weight", "lm_head.weight"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ],
+)
+def test_of_an_embedding_beside_the_output_matrix_a_token_reads_one_row(embedding: str, head: str) -> None:
+    numbers = {embedding: 100, head: 30, "model.layers.0.mlp.up_proj.weight": 7}
+    assembly: Any = SimpleNamespace(
+        weights=TensorWeights({name: torch.zeros(num, 2) for name, num in numbers.items()}),
+        checkpoint=SimpleNamespace(config={}),
+        form=SimpleNamespace(quantization=None),
+        ops=None,
+        dtype=torch.bfloat16,
+    )
+    assert _bytes_per_token(assembly) == 2 * 2 * (30 + 7)
+    assembly.weights = TensorWeights({name: torch.zeros(num, 2) for name, num in numbers.items() if head not in name})
+    assert _bytes_per_token(assembly) == 2 * 2 * (100 + 7)
 
 
 def test_a_family_that_is_not_served(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def choose(config: Config, plugins: Plugins, to_load: bool = False) -> Assembly:
 
 
 def _choose_draft(config: Config, plugins: Plugins, target: Assembly) -> Assembly | None:
-    """What --draft.model names, or heads in the target's own checkpoint that a drafter asks for."""
+    """What --draft.model names, or heads that a drafter asks for: there, or in the target's own checkpoint."""
     names = config.engine.drafter
     registry: Any = plugins.registry("register_drafters")
     own = next((name for name in names if hasattr(registry[name], "head")), None)
@@ -53,12 +53,14 @@ def _choose_draft(config: Config, plugins: Plugins, target: Assembly) -> Assembl
         if wanting:
             raise ConfigError(f"--drafter {wanting[0]} has no model to draft with.", "Name one with --draft.model.")
         return _own_head(target, registry[own]) if own else None
-    if own:
-        raise ConfigError(
-            f"--drafter {own} drafts with the model's own heads, and --draft.model names another draft model.",
-            "Leave one of them out.",
-        )
     options = {field.name: getattr(config.draft, field.name) for field in fields(config.draft)}
+    if own:
+        if wanting:
+            raise ConfigError(
+                f"--drafter {own} and --drafter {wanting[0]} would both draft with --draft.model.",
+                "Leave one of them out.",
+            )
+        return _own_head(_holder_of_heads(config, plugins, target, options), registry[own])
     kinds = next((registry[name].draft_architectures for name in wanting if name != DRAFT_MODEL), ())
     draft = _choose(replace(config, model=ModelOptions(**options)), plugins, target=target, kinds=kinds)
     if other := next((name for name in wanting if name != draft.drafter), None):
@@ -67,9 +69,11 @@ def _choose_draft(config: Config, plugins: Plugins, target: Assembly) -> Assembl
             f"Leave --drafter {other} out.",
         )
     if draft.model_config.state is not None:
+        heads = own_heads(draft)
+        remedy = f"add --drafter {heads.drafter}, which drafts with its heads" if heads else "use --drafter suffix"
         raise ConfigError(
             f"--draft.model {draft.model_name} has recurrent layers, which cannot take back what they drafted.",
-            "Choose a draft model with attention alone, or --drafter suffix.",
+            f"Choose a draft model with attention alone, or {remedy}.",
         )
     return draft
 
@@ -122,6 +126,15 @@ def _choose(
         attention=attention,
         dtype=dtype,
     )
+
+
+def _holder_of_heads(config: Config, plugins: Plugins, target: Assembly, options: dict[str, Any]) -> Assembly:
+    """The target with the files that --draft.model names in place of its own: quantised forms of a model often leave
+    its heads out, and GGUF files may have them apart."""
+    dtype = _dtype(replace(config, model=ModelOptions(**options)), target.ops, target)
+    model = ModelOptions(**options | {"dtype": str(dtype).removeprefix("torch.")})
+    found = _choose(replace(config, model=model), plugins, target=target)
+    return replace(target, checkpoint=found.checkpoint, form=found.form, model_name=found.model_name)
 
 
 def own_heads(assembly: Assembly) -> Assembly | None:

@@ -13,21 +13,24 @@ from __future__ import annotations
 import logging
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from blade.checkpoint.json_file import read_json
 from blade.checkpoint.safetensors import MappedFile
 from blade.errors import CheckpointError
-from blade.types import LowRank
+from blade.types import LowRank, RankScale
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+Number = TypeVar("Number", int, float)
 log = logging.getLogger("blade.lora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1024
+KINDS = ("gate_up_proj", "down_proj")  # of the parameters that all experts of a layer are in
 UNSERVED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "kasa_config", "arrow_config")
 _NAME = re.compile(
     r"base_model\.model\.(?P<prefix>[\w.]+)\."
@@ -35,8 +38,9 @@ _NAME = re.compile(
     re.ASCII,
 )
 _BASE = re.compile(r"base_model\.model\.(?P<prefix>[\w.]*(lm_head|embed_tokens|wte))(\.base_layer)?\.weight", re.ASCII)
-_EXPERTS = re.compile(r".+\.experts(\.base_layer)?", re.ASCII)
-_PLAIN = re.compile(r"[\w.]+", re.ASCII)  # of a pattern: a module's name, or how it ends
+_EXPERTS = re.compile(r"(?P<module>.+\.experts)(\.base_layer)?", re.ASCII)
+_WHOLE = ".*\\."  # what a pattern of PEFT's own begins with; as any does, it says how names end
+_PLAIN = re.compile(rf"({re.escape(_WHOLE)})?[\w.]+", re.ASCII)  # of a pattern: a module's name, or how it ends
 
 
 class AdapterConfig(msgspec.Struct, frozen=True):
@@ -61,10 +65,17 @@ class AdapterConfig(msgspec.Struct, frozen=True):
 
     def scale(self, prefix: str, rank: int) -> float:
         """By what B A is multiplied (rsLoRA: Kalajdzievski 2023)."""
-        patterns = self.alpha_pattern or {}
-        key = next((key for key in patterns if prefix == key or prefix.endswith(f".{key}")), None)
-        alpha = self.lora_alpha if key is None else patterns[key]
+        alpha = _of(prefix, self.alpha_pattern, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank(self, prefix: str) -> int:
+        return _of(prefix, self.rank_pattern, self.r)
+
+
+def _of(prefix: str, patterns: Mapping[str, Number] | None, default: Number) -> Number:
+    """What is said of it by the first pattern that it fits."""
+    found = (value for key, value in (patterns or {}).items() if f".{prefix}".endswith(f".{key.removeprefix(_WHOLE)}"))
+    return next(found, default)
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:
@@ -123,36 +134,43 @@ def _update(path: Path, prefix: str, half: dict[str, Any], config: AdapterConfig
     if half.keys() != {"A", "B"} and not of_table:
         raise CheckpointError(f"{path}: {prefix!r} has lora_{next(iter(half), 'magnitude_vector')} alone.")
     a, b = (half[f"embedding_{side}" if of_table else side] for side in "AB")
-    num_experts = _num_experts(path, prefix, len(a), config)
-    rank = len(a) // (num_experts or 1)
-    if b.shape[1] != len(a) or not 1 <= rank <= MOST_RANK:
+    if b.shape[1] != len(a) or not len(a):
         raise CheckpointError(f"{path}: {prefix!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}.")
+    if config.use_dora is not (magnitude is not None):
+        has = "no" if magnitude is None else "a"
+        raise CheckpointError(f"{path}: {prefix!r} has {has} lora_magnitude_vector; use_dora is {config.use_dora}.")
+    experts = _EXPERTS.fullmatch(prefix)
+    if magnitude is not None and (of_table or experts or magnitude.shape != b.shape[:1]):
+        raise CheckpointError(
+            f"{path}: {prefix!r} has lora_magnitude_vector {list(magnitude.shape)}, and lora_B {list(b.shape)}.",
+            "blade serves DoRA of linears alone.",
+        )
+    if experts:
+        return LowRank(
+            a, b, 1.0, experts={kind: _of_all(path, f"{experts['module']}.{kind}", config) for kind in KINDS}
+        )
+    return LowRank(a, b, _scale(path, prefix, len(a), config), of_table, magnitude)
+
+
+def _scale(path: Path, prefix: str, rank: int, config: AdapterConfig) -> float:
     told = {config.r, *(config.rank_pattern or {}).values()}
     if rank not in told:
         raise CheckpointError(
             f"{path}: {prefix!r} is of rank {rank}; by {CONFIG} it would be {' or '.join(map(str, sorted(told)))}.",
             "Fetch both files again.",
         )
-    scale = config.scale(prefix, rank)
+    scale = config.scale(prefix, rank) if 1 <= rank <= MOST_RANK else math.nan
     if not math.isfinite(scale):
-        raise CheckpointError(f"{path}: the scale of {prefix!r} is {scale}.")
-    if config.use_dora is not (magnitude is not None):
-        has = "no" if magnitude is None else "a"
-        raise CheckpointError(f"{path}: {prefix!r} has {has} lora_magnitude_vector; use_dora is {config.use_dora}.")
-    if magnitude is not None and (of_table or num_experts or magnitude.shape != b.shape[:1]):
+        raise CheckpointError(f"{path}: the scale of {prefix!r}, of rank {rank}, is {scale}.")
+    return scale
+
+
+def _of_all(path: Path, parameter: str, config: AdapterConfig) -> RankScale:
+    """What the update of all experts' matrices has, whose shapes alone do not tell."""
+    if odd := next((key for key in config.rank_pattern or {} if not _PLAIN.fullmatch(key)), None):
         raise CheckpointError(
-            f"{path}: {prefix!r} has lora_magnitude_vector {list(magnitude.shape)}, and lora_B {list(b.shape)}.",
-            "blade serves DoRA of linears alone.",
+            f"{path}: the pattern {odd!r} in rank_pattern is not served where experts are changed.",
+            "Give their names.",
         )
-    return LowRank(a, b, scale, of_table, magnitude, num_experts)
-
-
-def _num_experts(path: Path, prefix: str, num_rows: int, config: AdapterConfig) -> int:
-    """Of what has all experts of a layer in one: how many, each of the rank in the configuration. 0 for a linear."""
-    if not _EXPERTS.fullmatch(prefix):
-        return 0
-    if config.rank_pattern:
-        raise CheckpointError(f"{path}: rank_pattern is not served where experts are changed.", "Give all one rank.")
-    if config.r < 1 or num_rows % config.r:
-        raise CheckpointError(f"{path}: lora_A of {prefix!r} has {num_rows} rows, no multiple of r, {config.r}.")
-    return num_rows // config.r
+    rank = config.rank(parameter)
+    return RankScale(rank, _scale(path, parameter, rank, config))

@@ -28,6 +28,7 @@ Prefixes: TypeAlias = tuple[str, ...]
 Shapes: TypeAlias = "Seq[tuple[int, int]]"
 NAMESPACE_BYTES = 16
 HEAD = "lm_head"
+TEXT_PART = "language_model."
 
 
 @dataclass(slots=True, frozen=True)
@@ -103,16 +104,16 @@ class Adapters:
 
     def make(self, name: str, updates: Mapping[str, LowRank]) -> Adapter:
         """Raises CheckpointError for an update of what is no linear or embedding of the model, or of another shape."""
-        left, made, tables, experts = dict(updates), {}, {}, {}
+        left, made, tables, experts = _of_text(name, updates), {}, {}, {}
         for prefix, shape in self._tables.items():
-            if prefix in left and left[prefix].of_table:
-                tables[prefix] = self._table_update(name, prefix, shape, left.pop(prefix))
+            if (part := left.get(_in_text(prefix))) and part.of_table:
+                tables[prefix] = self._table_update(name, prefix, shape, left.pop(_in_text(prefix)))
         for prefixes, (shapes, order) in self._stacks.items():
             parts = [self._part(left, prefix) for prefix in prefixes]
             if any(parts):
                 made[prefixes] = self._update(name, prefixes, shapes, order, parts)
         for prefix, mixture in self._experts.items():
-            split_experts(name, prefix, mixture, left)
+            split_experts(name, _in_text(prefix), mixture, left)
             found = [self._expert(name, f"{prefix}.{expert}", mixture, left) for expert in range(mixture.num)]
             if any(any(pair) for pair in found):
                 experts[prefix] = found
@@ -127,7 +128,7 @@ class Adapters:
     ) -> tuple[Update | None, Update | None]:
         """The updates of one expert's gate and up, and of its down, taken out."""
         gate_up, down = (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (f"{prefix}.down_proj",)
-        first, second = ([left.pop(linear, None) for linear in linears] for linears in (gate_up, down))
+        first, second = ([left.pop(_in_text(linear), None) for linear in linears] for linears in (gate_up, down))
         return (
             self._update(name, gate_up, shapes.gate_up, None, first) if any(first) else None,
             self._update(name, down, shapes.down, None, second) if any(second) else None,
@@ -138,6 +139,7 @@ class Adapters:
         which has a name of its own for adapters."""
         if prefix in self._tables:
             prefix = next((other for other in left if other.rpartition(".")[2] == HEAD), "")
+        prefix = _in_text(prefix)
         return left.pop(prefix) if prefix in left and not left[prefix].of_table else None
 
     def _table_update(self, name: str, prefix: str, shape: tuple[int, int], part: LowRank) -> TableUpdate:
@@ -223,6 +225,19 @@ class AdaptedEmbedding:
             if (update := adapter.tables.get(self._prefix)) is not None:
                 self._adapters.ops.add_rows(y, rows, update(ids if rows is None else ids[rows]))
         return y
+
+
+def _of_text(name: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    found = {_in_text(prefix): update for prefix, update in updates.items()}
+    if len(found) < len(updates):
+        raise CheckpointError(f"The adapter {name!r} changes a linear under two names, with and without {TEXT_PART!r}.")
+    return found
+
+
+def _in_text(prefix: str) -> str:
+    """What a model that only reads calls a part: in a checkpoint that sees as well, be it the model's or the one that
+    the adapter was trained on, names are longer."""
+    return prefix.replace(TEXT_PART, "")
 
 
 def _check_shape(name: str, prefix: str, part: LowRank, shape: tuple[int, int]) -> None:

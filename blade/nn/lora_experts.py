@@ -4,7 +4,8 @@ whose adapter changes an expert are computed once more, expert by expert.
 PEFT has updates of experts in two forms: of linears of their own, `experts.3.up_proj`; and, as `target_parameters`, of
 what transformers 5 keeps all experts of a layer in, `gate_up_proj` and `down_proj`. The latter's tensors are under
 `experts` and, the second one, `experts.base_layer`: A [E r, K], expert by expert, and B [N, r E], rank by rank; where
-matrices are kept transposed, as Llama 4's, N and K are those of the transposed ones.
+matrices are kept transposed, as Llama 4's, N and K are those of the transposed ones. Which of the two one is of, and
+so its rank and scale, only its shape says.
 """
 
 from __future__ import annotations
@@ -56,26 +57,25 @@ def split_experts(name: str, prefix: str, shapes: ExpertShapes, updates: dict[st
         part = updates.pop(key)
         n, k = len(part.b), part.a.shape[1]
         n, k = (k, n) if shapes.transposed else (n, k)
-        kinds = {
-            (2 * shapes.inner, shapes.outer): ("gate_proj", "up_proj"),
-            (shapes.outer, shapes.inner): ("down_proj",),
-        }
-        if part.num_experts != shapes.num or (n, k) not in kinds:
+        kind = {(2 * shapes.inner, shapes.outer): "gate_up_proj", (shapes.outer, shapes.inner): "down_proj"}.get((n, k))
+        rank, scale = (part.experts or {}).get(kind or "", (0, 0.0))
+        if len(part.a) != shapes.num * rank:
             raise CheckpointError(
-                f"The adapter {name!r} has an update of {part.num_experts} experts of ({n}, {k}) under {prefix}, which "
-                f"has {shapes.num}, {shapes.outer} to {shapes.inner} and back."
+                f"The adapter {name!r} has an update of rank {len(part.a)}, of all experts, of ({n}, {k}) matrices "
+                f"under {prefix}, which has {shapes.num} experts, {shapes.outer} to {shapes.inner} and back"
+                + (f"; by adapter_config.json each is of rank {rank}." if rank else ".")
             )
-        for expert, (a, b) in enumerate(_parts(part, shapes.transposed)):
-            for kind, rows in zip(kinds[n, k], b.chunk(len(kinds[n, k])), strict=True):
-                updates[f"{prefix}.{expert}.{kind}"] = LowRank(a, rows, part.scale)
+        names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        for expert, (a, b) in enumerate(_parts(part, shapes)):
+            for linear, rows in zip(names, b.chunk(len(names)), strict=True):
+                updates[f"{prefix}.{expert}.{linear}"] = LowRank(a, rows, scale)
 
 
-def _parts(part: LowRank, transposed: bool) -> list[tuple[Tensor, Tensor]]:
+def _parts(part: LowRank, shapes: ExpertShapes) -> list[tuple[Tensor, Tensor]]:
     """A [r, K] and B [N, r] of each expert."""
-    num = part.num_experts
-    b = part.b.view(len(part.b), -1, num).permute(2, 0, 1)
-    pairs = zip(part.a.view(num, -1, part.a.shape[1]), b, strict=True)
-    return [(b.T, a.T) if transposed else (a, b) for a, b in pairs]
+    b = part.b.view(len(part.b), -1, shapes.num).permute(2, 0, 1)
+    pairs = zip(part.a.view(shapes.num, -1, part.a.shape[1]), b, strict=True)
+    return [(b.T, a.T) if shapes.transposed else (a, b) for a, b in pairs]
 
 
 class AdaptedExperts:

@@ -25,7 +25,7 @@ def find_head(config: Mapping[str, Any], weights: Weights) -> MultiTokenPredicti
     if not any(name.startswith("mtp.") for name in weights.names()):
         raise CheckpointError(
             "The checkpoint has no multi-token prediction heads, no tensors mtp.*, for --drafter mtp.",
-            "Choose another drafter, such as suffix.",
+            "Name one of this model that has them with --draft.model, or choose another drafter, such as suffix.",
         )
     return MultiTokenPrediction()
 

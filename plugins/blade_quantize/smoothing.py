@@ -54,7 +54,7 @@ class Smoother:
         if config.architecture not in KNOWN:
             raise ConfigError(
                 f"--algo {scheme.algo} does not know how the layers of {config.architecture} are put together.",
-                f"It knows {', '.join(sorted(KNOWN))}. Use --algo {'gptq' if scheme.solves else 'minmax'}.",
+                f"It knows {', '.join(sorted(KNOWN))}. Use --algo gptq.",
             )
         self.factors: dict[str, Tensor] = {}  # module -> [N] float32, for the rows of its weight and its bias
         self._scheme, self._weights, self._grid = scheme, weights, grid
@@ -89,7 +89,7 @@ class Smoother:
             return name
         raise ConfigError(
             f"--algo {self._scheme.algo} does not know what comes before {prefixes[0]}.",
-            f"Use --algo {'gptq' if self._scheme.solves else 'minmax'}.",
+            "Use --algo gptq.",
         )
 
 

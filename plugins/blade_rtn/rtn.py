@@ -42,6 +42,9 @@ class Int8(GroupedQuantization):
             return None
         return Matrix(shape, self._bytes(prefix, *shape))
 
+    def num_params(self, name: str, weights: Weights) -> None:
+        """Tensors are plain: nothing has to be known of them, and nothing is told of those that no model reads."""
+
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
         return self.rounded(prefix, weights, None)
 

@@ -131,7 +131,11 @@ def test_what_goes_with_what(tiny_llama: Path, tiny_draft: Path, head: Path) -> 
         ((tiny_llama, None, "eagle3"), "--drafter eagle3 has no model to draft with"),
         ((tiny_llama, None, "mtp"), "no multi-token prediction heads, no tensors mtp"),
         ((tiny_llama, head, "model"), "is for --drafter eagle3, not for --drafter model"),
-        ((tiny_llama, tiny_draft, "mtp"), "--draft.model names another draft model"),
+        (
+            (tiny_llama, tiny_draft, "mtp"),
+            "no multi-token prediction heads.* Name one of this model that has them with",
+        ),
+        ((tiny_llama, head, "mtp", "eagle3"), "--drafter mtp and --drafter eagle3 would both draft with --draft"),
     ):
         with pytest.raises(BladeError, match=message):
             chosen(*args)  # type: ignore[arg-type]
@@ -162,6 +166,17 @@ def test_inspect_tells_of_heads(tiny_llama: Path, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit, match="0"):
         main(["inspect", str(folder), "--dtype", "float32"])
     assert f"heads    of its own to draft with, {size(4 * num_own)}, for --drafter mtp\n" in capsys.readouterr().out
+
+
+def test_heads_may_lie_in_another_form_of_the_model(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = with_heads(tiny_llama, tmp_path / "own")
+    own, other = chosen(folder, None, "mtp").draft, chosen(tiny_llama, folder, "mtp").draft
+    assert own is not None
+    assert other is not None
+    assert other.weight_bytes == own.weight_bytes > 0
+    assert other.checkpoint.path == folder
+    with pytest.raises(BladeError, match="runs in the dtype of the model"):
+        chosen(tiny_llama, folder, "mtp", dtype="bfloat16")
 
 
 def test_heads_of_several_layers_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

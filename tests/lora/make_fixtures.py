@@ -1,6 +1,6 @@
 """Makes the adapters in fixtures/ with PEFT, random ones over tiny random models, and notes what PEFT computes.
 
-pip install peft==0.21.2 transformers==5.17.0   # in an environment of their own
+pip install peft==0.21.2 transformers==5.24.0   # in an environment of their own
 python tests/lora/make_fixtures.py
 """
 
@@ -27,6 +27,11 @@ LLAMA4 = {
     "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "intermediate_size_mlp": 48,
     "no_rope_layers": [1],
 }  # fmt: skip
+DELTA = {
+    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "rms_norm_eps": 1e-3,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+SHARED = {"shared_expert_intermediate_size": 16}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, what differs, the adapter
     "dora": (
         "Llama",
@@ -52,6 +57,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # family, what
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
     ),
+    # gates and ups of experts become one parameter, whose rank is twice that of the others
+    "qwen3-next": ("Qwen3Next", DELTA | EXPERTS | SHARED, {"r": 3, "target_modules": "all-linear"}),
+    "qwen3.5-dora": (
+        "Qwen3_5",
+        DELTA,
+        {
+            "r": 2,
+            "use_dora": True,
+            "target_modules": ["in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj", "q_proj", "o_proj", "up_proj"],
+        },
+    ),
     "experts-down": ("Qwen3Moe", EXPERTS, {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}),
 }
 
@@ -60,7 +76,7 @@ def make(name: str) -> torch.Tensor:
     """PEFT's logits after each token of the prompt."""
     family, sizes, settings = CASES[name]
     torch.manual_seed(0)
-    text = "Text" if family == "Llama4" else ""
+    text = "Text" if family.startswith(("Llama4", "Qwen3_5")) else ""
     config = getattr(transformers, f"{family}{text}Config")(**SIZES | sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for key, parameter in model.named_parameters():

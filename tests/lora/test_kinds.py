@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from blade import CheckpointError, SamplingParams, Sequence, Step
 from blade.checkpoint.peft import read_adapter
 from blade.engine.batch import build_batch
+from blade.engine.state_cache import with_states
 
 from .test_generation import PROMPTS, generate, prepare
 
@@ -32,13 +33,17 @@ EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 def logits(prepared: Any, *chosen: Adapter | None) -> list[Tensor]:
     """After every token of the prompt, of a sequence for each adapter, all in one step."""
     assembly, model, adapters = prepared
-    seqs = [Sequence(i, PROMPT, SamplingParams(max_tokens=1), blocks=[i]) for i in range(len(chosen))]
-    batch = build_batch(Step(seqs, [len(PROMPT)] * len(seqs)), 16, assembly.ops.to_device)
-    batch.logits_rows = torch.arange(len(seqs) * len(PROMPT))
+    num = len(chosen)
+    seqs = [Sequence(i, PROMPT, SamplingParams(max_tokens=1), blocks=[i]) for i in range(num)]
+    batch = build_batch(Step(seqs, [len(PROMPT)] * num), 16, assembly.ops.to_device)
+    batch.logits_rows = torch.arange(num * len(PROMPT))
+    batch.state_in, batch.state_out = torch.full((num,), -1, dtype=torch.int32), torch.arange(num, dtype=torch.int32)
+    kv = assembly.attention.allocate(assembly.kv_spec, num)
+    kv = with_states(kv, model.config, num, assembly.dtype, assembly.ops.device)
     of_tokens = [adapter for adapter in chosen for _ in PROMPT]
     with adapters.chosen(of_tokens, of_tokens):
-        found = model.forward(batch, assembly.attention.allocate(assembly.kv_spec, len(seqs)))
-    return list(found.chunk(len(seqs)))
+        found = model.forward(batch, kv)
+    return list(found.chunk(num))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -53,7 +58,7 @@ def test_logits_are_those_of_peft(case: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["dora", "experts"])
+@pytest.mark.parametrize("case", ["dora", "experts", "qwen3.5-dora"])
 def test_over_rounded_weights(case: str) -> None:
     """The lengths of rows are those of what the rounded weights stand for."""
     prepared = prepare(FIXTURES / case, lora=("a=b",), quantize="int8")
@@ -61,7 +66,7 @@ def test_over_rounded_weights(case: str) -> None:
     assert float((found - EXPECTED[case]).norm() / EXPECTED[case].norm()) < 0.05
 
 
-@pytest.mark.parametrize("case", ["dora", "experts"])
+@pytest.mark.parametrize("case", ["dora", "experts", "qwen3-next", "qwen3.5-dora"])
 def test_a_mixed_batch_generates_what_each_alone_does(case: str) -> None:
     prepared = prepare(FIXTURES / case, lora=("a=b",))
     adapter = prepared[2].make("x", read_adapter(FIXTURES / case))
@@ -94,16 +99,48 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
     torch.testing.assert_close(found, EXPECTED["experts"], rtol=1e-4, atol=1e-4)
 
 
+def test_names_with_and_without_eyes(tmp_path: Path) -> None:
+    """A model that sees as well has a longer name for its text model, whichever of the two was trained."""
+    case, short, long = "qwen3.5-dora", "model.layers", "model.language_model.layers"
+    config, tensors = (FIXTURES / case / name for name in ("config.json", "model.safetensors"))
+    text = json.loads(config.read_text())
+    seeing = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(seeing))
+    renamed = {name.replace("model.", "model.language_model."): x for name, x in load_file(tensors).items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    updates = read_adapter(FIXTURES / case)
+    longer = {prefix.replace(short, long): update for prefix, update in updates.items()}
+    for folder, names in ((tmp_path, updates), (tmp_path, longer), (FIXTURES / case, longer)):
+        prepared = prepare(folder, lora=("a=b",))
+        (found,) = logits(prepared, prepared[2].make("x", names))
+        torch.testing.assert_close(found, EXPECTED[case], rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"under two names, with and without 'language_model\.'"):
+        prepared[2].make("x", updates | longer)
+
+
 A, B = torch.zeros(8, 16), torch.zeros(32, 8)
 
 
 @pytest.mark.parametrize(
     ("tensors", "settings", "message"),
     [
-        ({"A": A, "B": B}, {"r": 3}, "has 8 rows, no multiple of r, 3"),
-        ({"A": A, "B": B}, {"rank_pattern": {"x": 2}}, "rank_pattern is not served where experts are changed"),
-        ({"A": A, "B": B}, {"r": 4}, r"an update of 2 experts of \(32, 16\) under .*, which has 4, 32 to 16 and back"),
-        ({"A": A[:, :8], "B": B}, {}, r"an update of 4 experts of \(32, 8\) under"),
+        (
+            {"A": A, "B": B},
+            {"r": 3},
+            r"of \(32, 16\) matrices under .*, which has 4 experts, .*; by adapter_config.json each is of rank 3",
+        ),
+        (
+            {"A": A, "B": B},
+            {"rank_pattern": {"d.*": 2}},
+            "pattern 'd.*' in rank_pattern is not served where experts are",
+        ),
+        ({"A": A, "B": B}, {"rank_pattern": {"experts.down_proj": 1}}, "each is of rank 1"),
+        ({"A": A, "B": B}, {"r": 0}, "the scale of 'model.layers.0.mlp.experts.gate_up_proj', of rank 0, is nan"),
+        (
+            {"A": A[:, :8], "B": B},
+            {},
+            r"an update of rank 8, of all experts, of \(32, 8\) matrices under .*32 to 16 and back\.",
+        ),
         ({"A": A, "B": B[:, :4]}, {}, r"has lora_A \[8, 16\] and lora_B \[32, 4\]"),
         ({"A": A, "B": B}, {"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
     ],

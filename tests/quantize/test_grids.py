@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from itertools import product
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from blade_quantize import grids, layout
 from blade_quantize.grids import Float8Grid, IntGrid
-from blade_quantize.scheme import Scheme
+from blade_quantize.scheme import Algo, Kind, Mode, Scheme
 
 GROUP = 32
 
@@ -113,3 +115,18 @@ def test_schemes_that_no_server_runs(options: dict[str, Any], message: str) -> N
 
     with pytest.raises(ConfigError, match=message):
         Scheme(**options)
+
+
+def test_every_combination_is_taken_or_refused_by_the_name_of_an_option() -> None:
+    from blade import ConfigError
+
+    combinations = product(get_args(Algo), (8, 4), get_args(Kind), get_args(Mode), (None, 32), (True, False))
+    taken, refused = [], []
+    for algo, bits, kind, mode, group, symmetric in combinations:
+        try:
+            taken.append(str(Scheme(algo, bits, kind, mode, group, symmetric)))
+        except ConfigError as error:
+            refused.append(str(error))
+    assert all(re.match(r"--(algo|bits|type|mode|group|symmetric) .+(Use|Leave|Add) --", words) for words in refused)
+    integers, floats, both = 3 * 2 * 2 * 2, 2, 2 * 4
+    assert len(set(taken)) == len(taken) == integers + floats + both

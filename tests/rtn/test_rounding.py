@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from blade.nn import dequantize
+from blade.nn.tensors import num_params
+from blade.testing import TensorWeights
 from blade_native.simd.grouped import covers
 from blade_rtn import int4, int8
 from blade_rtn.int4 import quantize_int4
@@ -74,3 +76,12 @@ def test_what_chooses_experts_stays_plain() -> None:
 
     assert Int4().matrix("model.layers.0.mlp.gate", OneShape()) is None
     assert Int4().matrix("model.layers.0.mlp.experts.3.gate_proj", OneShape()) is not None
+
+
+def test_only_what_a_model_reads_is_told_to_stay_plain(caplog: pytest.LogCaptureFixture) -> None:
+    """All of a checkpoint's numbers are counted, those of eyes too."""
+    weights = TensorWeights({"model.visual.proj.weight": torch.zeros(4, 16), "model.mix.weight": torch.zeros(4, 16)})
+    assert num_params(weights, Int4()) == 128
+    assert not caplog.records
+    assert Int4().matrix("model.mix", weights) is None
+    assert "model.mix stays plain: its rows of 16 numbers do not divide into groups of 32" in caplog.text

@@ -45,6 +45,7 @@ _DELTA_NET = {  # of recurrent layers
     "ssm_out": "linear_attn.out_proj",
 }
 _VECTORS = {"ssm_dt.bias": "linear_attn.dt_bias", "ssm_a": "linear_attn.A_log"}  # whole names
+_HEAD = "nextn."
 _HEADS = {  # of layers that predict further tokens
     "nextn.eh_proj": "fc",
     "nextn.enorm": "pre_fc_norm_embedding",
@@ -75,8 +76,8 @@ class TensorNames:
             return [f"{_MODEL[part]}.{kind}"] if part in _MODEL and kind else None
         head = self.recurrent and int(layer) >= self.num_layers
         prefix = f"mtp.layers.{int(layer) - self.num_layers}" if head else f"model.layers.{layer}"
-        if head and kind and part in _HEADS:
-            return [f"mtp.{_HEADS[part]}.{kind}"]
+        if head and kind and part.startswith(_HEAD):  # one that blade does not know is the drafter's to refuse
+            return [f"mtp.{_HEADS.get(part, part.removeprefix(_HEAD))}.{kind}"]
         if part in _EXPERTS and kind:
             experts = f"{prefix}.{self.feed_forward}.experts"
             return [f"{experts}.{expert}.{half}.{kind}" for expert in range(num_experts) for half in _EXPERTS[part]]
