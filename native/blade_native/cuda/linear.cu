@@ -392,7 +392,13 @@ struct TileSums {
         add_part<PART>(slot + part * (PART / TILE_K) * F::WEIGHT_BYTES,
                        slot + R::WEIGHT_BYTES + part * (PART / GROUP) * F::GROUP_BYTES, x + part * PART, magic);
     } else {
-      add_steps(slot, slot + TILES * R::WEIGHT_BYTES, x, totals, magic);
+      // Of many rows a part at a time, else the compiler has more groups' sums at hand than there are registers for.
+      constexpr int PART = GROUP < R::STAGE && COLUMNS >= 4 ? TILE_K : R::STAGE;
+#pragma unroll 1
+      for (int part = 0; part < R::STAGE / PART; ++part)
+        add_steps<PART>(slot + part * (PART / TILE_K) * F::WEIGHT_BYTES,
+                        slot + TILES * R::WEIGHT_BYTES + part * (PART / GROUP) * F::GROUP_BYTES, x + part * PART,
+                        totals + part * (PART / GROUP) * 8 * COLUMNS, magic);
     }
   }
 
@@ -423,16 +429,18 @@ struct TileSums {
   }
 
   // More rows: ldmatrix takes one step of 16 rows, and what a step needs is on its way while the one before multiplies.
+  template <int PART>
   __device__ __forceinline__ void add_steps(const unsigned char* weights, const unsigned char* parameters, const T* x,
                                             const float* totals, unsigned magic) {
-    constexpr int NUM_STEPS = R::STAGE / 16;
-    unsigned words[TILES][BITS], b[2][PAIRS][4];
+    constexpr int NUM_STEPS = PART / 16;
+    constexpr int AHEAD = COLUMNS == 8 && GROUP <= (KIND == MINIMA ? 32 : 16) ? 0 : 1;  // steps, as registers allow
+    unsigned words[TILES][BITS], b[1 + AHEAD][PAIRS][4];
     load_words(weights, words);
-    load_fragments(x, b[0]);
+    if (AHEAD) load_fragments(x, b[0]);
 #pragma unroll
     for (int step = 0; step < NUM_STEPS; ++step) {
       const bool more = step + 1 < NUM_STEPS, first = step % STEPS == 0;
-      if (more) load_fragments(x + (step + 1) * 16, b[(step + 1) % 2]);
+      if (more || !AHEAD) load_fragments(x + (step + AHEAD) * 16, b[(step + AHEAD) % (1 + AHEAD)]);
       if (first) start_group(parameters + step / STEPS * F::GROUP_BYTES);
       unsigned a[TILES][4];
       widen(words, step, magic, a);
@@ -442,7 +450,7 @@ struct TileSums {
       for (int column = 0; column < COLUMNS; ++column)
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-          const unsigned* of_column = b[step % 2][column / 2] + column % 2 * 2;
+          const unsigned* of_column = b[step % (1 + AHEAD)][column / 2] + column % 2 * 2;
           add_product<T>(first, product[tile][column], a[tile], of_column[0], of_column[1]);
         }
       if (step % STEPS != STEPS - 1) continue;
@@ -450,7 +458,6 @@ struct TileSums {
 #pragma unroll
       for (int column = 0; column < COLUMNS; ++column)
         end_group(column, R::SHARED_TOTALS ? of_group[column * 4] : make_float2(0.f, 0.f));
-      if (COLUMNS >= 4 && (KIND == MINIMA || GROUP == 16)) __syncwarp();  // else two groups' sums would want registers
     }
   }
 
@@ -466,11 +473,11 @@ struct TileSums {
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 1> | threads 320 | registers 96 | shared 139776 | threads@86,89,120 128 | shared@86,89,120 66048
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 2> | threads 128 | registers 128 | shared 67584
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 168 | shared 86016
-// check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 8> | threads 128 | registers 255 | shared 93184
+// check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32}, {SYMMETRIC, ZEROS, MINIMA}, 8> | threads 128 | registers 255 | shared 84992
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 1> | threads 320 | registers 96 | shared 111104 | threads@86,89,120 128 | shared@86,89,120 49664
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 2> | threads 128 | registers 128 | shared 75520
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 168 | shared 89600
-// check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 8> | threads 128 | registers 255 | shared 117760 | arch 80,90,100
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32}, {SYMMETRIC, ZEROS, MINIMA}, 8> | threads 128 | registers 255 | shared 109568 | arch 80,90,100
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 1> | threads 320 | registers 96 | shared 95744
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 2> | threads 128 | registers 128 | shared 65280
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 4> | threads 128 | registers 168 | shared 78336

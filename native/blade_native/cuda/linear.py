@@ -79,12 +79,13 @@ class LinearKernels:
         return min(range(whole, min(MIN_SLICE, whole) - 1, -128), key=cost)
 
     def columns_of(self, parts: Seq[Packed]) -> tuple[int, ...]:
-        """The kernels that the device has shared memory for."""
-        return tuple(
-            columns
-            for columns in COLUMNS
-            if all(shared_bytes(part.format, columns, MIN_WARPS) <= self.device.shared_bytes for part in parts)
-        )
+        """Those for which there are kernels for all parts, and the device has shared memory."""
+
+        def fits(chosen: Format, columns: int) -> bool:
+            room = shared_bytes(chosen, columns, MIN_WARPS) <= self.device.shared_bytes
+            return room and columns in few_names(chosen, DTYPES[0])
+
+        return tuple(columns for columns in COLUMNS if all(fits(part.format, columns) for part in parts))
 
     def warps_of(self, packed: Packed, columns: int) -> int:
         """Of a block: for 8 rows so many that no SM has much more to do than another one."""
@@ -135,8 +136,11 @@ class FormatKernels:
 
 
 def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
-    """The multiplying kernel by how many times 8 rows of x a block takes."""
-    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in COLUMNS}
+    """The multiplying kernel by how many times 8 rows of x a block takes. Small groups have no registers for 64 rows."""
+    most = 4 if chosen.group == 16 else COLUMNS[-1]
+    return {
+        columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in COLUMNS if columns <= most
+    }
 
 
 def rows_name(chosen: Format, dtype: torch.dtype) -> str:
