@@ -90,6 +90,7 @@ LINEAR = Suite(
             "address",
         ),
         Fault("x beyond the slice", "from, valid)", "from, true)", "result"),
+        Fault("sums of x of another stage", "(odd ^ 1) * R::TOTALS", "odd * R::TOTALS", "result"),
         Fault("x unpadded", "X_ROW = STAGE + 8;", "X_ROW = STAGE + 4;", "report"),
     ],
 )

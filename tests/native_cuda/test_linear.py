@@ -127,11 +127,15 @@ def test_scales_as_codes(kernels: LinearKernels) -> None:
 ROW_COUNTS = (1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "group", "kind"), [(4, 128, "SYMMETRIC"), (8, 64, "SYMMETRIC"), (4, 32, "MINIMA"), (8, 16, "MINIMA")]
+)
 @pytest.mark.parametrize("num_sms", [132, 1], ids=["slices", "whole"])
-def test_a_row_does_not_depend_on_the_rows_beside_it(launcher: Launcher, bits: int, num_sms: int) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(
+    launcher: Launcher, bits: int, group: int, kind: str, num_sms: int
+) -> None:
     """Nor on how many rows a block takes: all kernels sum alike."""
-    weight = make_weight(bits, {4: 128, 8: 64}[bits], "SYMMETRIC", n=88)
+    weight = make_weight(bits, group, kind, n=88)
     linear = PackedLinear(LinearKernels(launcher, Device(num_sms)), [pack(weight, CPU)], None, BF16)
     assert (linear.slices[0] < NUM_IN) == (num_sms > 1)
     x = make_rows(MAX_ROWS, BF16)

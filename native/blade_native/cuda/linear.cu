@@ -27,8 +27,8 @@ template <int COLUMNS>
 constexpr int TILES = COLUMNS == 1 ? 1 : 2;  // of a warp
 template <int COLUMNS>
 constexpr int MAX_THREADS = (COLUMNS == 1 ? MAX_WARPS : MIN_WARPS) * 32;
-template <int COLUMNS>
-constexpr int BLOCKS = COLUMNS == 4 ? 3 : COLUMNS == 2 ? 4 : 2;  // on an SM, as far as registers are concerned
+template <int GROUP, int COLUMNS>
+constexpr int BLOCKS = COLUMNS == 4 && GROUP > 16 ? 3 : COLUMNS == 2 ? 4 : 2;  // on an SM, as far as registers go
 
 template <class T>
 constexpr bool IS_BF16 = false;
@@ -386,7 +386,7 @@ struct TileSums {
                                             unsigned magic) {
     if constexpr (COLUMNS == 1) {
       // The compiler mixes two parts' chains of products where there are registers for it.
-      constexpr int PART = GROUP < TILE_K ? TILE_K : GROUP, AT_ONCE = KIND == MINIMA ? 1 : 2;
+      constexpr int PART = GROUP < TILE_K ? TILE_K : GROUP, AT_ONCE = KIND == MINIMA && GROUP == 16 ? 1 : 2;
 #pragma unroll AT_ONCE
       for (int part = 0; part < R::STAGE / PART; ++part)
         add_part<PART>(slot + part * (PART / TILE_K) * F::WEIGHT_BYTES,
@@ -433,7 +433,7 @@ struct TileSums {
   __device__ __forceinline__ void add_steps(const unsigned char* weights, const unsigned char* parameters, const T* x,
                                             const float* totals, unsigned magic) {
     constexpr int NUM_STEPS = PART / 16;
-    constexpr int AHEAD = COLUMNS == 8 && GROUP <= (KIND == MINIMA ? 32 : 16) ? 0 : 1;  // steps, as registers allow
+    constexpr int AHEAD = COLUMNS == 8 && GROUP == 32 && KIND == MINIMA ? 0 : 1;  // steps, as registers allow
     unsigned words[TILES][BITS], b[1 + AHEAD][PAIRS][4];
     load_words(weights, words);
     if (AHEAD) load_fragments(x, b[0]);
@@ -472,18 +472,20 @@ struct TileSums {
 // one for all warps.
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 1> | threads 320 | registers 96 | shared 139776 | threads@86,89,120 128 | shared@86,89,120 66048
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 2> | threads 128 | registers 128 | shared 67584
-// check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 168 | shared 86016
+// check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 168 | shared 86016
+// check: grouped_linear<{__nv_bfloat16, __half}, 4, 16, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 255 | shared 86016
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32}, {SYMMETRIC, ZEROS, MINIMA}, 8> | threads 128 | registers 255 | shared 84992
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 1> | threads 320 | registers 96 | shared 111104 | threads@86,89,120 128 | shared@86,89,120 49664
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 2> | threads 128 | registers 128 | shared 75520
-// check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 168 | shared 89600
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32}, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 168 | shared 89600
+// check: grouped_linear<{__nv_bfloat16, __half}, 8, 16, {SYMMETRIC, ZEROS, MINIMA}, 4> | threads 128 | registers 255 | shared 89600
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64, 32}, {SYMMETRIC, ZEROS, MINIMA}, 8> | threads 128 | registers 255 | shared 109568 | arch 80,90,100
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 1> | threads 320 | registers 96 | shared 95744
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 2> | threads 128 | registers 128 | shared 65280
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 4> | threads 128 | registers 168 | shared 78336
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 8> | threads 128 | registers 255 | shared 104448 | arch 80,90,100
 template <class T, int BITS, int GROUP, int KIND, int COLUMNS>
-__global__ void __launch_bounds__(MAX_THREADS<COLUMNS>, BLOCKS<COLUMNS>) grouped_linear(const LinearArgs<T> args) {
+__global__ void __launch_bounds__(MAX_THREADS<COLUMNS>, BLOCKS<GROUP, COLUMNS>) grouped_linear(const LinearArgs<T> args) {
   using R = Ring<BITS, GROUP, KIND, COLUMNS>;
   constexpr int ROWS = 8 * COLUMNS, OF_WARP = TILES<COLUMNS>;
   DYN_SMEM(unsigned char, shared);

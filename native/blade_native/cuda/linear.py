@@ -136,11 +136,9 @@ class FormatKernels:
 
 
 def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
-    """The multiplying kernel by how many times 8 rows of x a block takes. Small groups have no registers for 64 rows."""
-    most = 4 if chosen.group == 16 else COLUMNS[-1]
-    return {
-        columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in COLUMNS if columns <= most
-    }
+    """The multiplying kernel by how many times 8 rows of x a block takes: groups of 16 lack registers for 64 rows."""
+    columns_of_group = COLUMNS[:-1] if chosen.group == 16 else COLUMNS
+    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in columns_of_group}
 
 
 def rows_name(chosen: Format, dtype: torch.dtype) -> str:
