@@ -68,9 +68,7 @@ LINEAR = Suite(
     SOURCES / "linear.cu",
     run_linear,
     [
-        Fault(
-            "a wait too short", "ptx::cp_async_wait<R::STAGES - 2>();", "ptx::cp_async_wait<R::STAGES - 1>();", "result"
-        ),
+        Fault("a wait too short", "R::STAGES - 2 - R::SHARED_TOTALS", "R::STAGES - 1 - R::SHARED_TOTALS", "result"),
         Fault(
             "stages are not waited for",
             "    __syncthreads();  // the stage is there",
@@ -78,15 +76,21 @@ LINEAR = Suite(
             "thread",
         ),
         Fault("counters keep counting", "  if (threadIdx.x == 0) args.arrived[counter] = 0;\n", "", "result"),
-        Fault("a slice is left out", "slice < num_slices; ++slice", "slice < num_slices - 1; ++slice", "result"),
+        Fault("a slice is left out", "first + j < num_slices", "first + j < num_slices - 1", "result"),
         Fault(
             "channels beyond the last",
-            "channel >= args.num_out) continue;\n      const float sum",
-            "channel > args.num_out) continue;\n      const float sum",
+            "channel >= args.num_out) continue;\n    const float sum",
+            "channel > args.num_out) continue;\n    const float sum",
             "result",
         ),
-        Fault("a stage too many", "params + i, i < params_left)", "params + i, true)", "address"),
-        Fault("x beyond the slice", "from, x_left > 0)", "from, true)", "result"),
+        Fault(
+            "a stage too many",
+            "tile < num_tiles && at / F::GROUP_BYTES * GROUP < left;",
+            "tile < num_tiles;",
+            "address",
+        ),
+        Fault("x beyond the slice", "from, valid)", "from, true)", "result"),
+        Fault("sums of x of another stage", "(odd ^ 1) * R::TOTALS", "odd * R::TOTALS", "result"),
         Fault("x unpadded", "X_ROW = STAGE + 8;", "X_ROW = STAGE + 4;", "report"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from blade_native.cuda.launch import CUDA_NAMES
-from blade_native.cuda.packing import TILE_N, Format
+from blade_native.cuda.packing import TILE_K, TILE_N, Format
 from blade_native.reference import TorchLinear
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 COLUMNS = (1, 2, 4, 8)  # how many times 8 rows a block takes
 MAX_ROWS = 128  # beyond, the cores that multiply have more to do than writing the weights out in 16 bits costs
 MAX_MATRIX_BYTES = 128 << 20  # of weights written out at once
-MIN_SLICE = 256  # numbers of K for one block
-WARPS_PER_SM = 6  # that should have a tile and a slice to themselves, where slices are not too short for it
-MIN_WARPS = 4  # of a block
+MIN_SLICE = 512  # numbers of K for one block
+SLICE_COST = 384  # what filling a block's ring and adding its slice to the others costs, in numbers of K
+ALONE_COST = 1.4  # of a block that has an SM to itself, to half of what two take side by side
+MIN_WARPS, MAX_WARPS = 4, 10  # of a block for 8 rows; one for more has 4
 
 Key = tuple[Format, torch.dtype]
 
@@ -67,13 +68,27 @@ class LinearKernels:
     def slice_of(self, packed: Packed) -> int:
         """How many numbers of K a block takes. It follows from the matrix and the device alone, so that sums are the
         same for any number of rows."""
-        num_tiles = -(-packed.num_out // TILE_N)
-        wanted = -(-WARPS_PER_SM * self.device.num_sms // num_tiles)  # slices
-        length = -(-packed.num_in // wanted)
-        return max(MIN_SLICE, -(-length // 128) * 128)
+        num_blocks = -(-packed.num_out // (TILE_N * MIN_WARPS * tiles_of_warp(COLUMNS[-1])))
+
+        def cost(length: int) -> float:
+            """What the SM with the most blocks does, two of them at a time, for many rows."""
+            pairs, alone = divmod(-(-num_blocks * -(-packed.num_in // length) // self.device.num_sms), 2)
+            return (2 * pairs + ALONE_COST * alone) * (length + SLICE_COST)
+
+        whole = -(-packed.num_in // 128) * 128
+        return min(range(whole, min(MIN_SLICE, whole) - 1, -128), key=cost)
+
+    def columns_of(self, parts: Seq[Packed]) -> tuple[int, ...]:
+        """Those for which there are kernels for all parts, and the device has shared memory."""
+
+        def fits(chosen: Format, columns: int) -> bool:
+            room = shared_bytes(chosen, columns, MIN_WARPS) <= self.device.shared_bytes
+            return room and columns in few_names(chosen, DTYPES[0])
+
+        return tuple(columns for columns in COLUMNS if all(fits(part.format, columns) for part in parts))
 
     def warps_of(self, packed: Packed, columns: int) -> int:
-        """Of a block, each with 16 channels: so many that no SM has much more to do than another one."""
+        """Of a block: for 8 rows so many that no SM has much more to do than another one."""
         num_tiles, num_slices = -(-packed.num_out // TILE_N), -(-packed.num_in // self.slice_of(packed))
 
         def share(warps: int) -> int:
@@ -81,21 +96,26 @@ class LinearKernels:
             num_blocks = -(-num_tiles // warps) * num_slices
             return -(-num_blocks // self.device.num_sms) * warps
 
-        return min(range(self.max_warps(packed.format, columns), MIN_WARPS - 1, -1), key=share)
+        most = MAX_WARPS if columns == 1 else MIN_WARPS
+        fitting = [
+            warps
+            for warps in range(most, MIN_WARPS - 1, -1)
+            if shared_bytes(packed.format, columns, warps) <= self.device.shared_bytes
+        ]
+        return min(fitting, key=share)
 
-    def max_warps(self, chosen: Format, columns: int) -> int:
-        """As many as linear.cu has registers for and the device shared memory."""
-        crowded = columns == 8 and (chosen.kind == "MINIMA" or chosen.group == 16)
-        most = 8 if crowded else 10
-        return max(
-            w for w in range(MIN_WARPS, most + 1) if shared_bytes(chosen, columns, w) <= self.device.shared_bytes
-        )
+
+def tiles_of_warp(columns: int) -> int:
+    return 1 if columns == 1 else 2
 
 
 def shared_bytes(chosen: Format, columns: int, warps: int) -> int:
-    """Ring of linear.cu: the stages of weights of each warp, and those of x."""
-    stage, num_stages = 256 if chosen.bits == 4 and columns <= 2 else 128, 3 if columns == 8 else 4
-    return num_stages * (warps * stage // 64 * chosen.bytes_of_64 + 8 * columns * (stage + 8) * 2)
+    """Ring of linear.cu: the stages of weights of each warp, those of x, and two stages' sums of x."""
+    stage = 256 if chosen.bits == 4 and columns == 1 else 128
+    num_stages = 3 if columns == 8 or (chosen.bits == 8 and columns > 1) else 4
+    weights = warps * tiles_of_warp(columns) * stage // TILE_K * chosen.bytes_of_64
+    totals = 2 * stage // chosen.group * 8 * columns * 4 if chosen.kind == "MINIMA" and columns > 1 else 0
+    return num_stages * (weights + 8 * columns * (stage + 8) * 2) + totals
 
 
 class FormatKernels:
@@ -116,8 +136,9 @@ class FormatKernels:
 
 
 def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
-    """The multiplying kernel by how many times 8 rows of x a block takes."""
-    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in COLUMNS}
+    """The multiplying kernel by how many times 8 rows of x a block takes: groups of 16 lack registers for 64 rows."""
+    columns_of_group = COLUMNS[:-1] if chosen.group == 16 else COLUMNS
+    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in columns_of_group}
 
 
 def rows_name(chosen: Format, dtype: torch.dtype) -> str:
@@ -139,9 +160,10 @@ class PackedLinear:
         self.bias = bias
         self.num_out = sum(part.num_out for part in parts)
         self.slices = [kernels.slice_of(part) for part in parts]
-        self.warps = [{columns: kernels.warps_of(part, columns) for columns in COLUMNS} for part in parts]
+        self.columns = kernels.columns_of(parts)
+        self.warps = [{columns: kernels.warps_of(part, columns) for columns in self.columns} for part in parts]
         device = parts[0].weight.device
-        most_blocks = [-(-part.num_out // (TILE_N * MIN_WARPS)) * 2 for part in parts]  # 2: of 64 rows
+        most_blocks = [-(-part.num_out // (TILE_N * MIN_WARPS * 2)) * 4 for part in parts]  # 4: of 32 rows
         self.arrived = [torch.zeros(num, dtype=torch.int32, device=device) for num in most_blocks]
         for part, warps in zip(parts, self.warps, strict=True):
             for each in warps.items():
@@ -163,14 +185,14 @@ class PackedLinear:
 
     def _multiply(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         num_rows, first = len(x), 0
-        columns = next((columns for columns in COLUMNS if num_rows <= 8 * columns), COLUMNS[-1])
+        columns = next((columns for columns in self.columns if num_rows <= 8 * columns), self.columns[-1])
         for part, length, warps_of, arrived in zip(self.parts, self.slices, self.warps, self.arrived, strict=True):
             end, warps = first + part.num_out, warps_of[columns]
-            num_slices = -(-part.num_in // length)
-            shape = (num_slices, num_rows, part.num_out)
+            num_slices, num_tiles = -(-part.num_in // length), -(-part.num_out // TILE_N)
+            shape = (num_slices, num_rows, num_tiles * TILE_N)
             out = y[:, first:end]
             self.kernels.get(part.format, x.dtype).few(columns, warps)(
-                (-(-num_rows // (8 * columns)), -(-part.num_out // (TILE_N * warps)), num_slices),
+                (-(-num_rows // (8 * columns)), -(-num_tiles // (warps * tiles_of_warp(columns))), num_slices),
                 (32 * warps,),
                 y=out if y.dtype == x.dtype else None,
                 y_float=out if y.dtype != x.dtype else None,
