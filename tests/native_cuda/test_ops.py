@@ -11,13 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blade_native.cuda
-from blade import CaptureOptions, ConfigError, Float8Weight
+from blade import CaptureOptions, ConfigError, Float8Weight, GroupedWeight
 from blade.nn import dequantize
 from blade.testing import FakeModel
 from blade_native import cuda_ops, paged_attention
 from blade_native.attention import PagedAttention
 from blade_native.cuda import CudaOps, launch
 from blade_native.cuda.attention import CudaAttention
+from blade_native.cuda.experts import PackedExperts
 from blade_native.cuda.linear import PackedLinear
 from blade_native.cuda.torch_ops import TorchCudaOps
 from blade_native.reference import TorchLinear, TorchOps
@@ -171,6 +172,39 @@ def test_plain_experts_wait_for_nothing_and_are_recorded(launcher: Launcher) -> 
     one = linears[0][3]
     assert torch.equal(one(x), x @ matrices[0][3].T)  # it shares the stack's memory
     assert not ops._waits
+
+
+@pytest.mark.parametrize(("bits", "group", "kind"), [(4, 32, "MINIMA"), (8, 64, "SYMMETRIC")])
+def test_packed_experts_wait_for_nothing_where_tokens_are_few(
+    ops: CudaOps, bits: int, group: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def weights_of(n: int, k: int) -> list[GroupedWeight]:
+        """Of five experts, differing."""
+        first = make_weight(bits, group, kind, n=n, k=k)
+        return [replace(first, q=first.q.roll(i, 0), scales=first.scales.roll(i, 1)) for i in range(5)]
+
+    gate_up = [list(pair) for pair in zip(weights_of(64, 128), weights_of(64, 128)[::-1], strict=True)]
+    linears = [
+        [of.quantized_linear(parts, None) for parts in matrices]
+        for of in (ops, TorchOps())
+        for matrices in (gate_up, [[down] for down in weights_of(128, 64)])
+    ]
+    x, weights = torch.randn(7, 128, generator=draw).bfloat16(), torch.rand(7, 3, generator=draw)
+    ids = torch.rand(7, 4, generator=draw).argsort(1)[:, :3]
+    experts, default = ops.experts(*linears[:2]), TorchOps().experts(*linears[2:])
+    assert not ops._waits
+    for most in (64, 3):
+        monkeypatch.setattr(PackedExperts, "MOST_TOKENS", most)
+        with Waits() as waits:
+            experts(x, ids, weights)
+        assert not waits.names
+        for weigh_input in (False, True):
+            expected = default(x, ids, weights, weigh_input).float()
+            error = (experts(x, ids, weights, weigh_input).float() - expected).abs().max() / expected.abs().max()
+            assert error < 0.02
+    assert experts(x[:0], ids[:0], weights[:0]).shape == (0, 128)
 
 
 def test_formats_without_a_kernel_become_dense(ops: CudaOps) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from blade_native.cuda.linear import PackedLinear, StackedLinear
 from blade_native.reference import TorchLinear
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Linear
+    from blade_native.cuda.linear import LinearKernels
 
 ROW_BYTES = 16  # that rows of a grouped product's matrices are multiples of
 
@@ -61,6 +63,40 @@ def stacked(linears: Seq[Linear]) -> Tensor:
     for linear, weight in zip(linears, whole, strict=True):
         linear.weight = weight  # type: ignore[attr-defined]
     return whole
+
+
+class PackedExperts:
+    """contracts.Experts over packed matrices. For few tokens each of a token's experts is a row of its own, which reads
+    the matrix that it is told of on the device; rows of one expert follow each other, so that its matrix comes from
+    memory once. Nothing is waited for, then. For many tokens it is `SortedExperts`."""
+
+    MOST_TOKENS = 64  # beyond, dequantising for each row costs more than the wait and a launch for each expert
+
+    def __init__(
+        self,
+        kernels: LinearKernels,
+        silu_mul: Callable[[Tensor], Tensor],
+        gate_up: Seq[PackedLinear],
+        down: Seq[PackedLinear],
+    ) -> None:
+        self.silu_mul = silu_mul
+        self.gate_up, self.down = StackedLinear(kernels, gate_up), StackedLinear(kernels, down)
+        self.sorted = SortedExperts(silu_mul, gate_up, down)
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, weigh_input: bool = False) -> Tensor:
+        """`weigh_input`: weights are for what goes into the experts, and are rounded to x's dtype."""
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if len(x) > self.MOST_TOKENS and not capturing:
+            return self.sorted(x, ids, weights, weigh_input)
+        chosen, order = torch.sort(ids.flatten(), stable=True)  # [T * k]
+        gathered = x.index_select(0, order // ids.shape[1])
+        if weigh_input:
+            gathered = gathered * weights.flatten()[order, None].to(x.dtype)
+        inner = self.silu_mul(self.gate_up(gathered, chosen, x.dtype))
+        mixed = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
+        mixed.index_copy_(0, order, self.down(inner, chosen, torch.float32))
+        mixed = mixed.view(*ids.shape, x.shape[1])
+        return (mixed if weigh_input else mixed * weights[..., None]).sum(1).to(x.dtype)
 
 
 class SortedExperts:

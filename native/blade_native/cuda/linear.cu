@@ -143,6 +143,7 @@ struct LinearArgs {
   const unsigned char* params;  // [ceil(N / 16), K / GROUP] of a group each
   float* partial;               // [slices, M, N rounded up to tiles] float32, where K is cut into slices
   int* arrived;                 // one for each block of a slice, 0 before and after
+  const long long* matrices;    // [M] or null: which of several matrices, one behind the other, a row is multiplied by
   long long x_stride, y_stride;
   int num_rows, num_in, num_out;
   int slice;  // numbers of K that a block takes: a multiple of 128
@@ -467,7 +468,22 @@ struct TileSums {
   }
 };
 
-// Grid: (ceil(M / (8 * COLUMNS)), ceil(tiles of channels / those of a block), slices): blocks with the same weights run
+// What is left of the arguments for one row, with a matrix of its own.
+template <class T, int BITS, int GROUP, int KIND>
+__device__ __forceinline__ LinearArgs<T> of_row(LinearArgs<T> args, int row) {
+  using F = Format<BITS, GROUP, KIND>;
+  const long long first_tile = args.matrices[row] * ((args.num_out + TILE_N - 1) / TILE_N);
+  args.weight += first_tile * (args.num_in / TILE_K) * F::WEIGHT_BYTES;
+  args.params += first_tile * (args.num_in / GROUP) * F::GROUP_BYTES;
+  args.x += row * args.x_stride;
+  if (args.y) args.y += row * args.y_stride;
+  if (args.y_float) args.y_float += row * args.y_stride;
+  args.num_rows = 1;
+  return args;
+}
+
+// Grid: (ceil(M / (8 * COLUMNS)), ceil(tiles of channels / those of a block), slices), or with a matrix for each row
+// (M, the same, 1): blocks with the same weights run
 // side by side, so that these come from memory once. A warp streams its weights through its own ring; x comes through
 // one for all warps.
 // check: grouped_linear<{__nv_bfloat16, __half}, 4, {128, 64, 32, 16}, {SYMMETRIC, ZEROS, MINIMA}, 1> | threads 320 | registers 96 | shared 139776 | threads@86,89,120 128 | shared@86,89,120 66048
@@ -485,12 +501,14 @@ struct TileSums {
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 4> | threads 128 | registers 168 | shared 78336
 // check: grouped_linear<{__nv_bfloat16, __half}, 8, {128, 64}, FP8, 8> | threads 128 | registers 255 | shared 104448 | arch 80,90,100
 template <class T, int BITS, int GROUP, int KIND, int COLUMNS>
-__global__ void __launch_bounds__(MAX_THREADS<COLUMNS>, BLOCKS<GROUP, COLUMNS>) grouped_linear(const LinearArgs<T> args) {
+__global__ void __launch_bounds__(MAX_THREADS<COLUMNS>, BLOCKS<GROUP, COLUMNS>) grouped_linear(const LinearArgs<T> given) {
   using R = Ring<BITS, GROUP, KIND, COLUMNS>;
   constexpr int ROWS = 8 * COLUMNS, OF_WARP = TILES<COLUMNS>;
   DYN_SMEM(unsigned char, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  const int first_row = blockIdx.x * ROWS, first_tile = (blockIdx.y * num_warps + warp) * OF_WARP;
+  const bool alone = COLUMNS == 1 && given.matrices;
+  const LinearArgs<T> args = alone ? of_row<T, BITS, GROUP, KIND>(given, blockIdx.x) : given;
+  const int first_row = alone ? 0 : blockIdx.x * ROWS, first_tile = (blockIdx.y * num_warps + warp) * OF_WARP;
   const int begin = blockIdx.z * args.slice, length = min(args.slice, args.num_in - begin);
   unsigned char* ring = shared + warp * R::STAGES * R::SLOT_BYTES;
   T* xs = reinterpret_cast<T*>(shared + num_warps * R::STAGES * R::SLOT_BYTES);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -138,14 +138,14 @@ class FormatKernels:
 def few_names(chosen: Format, dtype: torch.dtype) -> dict[int, str]:
     """The multiplying kernel by how many times 8 rows of x a block takes: groups of 16 lack registers for 64 rows."""
     columns_of_group = COLUMNS[:-1] if chosen.group == 16 else COLUMNS
-    return {columns: f"grouped_linear<{_arguments(chosen, dtype)}, {columns}>" for columns in columns_of_group}
+    return {columns: f"grouped_linear<{_types(chosen, dtype)}, {columns}>" for columns in columns_of_group}
 
 
 def rows_name(chosen: Format, dtype: torch.dtype) -> str:
-    return f"dequantized_rows<{_arguments(chosen, dtype)}>"
+    return f"dequantized_rows<{_types(chosen, dtype)}>"
 
 
-def _arguments(chosen: Format, dtype: torch.dtype) -> str:
+def _types(chosen: Format, dtype: torch.dtype) -> str:
     return f"{CUDA_NAMES[dtype]}, {chosen.bits}, {chosen.group}, {chosen.kind}"
 
 
@@ -190,23 +190,14 @@ class PackedLinear:
             end, warps = first + part.num_out, warps_of[columns]
             num_slices, num_tiles = -(-part.num_in // length), -(-part.num_out // TILE_N)
             shape = (num_slices, num_rows, num_tiles * TILE_N)
-            out = y[:, first:end]
             self.kernels.get(part.format, x.dtype).few(columns, warps)(
                 (-(-num_rows // (8 * columns)), -(-num_tiles // (warps * tiles_of_warp(columns))), num_slices),
                 (32 * warps,),
-                y=out if y.dtype == x.dtype else None,
-                y_float=out if y.dtype != x.dtype else None,
-                x=x,
+                **_arguments(part, x, y[:, first:end]),
                 bias=None if bias is None else bias[first:end],
-                weight=part.weight,
-                params=part.params.view(torch.uint8),
                 partial=torch.empty(shape, device=x.device) if num_slices > 1 else None,
                 arrived=arrived,
-                x_stride=x.stride(0),
-                y_stride=y.stride(0),
-                num_rows=num_rows,
-                num_in=part.num_in,
-                num_out=part.num_out,
+                matrices=None,
                 slice=length,
             )
             first = end
@@ -249,6 +240,68 @@ class PackedLinear:
             params=part.params.view(torch.uint8),
             num_in=part.num_in,
         )
+
+
+class StackedLinear:
+    """y[r] = x[r] W[m]^T, where m is the number of the row's own matrix among several that were packed alike."""
+
+    def __init__(self, kernels: LinearKernels, linears: Seq[PackedLinear]) -> None:
+        """`linears`: `are_alike`. Their weights lie in one piece from now on."""
+        self.kernels = kernels
+        self.num_out, self.parts = linears[0].num_out, [_stacked(linears, i) for i in range(len(linears[0].parts))]
+        for part in self.parts:
+            kernels.get(part.format, linears[0].dtype).few(1, MIN_WARPS)
+
+    def __call__(self, x: Tensor, matrices: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """x [R, K], matrices [R] int64 -> [R, N]. Rows of one matrix should follow each other."""
+        y, first = torch.empty(len(x), self.num_out, dtype=out_dtype, device=x.device), 0
+        for part in self.parts if len(x) else ():
+            end = first + part.num_out
+            self.kernels.get(part.format, x.dtype).few(1, MIN_WARPS)(
+                (len(x), -(-part.num_out // (TILE_N * MIN_WARPS)), 1),
+                (32 * MIN_WARPS,),
+                **_arguments(part, x, y[:, first:end]),
+                bias=None,
+                partial=None,
+                arrived=None,
+                matrices=matrices,
+                slice=-(-part.num_in // 128) * 128,
+            )
+            first = end
+        return y
+
+
+def are_alike(linears: Seq[PackedLinear]) -> bool:
+    """Whether they differ in nothing but their numbers, and have no bias."""
+    return len({tuple((p.format, p.num_out, p.num_in) for p in linear.parts) for linear in linears}) == 1 and all(
+        linear.bias is None for linear in linears
+    )
+
+
+def _stacked(linears: Seq[PackedLinear], i: int) -> Packed:
+    """Their i-th parts one behind the other, in which they have theirs from now on."""
+    parts = [linear.parts[i] for linear in linears]
+    weight, params = torch.stack([part.weight for part in parts]), torch.stack([part.params for part in parts])
+    for linear, *own in zip(linears, weight, params, strict=True):
+        part = replace(linear.parts[i], weight=own[0], params=own[1])
+        linear.parts = [*linear.parts[:i], part, *linear.parts[i + 1 :]]
+    return replace(parts[0], weight=weight, params=params)
+
+
+def _arguments(part: Packed, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """What linear.cu's kernels take of a matrix, or of several, and of rows x [M, K] and y [M, N]."""
+    return {
+        "y": y if y.dtype == x.dtype else None,
+        "y_float": y if y.dtype != x.dtype else None,
+        "x": x,
+        "weight": part.weight,
+        "params": part.params.view(torch.uint8),
+        "x_stride": x.stride(0),
+        "y_stride": y.stride(0),
+        "num_rows": len(x),
+        "num_in": part.num_in,
+        "num_out": part.num_out,
+    }
 
 
 class DenseLinear(TorchLinear):

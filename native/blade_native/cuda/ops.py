@@ -12,8 +12,8 @@ import torch
 
 from blade.nn import dequantize
 from blade_native.cuda import packing
-from blade_native.cuda.experts import GroupedExperts, SortedExperts, are_plain
-from blade_native.cuda.linear import DTYPES, DenseLinear, Device, LinearKernels, PackedLinear
+from blade_native.cuda.experts import GroupedExperts, PackedExperts, SortedExperts, are_plain
+from blade_native.cuda.linear import DTYPES, DenseLinear, Device, LinearKernels, PackedLinear, are_alike
 from blade_native.cuda.rows import RowKernels
 from blade_native.cuda.selection import MAX_K, DeltaKernels, SelectKernels
 from blade_native.reference import TorchOps
@@ -112,6 +112,9 @@ class CudaOps(TorchOps):
     def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
         if are_plain(gate_up) and are_plain(down):
             return GroupedExperts(self.silu_mul, gate_up, down)
+        packed = [[linear for linear in linears if isinstance(linear, PackedLinear)] for linears in (gate_up, down)]
+        if all(len(own) == len(down) and are_alike(own) for own in packed):
+            return PackedExperts(self._linears, self.silu_mul, *packed)
         self._waits = True
         return SortedExperts(self.silu_mul, gate_up, down)
 
