@@ -110,7 +110,12 @@ def test_quantised_weights(ops: CudaOps) -> None:
     rows = ops.embedding_of(linear, torch.bfloat16)
     assert rows is not None
     assert torch.equal(rows(torch.tensor([3])), dequantize(weight, torch.bfloat16)[3:4])
-    assert ops.embedding_of(ops.quantized_linear([weight, weight], None), torch.bfloat16) is None
+    twice = ops.quantized_linear([weight, weight], None)
+    assert isinstance(twice, PackedLinear)
+    assert len(twice.parts) == 1  # one launch
+    torch.testing.assert_close(twice(x, torch.float32), (expected - 1).repeat(1, 2), rtol=0, atol=1e-6)
+    mixed = ops.quantized_linear([weight, make_weight(8, 64, "SYMMETRIC", n=32, k=128)], None)
+    assert ops.embedding_of(mixed, torch.bfloat16) is None
 
 
 class Waits(TorchDispatchMode):

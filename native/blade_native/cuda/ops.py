@@ -77,7 +77,7 @@ class CudaOps(TorchOps):
         meet NaN, become dense."""
         if all(map(packing.covers, weights)) and self._compiled(packing.format_of(weight) for weight in weights):
             try:
-                return self._packed([packing.pack(weight, self.device) for weight in weights], bias)
+                return self._packed(packing.joined([packing.pack(weight, self.device) for weight in weights]), bias)
             except ValueError as error:
                 log.warning("A linear becomes dense: %s.", error)
         weight = torch.cat([dequantize(weight, self._dtype) for weight in weights])

@@ -11,6 +11,8 @@ from blade import Float8Weight
 from blade.nn import expand_scales
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
     from torch import Tensor
 
     from blade import QuantizedWeight
@@ -90,6 +92,19 @@ def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
     if weight.zeros is not None:
         parameters.append(weight.zeros.to(device).half())
     return _packed(chosen, q, parameters)
+
+
+def joined(parts: Seq[Packed]) -> list[Packed]:
+    """Matrices stacked along N: neighbours that are packed alike become one, so that one launch multiplies them."""
+    found = [parts[0]]
+    for part in parts[1:]:
+        last = found[-1]
+        if (part.format, part.num_in) == (last.format, last.num_in) and last.num_out % TILE_N == 0:
+            weight, params = torch.cat([last.weight, part.weight]), torch.cat([last.params, part.params])
+            found[-1] = Packed(part.format, last.num_out + part.num_out, part.num_in, weight, params)
+        else:
+            found.append(part)
+    return found
 
 
 def _pack_fp8(chosen: Format, weight: Float8Weight, device: torch.device) -> Packed:
