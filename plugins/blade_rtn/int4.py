@@ -13,11 +13,13 @@ from torch import Tensor
 
 from blade import GroupedWeight
 from blade.nn import in_chunks
+from blade_rtn.nested import block_of, nest
 
 CHUNK = 1 << 19  # numbers that go through all operations together: fewer, and Python would outweigh them
 LEVELS = 15
 SHARES = (1.0, 0.85)  # of a group's own range: where the search starts
 ROUNDS = 3  # of rounding and fitting from each start
+NESTED_ERROR = 1.5  # times the least squared error of the groups; more where weights had groups of 4 bits before
 
 
 def quantize_int4(weight: Tensor, group: int) -> GroupedWeight:
@@ -28,8 +30,8 @@ def quantize_int4(weight: Tensor, group: int) -> GroupedWeight:
     block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16, device=device)
 
     def work(x: Tensor, q: Tensor, scales: Tensor, minima: Tensor, block_scales: Tensor, block_minima: Tensor) -> None:
-        groups = x.view(-1, group).T.float().contiguous()  # [group, M]: sums over a group are sums of rows
-        scale, minimum = (values.view(scales.shape) for values in fit(groups))
+        groups = groups_of(x, group)
+        scale, minimum, _ = (values.view(scales.shape) for values in fit(groups))
         scale, minimum = encode(scale, scales, block_scales), encode(minimum, minima, block_minima)
         q.view(-1, group).copy_(round_to(groups, scale.view(-1), minimum.view(-1)).T)
 
@@ -39,9 +41,39 @@ def quantize_int4(weight: Tensor, group: int) -> GroupedWeight:
     )
 
 
-def fit(x: Tensor) -> tuple[Tensor, Tensor]:
+def nest_int4(weight: Tensor, group: int) -> GroupedWeight:
+    """The same, nested in bytes (nested.py) unless that is far off: for kernels that multiply bytes."""
+    (n, k), device = weight.shape, weight.device
+    block = block_of(k, group)
+    q = torch.empty(n, k, dtype=torch.uint8, device=device)
+    scales, minima = torch.empty(2, n, k // group, dtype=torch.uint8, device=device)
+    units = torch.empty(n, k // block, dtype=torch.float16, device=device)
+    errors = torch.empty(2, n, k // group, device=device)
+
+    def work(x: Tensor, q: Tensor, scales: Tensor, minima: Tensor, units: Tensor, error: Tensor, least: Tensor) -> None:
+        groups, blocks = groups_of(x, group), (len(x), k // block, block // group)
+        scale, minimum, best = fit(groups)
+        least.copy_((best + groups.square().sum(dim=0)).view(least.shape))
+        numbers, c, m, unit, off = nest(groups.view(group, *blocks), scale.view(blocks), minimum.view(blocks))
+        q.view(-1, group).copy_(numbers.view(group, -1).T)
+        for values, into in ((c, scales), (m, minima), (unit, units), (off, error)):
+            into.copy_(values.view(into.shape))
+
+    in_chunks(work, max(1, CHUNK // k), weight, q, scales, minima, units, *errors)
+    error, least = errors.double().sum(dim=(1, 2)).tolist()
+    if error > NESTED_ERROR * least:
+        return quantize_int4(weight, group)
+    return GroupedWeight(4, group, q, scales=scales, minima=minima, block_scales=units, block_minima=-units)
+
+
+def groups_of(x: Tensor, group: int) -> Tensor:
+    """[R, K] -> [group, R * K / group] float32: sums over a group are sums of rows."""
+    return x.view(-1, group).T.float().contiguous()
+
+
+def fit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [group, M] -> scale and minimum of each of M groups, [M], such that its numbers have the least squared error of
-    all candidates once they are rounded."""
+    all candidates once they are rounded; and that error less the sum of x^2."""
     low, high = x.amin(dim=0).clamp_(max=0), x.amax(dim=0)
     total = x.sum(dim=0)
     error = scale = minimum = torch.full_like(total, torch.inf)
@@ -54,7 +86,7 @@ def fit(x: Tensor) -> tuple[Tensor, Tensor]:
             error = torch.where(better, new_error, error)
             scale = torch.where(better, new_scale, scale)
             minimum = torch.where(better, new_minimum, minimum)
-    return scale, minimum
+    return scale, minimum, error
 
 
 def round_to(x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade.nn import dequantize
 from blade_native.reference import TorchOps
-from blade_native.simd.grouped import covers
+from blade_native.simd.grouped import covers, nests
 from blade_native.simd.linear import PackedLinear, StackedLinear
 from blade_native.simd.ops import SimdOps
 
@@ -43,6 +43,9 @@ FORMATS = {
     "mxfp4": (4, 32, "bfloat16", "fp4", 1),
     "nf4": (4, 64, "float32", "nf4", 1),
     "values_k": (4, 128, "int8", "fp4", 2),
+    "nested32": (4, 32, "uint8", "nested minima", 4),
+    "nested64": (4, 64, "uint8", "nested minima", 1),
+    "nested128": (4, 128, "uint8", "nested minima", 1),
 }
 VALUES = {
     "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
@@ -73,10 +76,23 @@ def weight_of(name: str, n: int, k: int = K) -> GroupedWeight:
         weight = replace(weight, minima=halves(groups))
     elif offsets == "code minima":
         weight = replace(weight, minima=codes(torch.uint8), block_minima=halves(blocks))
+    elif offsets == "nested minima":
+        weight = nested(weight, generator)
     elif offsets == "zeros":
         weight = replace(weight, zeros=codes(torch.uint8) % 2**bits)
     elif offsets in VALUES:
         weight = replace(weight, values=VALUES[offsets])
+    return weight
+
+
+def nested(weight: GroupedWeight, generator: torch.Generator) -> GroupedWeight:
+    """With codes from all that nests, the largest ones too."""
+    scales, share = weight.scales % 16 + 1, torch.rand(weight.scales.shape, generator=generator)
+    least = (15 * scales.int() - 127).clamp(min=0)
+    minima = (least + (128 - least) * share).round().byte()
+    scales[:3], minima[:3] = torch.tensor([[16], [16], [1]]), torch.tensor([[128], [113], [0]])
+    weight = replace(weight, scales=scales, minima=minima, block_minima=-weight.block_scales)
+    assert nests(weight)
     return weight
 
 
@@ -88,10 +104,17 @@ def quantised(x: Tensor, group: int) -> Tensor:
     return ((groups * inverse).round().double() * (bound / 127).double()).reshape(x.shape)
 
 
-def require_close(y: Tensor, x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> None:
+def activation_group(ops: SimdOps, weight: GroupedWeight) -> int:
+    """That of the weights, but where nested ones become bytes: all that a block has."""
+    if not nests(weight) or ops.library.level not in ("avx512vnni", "avx512bf16"):
+        return weight.group
+    return weight.q.shape[1] // weight.block_scales.shape[1]
+
+
+def require_close(ops: SimdOps, y: Tensor, x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> None:
     """But for float32's rounding of the sums, and that of y's dtype."""
     w = dequantize(weight, torch.float32).double()
-    x = quantised(x, weight.group)
+    x = quantised(x, activation_group(ops, weight))
     want = x @ w.T + (0 if bias is None else bias.double())
     room = (x.abs() @ w.abs().T + 1) * 2**-20 + want.abs() * torch.finfo(y.dtype).eps
     assert ((y.double() - want).abs() <= room).all()
@@ -104,11 +127,11 @@ def test_a_quantized_linear_equals_its_twin(ops: SimdOps, name: str) -> None:
         linear, without_bias = ops.quantized_linear(weight, bias), ops.quantized_linear(weight, None)
         for m in ROWS:
             x = torch.randn(m, K)
-            require_close(linear(x), x, weight, bias)
-            require_close(without_bias(x), x, weight, None)
+            require_close(ops, linear(x), x, weight, bias)
+            require_close(ops, without_bias(x), x, weight, None)
             x = x.bfloat16()
-            require_close(linear(x, torch.float32), x, weight, bias)
-            require_close(linear(x), x, weight, bias)
+            require_close(ops, linear(x, torch.float32), x, weight, bias)
+            require_close(ops, linear(x), x, weight, bias)
 
 
 def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
@@ -119,7 +142,7 @@ def test_the_twin_is_near_the_kernel(ops: SimdOps) -> None:
     assert error < 0.01
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q4_k", "awq64", "q5_0", "q6_k", "int8", "nvfp4", "nf4"])
+@pytest.mark.parametrize("name", ["q2_k", "q4_k", "awq64", "q5_0", "q6_k", "int8", "nvfp4", "nf4", "nested32"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) -> None:
     linear = ops.quantized_linear(weight_of(name, 70, 4096), None)
     x = torch.randn(300, 4096)
@@ -139,7 +162,7 @@ def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, 
         assert ops.embedding_of(linear, dtype)(ids).equal(dequantize(weight, dtype)[ids])
 
 
-@pytest.mark.parametrize("name", ["awq64", "channel8", "nvfp4"])
+@pytest.mark.parametrize("name", ["awq64", "channel8", "nvfp4", "nested64"])
 def test_columns_in_another_order_are_those_of_permuted_features(ops: SimdOps, name: str) -> None:
     weight, bias, order = weight_of(name, 70), torch.randn(70), torch.randperm(K)
     linear = ops.quantized_linear(replace(weight, order=order), bias)

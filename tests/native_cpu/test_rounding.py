@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,10 @@ from torch import Tensor
 from blade import GroupedWeight
 from blade_native.reference import dequantize
 from blade_native.simd.ops import SimdOps
-from blade_rtn.int4 import quantize_int4
+from blade_rtn.int4 import nest_int4, quantize_int4
 from blade_rtn.int8 import quantize_int8
 
-TWINS = {4: quantize_int4, 8: quantize_int8}
+BITS = (4, 8)
 N, K = 37, 384  # rows that fill no whole item, groups that fill no whole vector
 PARTS = ("q", "scales", "minima", "block_scales", "block_minima")
 
@@ -24,6 +26,11 @@ def weights_of(kind: str) -> Tensor:
     return {"normal": normal * 0.02, "tails": tails, "positive": normal.abs() + 1, "negative": -normal.abs()}[kind]
 
 
+def twin_of(ops: SimdOps, bits: int) -> Callable[[Tensor, int], GroupedWeight]:
+    nests = ops.library.level in ("avx512vnni", "avx512bf16")
+    return quantize_int8 if bits == 8 else nest_int4 if nests else quantize_int4
+
+
 def error(found: GroupedWeight, weight: Tensor) -> float:
     return float((dequantize(found, torch.float32) - weight.float()).square().mean())
 
@@ -31,24 +38,24 @@ def error(found: GroupedWeight, weight: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "tails", "positive", "negative"])
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("bits", TWINS)
+@pytest.mark.parametrize("bits", BITS)
 def test_rounding_is_as_close_as_its_twin(ops: SimdOps, bits: int, group: int, kind: str, dtype: torch.dtype) -> None:
     weight = weights_of(kind).to(dtype)
-    found, want = ops.round_weight(weight, bits, group), TWINS[bits](weight, group)
+    found, want = ops.round_weight(weight, bits, group), twin_of(ops, bits)(weight, group)
     assert found is not None
     assert (found.bits, found.group) == (bits, group)
     for part in PARTS:
         x, y = getattr(found, part), getattr(want, part)
         assert (None if x is None else (x.dtype, x.shape)) == (None if y is None else (y.dtype, y.shape))
-    assert (found.q == want.q).float().mean() > 0.99
+    assert (found.q == want.q).float().mean() > 0.95  # of units that are equally good either may be taken
     assert abs(error(found, weight) / error(want, weight) - 1) < 1e-3
 
 
 def test_zeros_alike_numbers_and_the_smallest_are_as_in_the_twin(ops: SimdOps) -> None:
     weight = torch.zeros(4, 64)
     weight[1], weight[2], weight[3] = 0.25, -3.0, 1e-7
-    for bits, twin in TWINS.items():
-        found, want = ops.round_weight(weight, bits, 32), twin(weight, 32)
+    for bits in BITS:
+        found, want = ops.round_weight(weight, bits, 32), twin_of(ops, bits)(weight, 32)
         assert found is not None
         torch.testing.assert_close(dequantize(found, torch.float32), dequantize(want, torch.float32), rtol=0, atol=0)
 

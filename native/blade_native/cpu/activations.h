@@ -22,45 +22,66 @@ INLINE void pack_words(const bf16* x, long k, int rows, uint32_t* out) {
         for (long u = 0; u < k / 2; u++) memcpy(out + u * rows + r, x + r * k + 2 * u, 4);
 }
 
-// Quantises one group of one row to int8, x ~ scale * q with |q| <= 127, and writes the words of its steps `stride`
-// apart. Returns the sum of q.
-template <int WORDS, class X>
-INLINE int quantize_group(const X* x, int group, float& scale, uint32_t* out, long stride) {
-    vec::F most = vec::zero(), least = vec::zero(), total = vec::zero();
-    for (int i = 0; i < group; i += vec::LANES) {
+// The largest magnitude of some numbers.
+template <class X>
+INLINE float bound_of(const X* x, long num) {
+    vec::F most = vec::zero(), least = vec::zero();
+    for (long i = 0; i < num; i += vec::LANES) {
         vec::F v = vec::load(x + i);
         most = vec::max(most, v);
-        least = vec::max(least, vec::sub(vec::zero(), v));
+        least = vec::min(least, v);
     }
-    float bound = vec::max_lane(vec::max(most, least));
-    vec::F inverse = vec::set(bound > 0 ? 127.0f / bound : 0.0f);
+    return vec::max_lane(vec::max(most, vec::sub(vec::zero(), least)));
+}
+
+// Rounds one group of one row to int8, q = x * inverse, and writes the words of its steps `stride` apart. Returns the sum of q.
+template <int WORDS, class X>
+INLINE int quantize_group(const X* x, int group, float inverse, uint32_t* out, long stride) {
+    vec::F total = vec::zero(), factor = vec::set(inverse);
     for (int i = 0; i < group; i += vec::LANES, out += vec::LANES / 4 * stride) {
-        vec::F q = vec::round_to_int(vec::mul(vec::load(x + i), inverse));
+        vec::F q = vec::round_to_int(vec::mul(vec::load(x + i), factor));
         total = vec::add(total, q);
         uint32_t words[vec::LANES / 4];
         vec::store((int8_t*)words, q);
         for (int j = 0; j < vec::LANES / 4; j++) put_step<WORDS>(words[j], out + j * stride);
     }
-    scale = bound / 127.0f;
     return int(vec::sum(total));
 }
 
-// Rows [R][k] -> the groups of a tile (ActivationGroup). `zero` is what the weights' q are centred on, or 0; `order`, that
-// of the weights' columns, may be null.
+// Rows [R][k] -> units [first, last) of a tile (ActivationGroup), x ~ scale * q with |q| <= 127. `order`, that of the weights'
+// columns, may be null.
 template <int WORDS, class X>
-void pack_groups(const X* x, long k, const int32_t* order, int rows, int group, int zero, char* out) {
-    X ordered[MAX_GROUP];
-    for (long i = 0; i < k; i += group, out += rows * activation_bytes(group / 4, WORDS))
-        for (int r = 0; r < rows; r++) {
-            float *scales = (float*)out, *factors = scales + 2 * rows;
-            uint32_t* words = (uint32_t*)out + 3 * rows + r * WORDS;
-            const X* from = x + r * k + i;
-            if (order) {
-                for (int j = 0; j < group; j++) ordered[j] = x[r * k + order[i + j]];
-                from = ordered;
-            }
-            int sum = quantize_group<WORDS>(from, group, scales[r], words, rows * WORDS);
-            ((int32_t*)out)[rows + r] = -zero * sum;
-            factors[r] = scales[r] * sum;
+void pack_groups(const Layout& layout, const X* x, long k, const int32_t* order, int rows, long first, long last,
+                 char* out) {
+    const long columns = layout.columns, bytes = rows * activation_bytes(layout.steps, WORDS, layout.groups);
+    const int groups = rows <= LATE_ROWS ? layout.groups : 1;  // whose sums are wanted one by one
+    const int group = int(columns / groups);
+    X ordered[MAX_GROUP * STREAM_ROWS];
+    float inverses[STREAM_ROWS];
+    out += first * bytes;
+    for (long i = first * columns; i < last * columns; i += columns, out += bytes) {
+        const X* from = x + i;
+        long stride = k;
+        if (order) {
+            for (int r = 0; r < rows; r++)
+                for (int j = 0; j < columns; j++) ordered[r * columns + j] = x[r * k + order[i + j]];
+            from = ordered, stride = columns;
         }
+        float *scales = (float*)out, *factors = scales + 2 * rows;
+        for (int r = 0; r < rows; r++) {
+            float bound = bound_of(from + r * stride, columns);
+            inverses[r] = bound > 0 ? 127.0f / bound : 0.0f;
+            scales[r] = bound / 127.0f;
+        }
+        for (int r = 0; r < rows; r++) {
+            uint32_t* words = (uint32_t*)factors + layout.groups * rows + r * WORDS;
+            int total = 0;
+            for (int g = 0; g < groups; g++, words += group / 4 * rows * WORDS) {
+                int sum = quantize_group<WORDS>(from + r * stride + g * group, group, inverses[r], words, rows * WORDS);
+                factors[g * rows + r] = layout.format.coding == NESTED ? sum : scales[r] * sum;
+                total += sum;
+            }
+            ((int32_t*)out)[rows + r] = -layout.zero * total;
+        }
+    }
 }

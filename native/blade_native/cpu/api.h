@@ -19,12 +19,14 @@ enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FLOAT16 = 3, INT4 = 4, E4M3 = 
 enum Numbers { NONE = 0, HALF = 1, UNSIGNED_CODES = 2, SIGNED_CODES = 3, ZEROS = 4, BRAIN = 5, SINGLE = 6 };
 
 // What the bits of a grouped weight are.
-enum Coding { INTEGERS = 0, VALUES = 1, FLOATS = 2 };
+enum Coding { INTEGERS = 0, VALUES = 1, FLOATS = 2, NESTED = 3 };
 
 // What a weight is: 32 (float) or 16 (bf16) bits, or 8, 6, 5 or 4 of an unsigned integer q in groups of a row, which
 // share a scale and an offset: w = scale * q + offset. Without offsets q is centred: w = scale * (q - 2^(bits - 1)). With
 // VALUES, of 4 bits, w = scale * (values[q] - zero) + offset. FLOATS are of 8 bits (e4m3, without infinities),
-// w = scale * q, with SINGLE scales.
+// w = scale * q, with SINGLE scales. NESTED are of 4 bits with UNSIGNED_CODES of both kinds that count the same unit, a minimum
+// being -unit * code: w = unit * (scale code * q - minimum code), where the integer fits a signed byte for every q, and
+// scale codes are 1 to 16.
 struct Format {
     int32_t bits;
     int32_t group;    // 16, 32, 64 or 128; a multiple of 32 for integers of 4 and 5 bits; any even one for floats
@@ -73,7 +75,8 @@ struct Float8 {
 };
 
 // Plain weights [n, k], of FLOAT32, BFLOAT16 or FLOAT16, and the grouped ones they are rounded to: of 8 bits with halves as
-// scales [n, k / group], or of 4 bits with codes of scales and minima, which count a half of each row.
+// scales [n, k / group], or of 4 bits with codes of scales and minima. These are NESTED, and count units [n, k / block],
+// where this level multiplies bytes and the error is not much larger so; else they count block_scales and block_minima [n].
 struct Rounding {
     const void* weight;
     int32_t dtype, bits, group;  // group: a multiple of 16, at most 128
@@ -82,6 +85,9 @@ struct Rounding {
     void* scales;
     uint8_t* minima;
     uint16_t *block_scales, *block_minima;
+    uint16_t* units;
+    int32_t block;   // of the units: whole groups
+    int32_t nested;  // whether they are, as it turned out
 };
 
 // How keys, or values, are kept: as they are, or rounded (kv_chunk.h).

@@ -5,6 +5,7 @@
 #include "activations.h"
 #include "linear_job.h"
 #include "parallel.h"
+#include "stream_nested.h"
 #include "stream_tile.h"
 #include "unpack.h"
 
@@ -16,6 +17,7 @@ constexpr long FEW_ITEMS = 4;               // of a thread, at least, for others
 constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
 constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
 constexpr long MOST_CHUNK = 8;              // panels
+constexpr long PACKED_TOGETHER = 16 * 1024;  // activations of so few tiles that threads share one: fewer are not worth it
 constexpr long ITEMS = 8;                   // chunks times blocks of a thread, at least, for others to help it
 
 template <int R>
@@ -57,6 +59,10 @@ template <int R>
 struct StreamFloat8 {
     static constexpr StreamTile tile = stream_float8<R>;
 };
+template <int R>
+struct StreamNested {
+    static constexpr StreamTile tile = stream_nested<R>;
+};
 template <class P>
 struct StreamGroups {
     template <int R>
@@ -71,6 +77,7 @@ StreamTile find_stream(const Layout& layout, int rows) {
     if (rows > STREAM_ROWS || bits == 32) return nullptr;
     if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
     if (layout.floats) return tile_of<StreamFloat8, StreamTile, STREAM_ROWS>(rows);
+    if (layout.format.coding == NESTED) return tile_of<StreamNested, StreamTile, STREAM_ROWS>(rows);
     StreamTile tile;
     with_packing(layout, [&](auto p) {
         tile = tile_of<StreamGroups<decltype(p)>::template Rows, StreamTile, STREAM_ROWS>(rows);
@@ -87,7 +94,10 @@ long even(long count, long most) {
 }
 
 // How many panels are read side by side: fewer where their units are long, and one where slices of it are unpacked.
-long places(const Layout& layout, bool stream) { return !stream ? 1 : layout.unit_bytes > STREAM_RUN ? 2 : STREAM_PANELS; }
+long places(const Layout& layout, bool stream, long m) {
+    bool long_units = layout.format.coding == NESTED ? m <= LATE_ROWS : layout.unit_bytes > STREAM_RUN;
+    return !stream ? 1 : long_units ? 2 : STREAM_PANELS;
+}
 
 // Rows that make a single tile are streamed; tall tiles use a weight that has been widened for more rows.
 int most_rows_of(const Layout& layout, long m) {
@@ -110,12 +120,12 @@ Job::Job(const LinearCall& c)
       most_rows(most_rows_of(layout, c.m)), tiling{c.m, (c.m + most_rows - 1) / most_rows},
       num_panels((linear.n + PANEL - 1) / PANEL),
       few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)),
-      cut(c.threads, num_panels, std::clamp(num_panels / (c.threads * FEW_ITEMS), 1L, places(layout, stream))) {
+      cut(c.threads, num_panels, std::clamp(num_panels / (c.threads * FEW_ITEMS), 1L, places(layout, stream, c.m))) {
     int bits = linear.format.bits;
     unpacked = 4L * PANEL * (layout.floats ? layout.columns : layout.steps);
     row_bytes = layout.floats ? 4 * layout.columns
                 : bits == 16  ? 4
-                              : activation_bytes(layout.steps, words_per_step(layout.width));
+                              : activation_bytes(layout.steps, words_per_step(layout.width), layout.groups);
     long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
     if (stream && tiling.num_tiles == 1) slice = layout.units;
@@ -132,7 +142,7 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     const char* packed = job.panel(panel);
     int bits = layout.format.bits;
     Slice slice{packed + layout.offset_of(from), layout.unit_bytes, nullptr, nullptr, to - from, layout.steps,
-                layout.columns};
+                layout.groups, layout.columns};
     float* scales = (float*)(scratch + job.slice * job.unpacked);
     if (layout.format.coding == FLOATS) {
         for (long u = from; u < to; u++) {
@@ -149,7 +159,8 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
         slice.units *= layout.columns;
     }
     if (layout.floats || bits == 16) return slice;
-    float* offsets = layout.format.offsets == NONE ? nullptr : scales + job.slice * PANEL;
+    bool centred = layout.format.offsets == NONE || layout.format.coding == NESTED;
+    float* offsets = centred ? nullptr : scales + job.slice * PANEL;
     BlockUnits block;
     for (long u = from; u < to; u++) {
         if (u == from || u % layout.block == 0) block.set(layout.format, packed + layout.header_of(u));
@@ -158,15 +169,10 @@ Slice unpack(const Job& job, long panel, long from, long to, char* scratch) {
     }
     slice.scales = scales, slice.offsets = offsets;
     slice.words += layout.quants;  // of 8 bits, in place
-    with_packing(layout, [&](auto p) {
-        if constexpr (p.BITS < 8) {
-            for (long u = from; u < to; u++)
-                unpack_bits<decltype(p)>(layout.format,
-                                         (const uint32_t*)(packed + layout.offset_of(u) + layout.quants), layout.steps,
-                                         (uint32_t*)(scratch + (u - from) * job.unpacked));
-            slice.words = scratch, slice.stride = job.unpacked;
-        }
-    });
+    if (bits == 8) return slice;
+    for (long u = from; u < to; u++)
+        unpack_unit(layout, packed + layout.offset_of(u), (uint32_t*)(scratch + (u - from) * job.unpacked));
+    slice.words = scratch, slice.stride = job.unpacked;
     return slice;
 }
 
@@ -257,27 +263,32 @@ void multiply_block(const Job& job, long first_tile, Strided panels, char* scrat
 }
 
 template <class X>
-void pack_rows(const Job& job, long tile, const X* x) {
+void pack_rows(const Job& job, long tile, const X* x, long part, long parts) {
     const Format& f = job.layout.format;
-    int rows = job.tiling.height(tile), zero = job.layout.zero;
-    long k = job.linear.k;
+    int rows = job.tiling.height(tile);
+    long k = job.linear.k, first = part * job.layout.units / parts, last = (part + 1) * job.layout.units / parts;
     char* out = job.tiles + tile * job.tile_bytes();
     if (job.layout.floats)
         pack_floats(x, k, rows, f.coding == FLOATS ? vec::FLOAT8_X : 1, (float*)out, job.layout.units * job.layout.columns);
     else if (f.bits == 16)
         pack_words((const bf16*)x, k, rows, (uint32_t*)out);
     else if (job.layout.width == 8)
-        pack_groups<ByteDot<8>::WORDS>(x, k, job.linear.order, rows, f.group, zero, out);
+        pack_groups<ByteDot<8>::WORDS>(job.layout, x, k, job.linear.order, rows, first, last, out);
     else
-        pack_groups<1>(x, k, job.linear.order, rows, f.group, zero, out);
+        pack_groups<1>(job.layout, x, k, job.linear.order, rows, first, last, out);
 }
 }  // namespace
 
-void pack_tile(const Job& job, long tile, const void* x) {
+void pack_tile(const Job& job, long tile, const void* x, long part, long parts) {
     if (job.call.x_dtype == FLOAT32)
-        pack_rows(job, tile, (const float*)x);
+        pack_rows(job, tile, (const float*)x, part, parts);
     else
-        pack_rows(job, tile, (const bf16*)x);
+        pack_rows(job, tile, (const bf16*)x, part, parts);
+}
+
+long Job::pack_parts() const {
+    bool divided = !layout.floats && layout.format.bits < 16 && tiling.num_tiles < call.threads;
+    return divided && call.m * linear.k >= PACKED_TOGETHER ? call.threads : 1;
 }
 
 void multiply_item(const Job& job, long item, char* scratch) {
@@ -306,8 +317,10 @@ EXPORT int blade_linear(const LinearCall* call) {
     job.tiles = (char*)scratch.data;
     job.scratch = job.tiles + tiles;
     long row = job.linear.k * (call->x_dtype == FLOAT32 ? 4 : 2);
-    parallel_for(call->threads, job.tiling.num_tiles, 1, [&](long tile, int) {
-        pack_tile(job, tile, (const char*)call->x + job.tiling.start(tile) * row);
+    const long parts = job.pack_parts();
+    parallel_for(call->threads, job.tiling.num_tiles * parts, 1, [&](long item, int) {
+        long tile = item / parts;
+        pack_tile(job, tile, (const char*)call->x + job.tiling.start(tile) * row, item % parts, parts);
     });
     auto multiply = [&](long item, int thread) { multiply_item(job, item, job.scratch + thread * job.per_thread); };
     if (job.few)

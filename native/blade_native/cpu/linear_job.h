@@ -37,6 +37,7 @@ struct Job {
     const Target* targets = nullptr;  // [m], or null: rows are stored in order. With them y is float32
 
     explicit Job(const LinearCall& c);
+    long pack_parts() const;  // of a tile's activations, for as many threads
     long sums_bytes() const { return chunk * block * most_rows * PANEL * 4; }
     long tile_bytes() const { return most_rows * layout.units * row_bytes; }
     const char* panel(long i) const { return linear.weights + i * layout.panel_bytes(); }
@@ -48,8 +49,8 @@ struct Job {
     }
 };
 
-// Packs the rows of one tile, which lie side by side at x, in x_dtype.
-void pack_tile(const Job& job, long tile, const void* x);
+// Packs the rows of one tile, which lie side by side at x, in x_dtype; or part i of `parts` parts of them.
+void pack_tile(const Job& job, long tile, const void* x, long part = 0, long parts = 1);
 
 // The product of item i: some panels times a block of tiles, or times all of few tiles.
 void multiply_item(const Job& job, long item, char* scratch);

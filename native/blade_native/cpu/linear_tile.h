@@ -14,8 +14,8 @@ struct Slice {
     long stride;           // bytes from unit to unit
     const float *scales, *offsets;  // grouped and 8-bit floats: [units][32]; offsets may be null
     long units;
-    int steps;
-    long columns;  // 8-bit floats: of a unit
+    int steps, groups;  // of a unit
+    long columns;       // 8-bit floats: of a unit
 };
 
 // c[r][v] += scale * sum.
@@ -74,19 +74,19 @@ void float8_tile(const Slice& slice, const char* activations, float* c) {
         }
 }
 
-// What one group of a tile's rows looks like: {[R] scales, [R] starts of the sum, [R] factors of the offsets,
-// [steps][R][WORDS] words of int8 activations}. x ~ scale * q, factor = scale * sum of q.
+// What one unit of a tile's rows looks like: {[R] scales, [R] starts of the sum, [groups][R] factors of the offsets,
+// [steps][R][WORDS] words of int8 activations}. x ~ scale * q, factor = scale * sum of q, or that sum for nested weights.
 template <int R, int WORDS>
 struct ActivationGroup {
     const float* scales;
     const int32_t* starts;
     const float* factors;
     const uint32_t* words;
-    explicit ActivationGroup(const char* at)
+    explicit ActivationGroup(const char* at, int groups = 1)
         : scales((const float*)at), starts((const int32_t*)at + R), factors((const float*)at + 2 * R),
-          words((const uint32_t*)at + 3 * R) {}
+          words((const uint32_t*)at + (2 + groups) * R) {}
 };
-INLINE long activation_bytes(int steps, int words) { return 12 + 4L * steps * words; }  // of a row and group
+INLINE long activation_bytes(int steps, int words, int groups = 1) { return 8 + 4 * (groups + long(steps) * words); }  // of a row
 
 // The integer sums of one group: sums[r][v] += q of the weights . q of the activations.
 template <int BITS, int R, int NV>
@@ -132,9 +132,9 @@ template <int BITS, int R, int STEPS, bool OFFSETS>
 INLINE void byte_units(const Slice slice, const char* activations, float* c) {
     constexpr int NV = TILE_VECTORS<R>, WORDS = ByteDot<BITS>::WORDS;
     const int steps = STEPS ? STEPS : slice.steps;
-    const long group_bytes = R * activation_bytes(steps, WORDS);
+    const long group_bytes = R * activation_bytes(steps, WORDS, slice.groups);
     for (long u = 0; u < slice.units; u++) {
-        ActivationGroup<R, WORDS> group(activations + u * group_bytes);
+        ActivationGroup<R, WORDS> group(activations + u * group_bytes, slice.groups);
         for (int first = 0; first < PANEL; first += NV * vec::LANES) {
             vec::I sums[R][NV];
             UNROLL for (int r = 0; r < R; r++)

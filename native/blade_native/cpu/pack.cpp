@@ -20,15 +20,30 @@ void pack_dense(const char* weight, int64_t n, long words, uint32_t* out, int th
     });
 }
 
+// The numbers of unit i of all.
+void put_nested(const Layout& layout, const Grouped& from, long i, int lane, char* unit) {
+    put_number(HALF, from.block_scales, i, lane, unit);
+    for (int g = 0; g < layout.groups; g++) {
+        long group = i * layout.groups + g;
+        int code = ((const uint8_t*)from.scales)[group] - 1, minimum = ((const uint8_t*)from.offsets)[group];
+        unit[(2 + g / 2) * PANEL + lane] |= char(code << g % 2 * 4);
+        unit[layout.offsets + g * PANEL + lane] = char(layout.zero - minimum);
+    }
+}
+
 void put_unit(const Layout& layout, const Grouped& from, long channel, long u, char* panel) {
     const Format& f = layout.format;
     int lane = int(channel % PANEL);
     long i = channel * layout.units + u;
     char* unit = panel + layout.offset_of(u);
-    put_number(f.scales, from.scales, i, lane, unit);
-    put_number(f.offsets, from.offsets, i, lane, unit + layout.offsets);
+    if (f.coding == NESTED) {
+        put_nested(layout, from, i, lane, unit);
+    } else {
+        put_number(f.scales, from.scales, i, lane, unit);
+        put_number(f.offsets, from.offsets, i, lane, unit + layout.offsets);
+    }
     with_bits(f.bits, [&](auto bits) {
-        put_bits<bits>(from.q + i * f.group, layout.steps, lane, (uint32_t*)(unit + layout.quants));
+        put_bits<bits>(from.q + i * layout.columns, layout.steps, lane, (uint32_t*)(unit + layout.quants));
     });
     if (!layout.block_header || u % layout.block) return;
     long block = channel * (layout.units / layout.block) + u / layout.block;
@@ -65,16 +80,10 @@ void dequantize(const Layout& layout, const char* panel, int lane, const int32_t
         const char* unit = panel + layout.offset_of(u);
         if (u % layout.block == 0) block.set(f, panel + layout.header_of(u));
         unpack_scales(layout, unit, block, scales, offsets);
-        const uint32_t *quants = (const uint32_t*)(unit + layout.quants), *q = words;
-        with_packing(layout, [&](auto p) {
-            if constexpr (p.BITS == 8)
-                q = quants;
-            else
-                unpack_bits<decltype(p)>(f, quants, layout.steps, words);
-        });
-        for (int i = 0; i < f.group; i++) {
+        const uint32_t* q = unpack_unit(layout, unit, words);
+        for (int i = 0; i < layout.columns; i++) {
             float number = ((const uint8_t*)(q + i / 4 * PANEL + lane))[i % 4];
-            long column = u * f.group + i;
+            long column = u * layout.columns + i;
             vec::from_float((number - layout.zero) * scales[lane] + offsets[lane], out[order ? order[column] : column]);
         }
     }

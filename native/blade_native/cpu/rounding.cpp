@@ -2,23 +2,20 @@
 // why they are what they are.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "api.h"
+#include "nesting.h"
 #include "parallel.h"
-#include "vec.h"
+#include "rounding_groups.h"
+#include "tile_shape.h"
 
 namespace {
-constexpr int MAX_GROUP = 128;
 constexpr long ROWS = vec::LANES;  // of an item: their groups fill whole vectors
-constexpr float LEVELS = 15;
 constexpr float SHARES[] = {1.0f, 0.85f};  // of a group's own range: where the search starts
 constexpr int ROUNDS = 3;                  // of rounding and fitting from each start
-
-// One number of each of sixteen groups, or what is known of these.
-struct alignas(64) Lanes {
-    float of[vec::LANES];
-};
+constexpr double NESTED_ERROR = 1.5;       // times the least squared error of the groups
 
 template <class E>
 void widen(const E* x, int group, float* out) {
@@ -33,34 +30,16 @@ void put_rounded(const float* x, int group, float inverse, float shift, float lo
     }
 }
 
-float inverse_of(float scale) { return scale > 0 ? 1 / scale : 0; }
-
 // The largest number of a group decides its scale.
 template <class E>
 void round_to_8(const E* x, int group, uint8_t* q, uint16_t* scale) {
-    float numbers[MAX_GROUP], most = 0;
+    float numbers[MAX_ROUNDED_GROUP], most = 0;
     widen(x, group, numbers);
     for (int i = 0; i < group; i++) most = std::max(most, fabsf(numbers[i]));
     *scale = vec::to_half(most / 127);
     put_rounded(numbers, group, inverse_of(vec::half_to_float(*scale)), 0, -128, 127, q);
     for (int i = 0; i < group; i++) q[i] ^= 128;
 }
-
-// Sixteen groups whose numbers are x [group][16], and what does not depend on how they are rounded.
-struct Groups {
-    const Lanes* x;
-    int size;
-    Lanes low, high, total;
-
-    Groups(const Lanes* numbers, int group) : x(numbers), size(group) {
-        vec::F l = vec::zero(), h = vec::load(x[0].of), sum = vec::zero();
-        for (int i = 0; i < size; i++) {
-            vec::F v = vec::load(x[i].of);
-            l = vec::min(l, v), h = vec::max(h, v), sum = vec::add(sum, v);
-        }
-        vec::store(low.of, l), vec::store(high.of, h), vec::store(total.of, sum);
-    }
-};
 
 // Sums over a group that is rounded to q.
 struct Sums {
@@ -103,9 +82,8 @@ Lanes least_squares(const Groups& groups, Lanes& scale, Lanes& minimum) {
     return error;
 }
 
-// The scale and minimum of each group that have the least error of all candidates.
-void fit(const Groups& groups, Lanes& best_scale, Lanes& best_minimum) {
-    Lanes least;
+// The scale and minimum of each group that have the least error of all candidates, and that error less the sum of x^2.
+void fit(const Groups& groups, Lanes& best_scale, Lanes& best_minimum, Lanes& least) {
     std::fill(least.of, least.of + vec::LANES, INFINITY);
     best_scale = best_minimum = least;
     for (float share : SHARES) {
@@ -140,45 +118,110 @@ void encode(float* values, long count, uint8_t* codes, uint16_t* block) {
     }
 }
 
-// Rows [from, to): x [to - from, k] are theirs.
+// Numbers of the groups g .. g + 15 of a matrix, zeros beyond `count`.
 template <class E>
-void round_to_4(const Rounding& r, const E* x, long from, long to) {
-    const long per_row = r.k / r.group, count = (to - from) * per_row;
-    const long padded = (count + vec::LANES - 1) / vec::LANES * vec::LANES;
-    std::vector<float> scales(padded), minima(padded);
-    for (long g = 0; g < padded; g += vec::LANES) {
-        Lanes numbers[MAX_GROUP], scale, minimum;
-        std::fill(numbers, numbers + r.group, Lanes{});
-        for (long lane = 0; lane < std::min<long>(vec::LANES, count - g); lane++)
-            for (int i = 0; i < r.group; i++) numbers[i].of[lane] = vec::to_float(x[(g + lane) * r.group + i]);
-        fit(Groups(numbers, r.group), scale, minimum);
-        vec::store(&scales[g], vec::load(scale.of)), vec::store(&minima[g], vec::load(minimum.of));
-    }
-    for (long row = from; row < to; row++) {
-        float *scale = &scales[(row - from) * per_row], *minimum = &minima[(row - from) * per_row];
-        encode(scale, per_row, (uint8_t*)r.scales + row * per_row, r.block_scales + row);
-        encode(minimum, per_row, r.minima + row * per_row, r.block_minima + row);
-        for (long g = 0; g < per_row; g++, x += r.group) {
-            float numbers[MAX_GROUP], inverse = inverse_of(scale[g]);
-            widen(x, r.group, numbers);
-            put_rounded(numbers, r.group, inverse, -minimum[g] * inverse, 0, LEVELS, r.q + row * r.k + g * r.group);
+void gather(const E* x, int group, long g, long count, Lanes* out) {
+    std::fill(out, out + group, Lanes{});
+    for (long lane = 0; lane < std::min<long>(vec::LANES, count - g); lane++)
+        for (int i = 0; i < group; i++) out[i].of[lane] = vec::to_float(x[(g + lane) * group + i]);
+}
+
+// Some rows that are rounded together.
+template <class E>
+struct Rows {
+    const Rounding& r;
+    const E* x;  // [to - from, k], theirs
+    long from, to, per_row, count;
+    std::vector<float> scales, minima;  // of each group, before they are rounded
+    double error = 0;                   // the sum of squares that these leave
+
+    Rows(const Rounding& rounding, const E* all, long first, long last)
+        : r(rounding), x(all + first * rounding.k), from(first), to(last), per_row(rounding.k / rounding.group),
+          count((last - first) * per_row), scales(count + vec::LANES), minima(count + vec::LANES) {
+        for (long g = 0; g < count; g += vec::LANES) {
+            Lanes numbers[MAX_ROUNDED_GROUP], scale, minimum, least;
+            gather(x, r.group, g, count, numbers);
+            Groups groups(numbers, r.group);
+            fit(groups, scale, minimum, least);
+            vec::store(&scales[g], vec::load(scale.of)), vec::store(&minima[g], vec::load(minimum.of));
+            for (long lane = 0; lane < std::min<long>(vec::LANES, count - g); lane++)
+                error += least.of[lane] + groups.squares.of[lane];
         }
     }
+
+    // Scales and minima each count a unit of their own.
+    void round_freely() {
+        const E* at = x;
+        for (long row = from; row < to; row++) {
+            float *scale = &scales[(row - from) * per_row], *minimum = &minima[(row - from) * per_row];
+            encode(scale, per_row, (uint8_t*)r.scales + row * per_row, r.block_scales + row);
+            encode(minimum, per_row, r.minima + row * per_row, r.block_minima + row);
+            for (long g = 0; g < per_row; g++, at += r.group) {
+                float numbers[MAX_ROUNDED_GROUP], inverse = inverse_of(scale[g]);
+                widen(at, r.group, numbers);
+                put_rounded(numbers, r.group, inverse, -minimum[g] * inverse, 0, LEVELS,
+                            r.q + row * r.k + g * r.group);
+            }
+        }
+    }
+
+    // Those of a block count one unit, by codes that nest. Returns the sum of squared errors.
+    double nest() {
+        const long per_block = r.block / r.group, first = from * r.k / r.block;
+        std::vector<float> units(count / per_block);
+        for (size_t i = 0; i < units.size(); i++) {
+            uint16_t unit = unit_of(&scales[i * per_block], &minima[i * per_block], per_block);
+            r.units[first + i] = unit, units[i] = vec::half_to_float(unit);
+        }
+        double off = 0;
+        for (long g = 0; g < count; g += vec::LANES) {
+            Lanes numbers[MAX_ROUNDED_GROUP], unit{}, inverse{};
+            long lanes = std::min<long>(vec::LANES, count - g);
+            gather(x, r.group, g, count, numbers);
+            for (long lane = 0; lane < lanes; lane++) {
+                unit.of[lane] = units[(g + lane) / per_block];
+                inverse.of[lane] = inverse_of(unit.of[lane]);
+            }
+            NestedGroups nested(numbers, r.group, inverse, &scales[g], &minima[g]);
+            for (long lane = 0; lane < lanes; lane++) {
+                off += double(nested.error.of[lane]) * unit.of[lane] * unit.of[lane];
+                ((uint8_t*)r.scales)[from * per_row + g + lane] = uint8_t(nested.scale.of[lane]);
+                r.minima[from * per_row + g + lane] = uint8_t(nested.minimum.of[lane]);
+            }
+            nested.put(lanes, r.q + from * r.k + g * r.group);
+        }
+        return off;
+    }
+};
+
+template <class E>
+void round_to_4(Rounding& r, int threads) {
+    const long items = (r.n + ROWS - 1) / ROWS;
+    std::vector<double> nested(items), least(items);
+    auto each = [&](auto body) {  // body(item, its rows)
+        parallel_for(threads, items, 1, [&](long item, int) {
+            body(item, Rows<E>(r, (const E*)r.weight, item * ROWS, std::min<long>((item + 1) * ROWS, r.n)));
+        });
+    };
+    auto sum = [](const std::vector<double>& parts) { return std::accumulate(parts.begin(), parts.end(), 0.0); };
+    if (NESTS) each([&](long item, Rows<E> rows) { least[item] = rows.error, nested[item] = rows.nest(); });
+    r.nested = NESTS && sum(nested) <= NESTED_ERROR * sum(least);
+    if (!r.nested) each([](long, Rows<E> rows) { rows.round_freely(); });
 }
 
 template <class E>
-void round_rows(const Rounding& r, int threads) {
+void round_rows(Rounding& r, int threads) {
+    if (r.bits == 4) return round_to_4<E>(r, threads);
     parallel_for(threads, (r.n + ROWS - 1) / ROWS, 1, [&](long item, int) {
         long from = item * ROWS, to = std::min(from + ROWS, long(r.n)), groups = r.k / r.group;
         const E* x = (const E*)r.weight + from * r.k;
-        if (r.bits == 4) return round_to_4(r, x, from, to);
         for (long g = from * groups; g < to * groups; g++, x += r.group)
             round_to_8(x, r.group, r.q + g * r.group, (uint16_t*)r.scales + g);
     });
 }
 }  // namespace
 
-EXPORT int blade_round(const Rounding* rounding, int threads) {
+EXPORT int blade_round(Rounding* rounding, int threads) {
     if (rounding->dtype == FLOAT32)
         round_rows<float>(*rounding, threads);
     else if (rounding->dtype == BFLOAT16)

@@ -28,12 +28,18 @@ constexpr long STREAM_AHEAD = 2048;  // bytes between what is read and what is p
 #else
 constexpr long STREAM_AHEAD = 1024;
 #endif
+constexpr int LATE_ROWS = 4;  // up to here it is less work to scale sums of nested numbers than to make bytes of these
 // How many times 16 channels of a panel a tile of R rows takes at a time.
 template <int R>
 constexpr int TILE_VECTORS = R > WIDE_TILE_ROWS ? 1 : 2;
 template <int R, int BITS>
 constexpr int STREAM_VECTORS = R > wide_stream_rows(BITS) ? 1 : 2;
 
+#ifdef __AVX512VNNI__
+constexpr bool NESTS = true;  // an instruction multiplies bytes as fast as it would smaller integers: nested ones become bytes
+#else
+constexpr bool NESTS = false;
+#endif
 #ifdef __AVX512BF16__
 constexpr bool WIDENS_BF16 = false;
 #else

@@ -115,6 +115,10 @@ INLINE void unpack_scales(const Layout& layout, const char* unit, const BlockUni
                           float* offsets) {
     const Format& f = layout.format;
     for (int v = 0; v < PANEL; v += vec::LANES) {
+        if (f.coding == NESTED) {
+            vec::store(scales + v, vec::half_to_float(unit + 2 * v));
+            continue;
+        }
         vec::F scale = numbers_at(f.scales, unit, block.scales, v);
         vec::store(scales + v, scale);
         if (f.offsets != NONE) vec::store(offsets + v, offset_at(f, unit + layout.offsets, block, v, scale));
@@ -137,4 +141,49 @@ template <class Body>
 INLINE void with_packing(const Layout& layout, Body body) {
     if (layout.format.coding == VALUES) return layout.width == 5 ? body(Packing<4, 5>{}) : body(Packing<4, 8>{});
     with_bits(layout.format.bits, [&](auto bits) { body(Packing<bits>{}); });
+}
+
+#ifdef __AVX512VNNI__
+// Sixteen channels' part in a group of nested numbers: how their nibbles become bytes.
+struct Nested {
+    vec::W scales, starts;  // in both halves of a word, and in all its bytes
+    Nested(const Layout& layout, const char* unit, int group, int channel)
+        : starts(vec::spread_bytes(unit + layout.offsets + group * PANEL + channel)) {
+        vec::W codes = vec::spread_shorts(unit + (2 + group / 2) * PANEL + channel);
+        codes = group % 2 ? vec::high_nibbles(codes) : vec::low_nibbles(codes);
+        scales = vec::add_bytes(codes, vec::one_shorts());
+    }
+    // No product of a scale and a nibble is more than a byte: the two of a half do not touch.
+    inline __attribute__((always_inline)) vec::W bytes(vec::W nibbles) const {
+        return vec::add_bytes(vec::mul_shorts(nibbles, scales), starts);
+    }
+};
+
+// One unit's nested numbers -> [steps][32] words of bytes.
+INLINE void unpack_nested(const Layout& layout, const char* unit, uint32_t* out) {
+    const uint32_t* low = (const uint32_t*)(unit + layout.quants);
+    const int steps = layout.format.group / 4;
+    for (int g = 0; g < layout.groups; g++, low += steps / 2 * PANEL, out += steps * PANEL)
+        for (int v = 0; v < PANEL; v += vec::LANES) {
+            Nested nested(layout, unit, g, v);
+            for (int s = 0; s < steps; s += 2) {
+                vec::W nibbles = vec::word(low + s / 2 * PANEL + v);
+                vec::store_word(out + s * PANEL + v, nested.bytes(vec::low_nibbles(nibbles)));
+                vec::store_word(out + (s + 1) * PANEL + v, nested.bytes(vec::high_nibbles(nibbles)));
+            }
+        }
+}
+#else
+INLINE void unpack_nested(const Layout&, const char*, uint32_t*) {}  // no layout is
+#endif
+
+// One unit's integers, [steps][32] words of bytes: where they are, or in `room`.
+INLINE const uint32_t* unpack_unit(const Layout& layout, const char* unit, uint32_t* room) {
+    const uint32_t* quants = (const uint32_t*)(unit + layout.quants);
+    if (layout.format.bits == 8) return quants;
+    if (layout.format.coding == NESTED) return unpack_nested(layout, unit, room), room;
+    with_packing(layout, [&](auto p) {
+        if constexpr (p.BITS < 8) unpack_bits<decltype(p)>(layout.format, quants, layout.steps, room);
+    });
+    return room;
 }

@@ -111,6 +111,22 @@ INLINE F dot_bf16(F c, W w, W a) {
 #endif
 }
 
+// Sixteen bytes at p, each in a lane of its own, `places` saying where: 0 for a byte of the lane, 128 for zero.
+INLINE W spread(const void* p, int places) {
+    __m128i order = _mm_add_epi32(_mm_set1_epi32(places), _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    return _mm512_shuffle_epi8(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), _mm512_broadcast_i32x4(order));
+}
+INLINE W spread_bytes(const void* p) { return spread(p, 0); }
+INLINE W spread_shorts(const void* p) { return spread(p, int(0x80008000)); }
+INLINE W one_shorts() { return _mm512_set1_epi16(1); }
+// The low nibbles of sixteen bytes, or the high ones.
+INLINE F load_nibbles(const void* p, bool high) {
+    W w = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm512_cvtepi32_ps(high ? _mm512_srli_epi32(w, 4) : _mm512_and_si512(w, _mm512_set1_epi32(15)));
+}
+INLINE I add_ints(I x, I y) { return _mm512_add_epi32(x, y); }
+INLINE W mul_shorts(W x, W y) { return _mm512_mullo_epi16(x, y); }  // the low halves of the products
+INLINE W add_bytes(W x, W y) { return _mm512_add_epi8(x, y); }
 INLINE W even_bytes(W w) { return _mm512_and_si512(w, _mm512_set1_epi16(0xff)); }
 INLINE W odd_bytes(W w) { return _mm512_srli_epi16(w, 8); }
 #ifdef __AVX512VNNI__
@@ -155,6 +171,5 @@ INLINE W add_dot_bytes(W c, W w, W a) {
 }
 #endif
 INLINE W dot_bytes(W w, W a) { return _mm512_maddubs_epi16(w, a); }
-INLINE W one_shorts() { return _mm512_set1_epi16(1); }
 #endif
 }  // namespace vec

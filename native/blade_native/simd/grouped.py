@@ -14,7 +14,7 @@ from blade_native.simd.linear import Matrix
 
 GROUPS = {4: (16, 32, 64, 128), 5: (32, 64, 128), 6: (16, 32, 64, 128), 8: (16, 32, 64, 128)}  # by bits
 VALUES_GROUPS = (16, 32, 64, 128)
-VALUES = 1  # `Coding` of api.h
+VALUES, NESTED = 1, 3  # `Coding` of api.h
 NONE, HALF, ZEROS = 0, 1, 4  # `Numbers` of api.h
 FLOATS = {torch.float16: HALF, torch.bfloat16: 5, torch.float32: 6}
 CODES = {torch.uint8: 2, torch.int8: 3}
@@ -117,8 +117,25 @@ def _format(weight: GroupedWeight) -> CFormat:
     if weight.minima is not None:
         offsets = HALF if weight.block_minima is None else CODES[weight.minima.dtype]
     form = CFormat(weight.bits, weight.group, scales, offsets, block)
+    if nests(weight):
+        form.coding = NESTED
     values = _table(weight)
     return form if values is None else looked_up(form, values)
+
+
+def nests(weight: GroupedWeight) -> bool:
+    """Whether the numbers of a block, of up to 128, are multiples of one unit by integers that fit a signed byte whatever
+    q is: 4 bits nested in 8, as in the progressive groups of QServe (Lin et al. 2024)."""
+    if weight.bits != 4 or weight.group < 32 or weight.block_scales is None or weight.block_minima is None:
+        return False
+    scales, minima = weight.scales, weight.minima
+    if minima is None or scales.dtype is not torch.uint8 or minima.dtype is not torch.uint8:
+        return False
+    block = weight.q.shape[1] // weight.block_scales.shape[1]
+    if block not in GROUPS[4] or not weight.block_minima.equal(-weight.block_scales):
+        return False
+    highest = 15 * scales.int() - minima
+    return bool(minima.max() <= 128 and scales.min() >= 1 and scales.max() <= 16 and highest.max() <= 127)
 
 
 def looked_up(form: CFormat, values: Seq[int]) -> CFormat:

@@ -78,6 +78,9 @@ class CRounding(Structure):
         ("minima", c_void_p),
         ("block_scales", c_void_p),
         ("block_minima", c_void_p),
+        ("units", c_void_p),
+        ("block", c_int32),
+        ("nested", c_int32),
     )
 
 

@@ -21,22 +21,25 @@ def round_weight(library: Library, weight: Tensor, bits: int, group: int, thread
     (n, k), weight = weight.shape, weight.contiguous()
     if k % group:
         raise ValueError(f"group of {group} does not divide K = {k}")
-    form = _empty_8(n, k, group) if bits == 8 else _empty_4(n, k, group)
-    tensors = form.q, form.scales, form.minima, form.block_scales, form.block_minima
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    rounding = CRounding(weight.data_ptr(), DTYPES[weight.dtype], bits, group, n, k, *pointers)
-    library.round(ctypes.byref(rounding), threads)
-    return form
-
-
-def _empty_8(n: int, k: int, group: int) -> GroupedWeight:
-    return GroupedWeight(
-        8, group, torch.empty(n, k, dtype=torch.uint8), torch.empty(n, k // group, dtype=torch.float16)
-    )
-
-
-def _empty_4(n: int, k: int, group: int) -> GroupedWeight:
-    scales, minima = torch.empty(2, n, k // group, dtype=torch.uint8)
-    block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16)
     q = torch.empty(n, k, dtype=torch.uint8)
+    scales, minima = torch.empty(2, n, k // group, dtype=torch.float16 if bits == 8 else torch.uint8)
+    block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16)
+    block = _block(k, group)
+    units = torch.empty(n, k // block, dtype=torch.float16)
+    tensors = q, scales, minima, block_scales, block_minima, units
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    rounding = CRounding(weight.data_ptr(), DTYPES[weight.dtype], bits, group, n, k, *pointers, block)
+    library.round(ctypes.byref(rounding), threads)
+    if bits == 8:
+        return GroupedWeight(8, group, q, scales)
+    if rounding.nested:
+        block_scales, block_minima = units, -units
     return GroupedWeight(4, group, q, scales, minima, block_scales=block_scales, block_minima=block_minima)
+
+
+def _block(k: int, group: int) -> int:
+    """Numbers that share a unit where they are nested: whole groups, up to 128, that divide a row."""
+    block = group
+    while block < GROUPS[-1] and k % (2 * block) == 0:
+        block *= 2
+    return block
