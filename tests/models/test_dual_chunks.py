@@ -4,6 +4,7 @@ tokens, turned by the pair's relative position (An et al. 2024)."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,7 +37,8 @@ LENGTHS = (300, 23, 1, 140, 97)
 OPS = [pytest.param(lambda: cpu_ops(None), id="cpu"), pytest.param(TorchOps, id="torch")]
 
 
-def make_reference(case: str, lengths: tuple[int, ...] = LENGTHS) -> Reference:
+def make_model(case: str) -> tuple[Any, dict[str, int]]:
+    """A transformers model, and the chunks that its attention is to have."""
     import transformers
 
     chunks, settings = CASES[case]
@@ -47,10 +49,15 @@ def make_reference(case: str, lengths: tuple[int, ...] = LENGTHS) -> Reference:
     model = transformers.Qwen2ForCausalLM(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    return model, chunks
+
+
+def make_reference(case: str, lengths: tuple[int, ...] = LENGTHS) -> Reference:
+    model, chunks = make_model(case)
     prompts = [torch.randint(199, (length,)).tolist() for length in lengths]
-    whole = config.to_dict() | {"dual_chunk_attention_config": chunks}
+    config = model.config.to_dict() | {"dual_chunk_attention_config": chunks}
     logits = [forward(model, prompt, chunks) for prompt in prompts]
-    return Reference(whole, TensorWeights(dict(model.state_dict())), prompts, logits)
+    return Reference(config, TensorWeights(dict(model.state_dict())), prompts, logits)
 
 
 @torch.inference_mode()
@@ -69,7 +76,9 @@ def attend(model: Any, layer: Any, x: Tensor, chunks: dict[str, int]) -> Tensor:
     q, k, v = (linear(x).unflatten(-1, (-1, layer.head_dim)) for linear in (layer.q_proj, layer.k_proj, layer.v_proj))
     k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for y in (k, v))
     q, k = (torch.complex(*y.double().chunk(2, dim=-1)) for y in (q, k))  # [L, H, D / 2]
-    turns = torch.polar(torch.ones(()).double(), relative_positions(length, chunks)[..., None] * rope.inv_freq.double())
+    positions = relative_positions(length, chunks["chunk_size"], chunks["local_size"])
+    angles = positions[..., None] * rope.inv_freq.double()
+    turns = torch.polar(torch.ones_like(angles), angles)
     scores = torch.einsum("qhd,khd,qkd->hqk", q, k.conj(), turns).real
     scores *= layer.scaling * rope.attention_scaling**2
     lengths = torch.arange(1, length + 1).double()
@@ -80,11 +89,11 @@ def attend(model: Any, layer: Any, x: Tensor, chunks: dict[str, int]) -> Tensor:
     return layer.o_proj(torch.einsum("hqk,khd->qhd", weights, v.double()).flatten(1).float())
 
 
-def relative_positions(length: int, chunks: dict[str, int]) -> Tensor:
-    """[L, L] float64: of keys to queries, the paper's M. Within a chunk they are what they are; to the chunk before the
-    nearest chunk_size stay so, others are as far as chunk_size; all before count from there too."""
-    size, chunk = chunks["chunk_size"], chunks["chunk_size"] - chunks["local_size"]
-    found = torch.zeros(length, length, dtype=torch.float64)
+@cache
+def relative_positions(length: int, size: int, local: int) -> Tensor:
+    """[L, L] float64: of keys to queries, the paper's M. Within a chunk they are what they are; in the chunk before as
+    well, as far as chunk_size, where all others that are farther are too; all before count from there."""
+    found, chunk = torch.zeros(length, length, dtype=torch.float64), size - local
     for i in range(length):
         for j in range(i + 1):
             if i // chunk == j // chunk:
