@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from blade_native.tiles import Piece
 
 MAX_ROWS = 512  # queries times heads of a run
-MAX_SCORES = 1 << 24  # of a run and a span of keys
+MAX_KEYS = 8192  # of a span
 
 
 def attend(
@@ -47,7 +47,7 @@ def _attend_piece(
     block_size, num_groups = layer_kv.block_size, queries[0].shape[2]
     table = batch.block_tables[piece.seq, : -(-piece.kv_end // block_size)].long()
     origin = layer_kv.origin(table[0])  # [KV, D]
-    span = max(1, MAX_SCORES // (picked[0].shape[1] * len(picked[0]) * block_size))  # blocks
+    span = -(-MAX_KEYS // block_size)  # blocks
     most = picked[0].new_full((*picked[0].shape[:2], 1), -torch.inf)
     total, sums = torch.zeros_like(most), torch.zeros_like(picked[0])
     positions = _key_positions(piece, batch, len(table) * block_size)
