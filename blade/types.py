@@ -302,6 +302,20 @@ class CaptureOptions:
     max_context: int = 0  # tokens a sequence may have
 
 
+class DualChunks(NamedTuple):
+    """Dual chunk attention (An et al. 2024): positions begin anew every `length` tokens, so that none is beyond what a
+    model was trained on. The key of a token at p turns by position p % length. Its query meets keys that lie d chunks
+    before its own, which is p // length, turned by position min(p % length + d * length, farthest)."""
+
+    length: int
+    farthest: int  # from length to 2 * length - 1
+
+    @property
+    def num_undivided(self) -> int:
+        """Tokens within which all that is attention as usual: no position is beyond the farthest."""
+        return self.farthest + 1
+
+
 @dataclass(slots=True, frozen=True)
 class ModelConfig:
     """What the core must know of a model before its weights are loaded. Families subclass it with what they need."""
@@ -315,6 +329,7 @@ class ModelConfig:
     head_dim: int
     state: StateSpec | None = field(default=None, kw_only=True)  # of its recurrent layers; None: all have KV
     attention_chunk: int | None = field(default=None, kw_only=True)  # positions that some layers attend within
+    dual_chunks: DualChunks | None = field(default=None, kw_only=True)  # that attention needs beyond the first of them
 
     @property
     def num_kv_layers(self) -> int:

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 
-from blade import Config, ConfigError, EngineConfig, ModelConfig, ModelOptions
+from blade import Config, ConfigError, DualChunks, EngineConfig, ModelConfig, ModelOptions
 from blade.assembly.choosing import _check_kv_cache, _max_context
 from blade_native.attention import PagedAttention
+from blade_native.cuda.attention import CudaAttention
 from blade_native.reference import TorchOps
 
 OPS = TorchOps()
@@ -42,3 +43,13 @@ def test_chunks_of_positions_need_an_attention_that_has_them(caplog: pytest.LogC
     assert _max_context(asked, model, PagedAttention(OPS.device)) == 600
     with pytest.raises(ConfigError, match=r"one chunk that --attention mine can do of 512\. Use at most 512\."):
         _max_context(asked, model, Plain())  # type: ignore[arg-type]
+
+
+def test_dual_chunks_need_an_attention_that_has_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelConfig("X", 10, 4096, 1, 1, 1, 16, dual_chunks=DualChunks(500, 512))
+    assert _max_context(Config(), model, PagedAttention(OPS.device)) == 4096
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING, "blade.assembly"):
+        for attention in (Plain(), CudaAttention.__new__(CudaAttention)):
+            assert _max_context(Config(), model, attention) == 513  # type: ignore[arg-type]
+    assert "limited to the one chunk that --attention paged can do, of 513 tokens" in caplog.text

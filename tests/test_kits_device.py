@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from blade import DualChunks
 from blade.testing import check_attention, check_ops
 from blade_native.attention import PagedAttention
 from blade_native.reference import TorchOps
@@ -152,6 +153,24 @@ class NoChunks(PagedAttention):
         return super().attend(q, k, v, batch, layer_kv, scale, window)
 
 
+class NoDualChunks(PagedAttention):
+    """Positions go on."""
+
+    def attend_dual_chunks(
+        self, q: Any, k: Any, v: Any, cos_sin: Any, batch: Any, layer_kv: Any, scale: float, chunks: Any
+    ) -> Any:
+        q, k = self.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
+        return self.attend(q, k, v, batch, layer_kv, scale, None)
+
+
+class NothingClamped(PagedAttention):
+    def attend_dual_chunks(
+        self, q: Any, k: Any, v: Any, cos_sin: Any, batch: Any, layer_kv: Any, scale: float, chunks: Any
+    ) -> Any:
+        chunks = DualChunks(chunks.length, 2 * chunks.length - 1)
+        return super().attend_dual_chunks(q, k, v, cos_sin, batch, layer_kv, scale, chunks)
+
+
 class OwnTokensOnly(PagedAttention):
     def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
         groups = q.shape[1] // k.shape[1]
@@ -189,7 +208,19 @@ def test_paged_attention_passes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", [NoScale, NoWindow, WindowOffByOne, NoChunks, OwnTokensOnly, Contiguous, OneLayer, WrongPairs]
+    "attention",
+    [
+        NoScale,
+        NoWindow,
+        WindowOffByOne,
+        NoChunks,
+        NoDualChunks,
+        NothingClamped,
+        OwnTokensOnly,
+        Contiguous,
+        OneLayer,
+        WrongPairs,
+    ],
 )
 def test_broken_attention_is_caught(attention: type[PagedAttention]) -> None:
     with pytest.raises(AssertionError):

@@ -3,7 +3,16 @@
 An object fits by having the methods; nothing needs to inherit. `blade.testing` has a `check_*` kit for most of them.
 """
 
-from blade.contracts.devices import Attention, BegunStep, DraftRunner, Executor, Ops, Overlapping, Runner
+from blade.contracts.devices import (
+    Attention,
+    BegunStep,
+    DraftRunner,
+    DualChunkAttention,
+    Executor,
+    Ops,
+    Overlapping,
+    Runner,
+)
 from blade.contracts.heads import (
     NORMED,
     DraftHead,
@@ -29,6 +38,7 @@ __all__ = [
     "DraftModel",
     "DraftRunner",
     "Drafter",
+    "DualChunkAttention",
     "EngineClient",
     "Executor",
     "Experts",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from blade.types import (
         Batch,
         CaptureOptions,
+        DualChunks,
         GGMLBlocks,
         GroupedWeight,
         KVCache,
@@ -219,6 +220,26 @@ class Attention(Protocol):
         """Causal attention of q [T, H, D] over the stored context: [T, H * D]. k and v [T, KV, D] are the step's own
         (already stored), for backends that prefer them. `window` bounds how many last tokens are attended to; with
         `chunk` (Llama 4) they are those whose position // chunk is the query's. Not both."""
+        ...
+
+
+class DualChunkAttention(Attention, Protocol):
+    """What an attention has beside that knows dual chunks. With another such a model's context is one chunk."""
+
+    def attend_dual_chunks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        batch: Batch,
+        layer_kv: Any,
+        scale: float,
+        chunks: DualChunks,
+    ) -> Tensor:
+        """In place of rope_and_store and attend, with the same arguments: a query sees all of its context, but meets
+        keys by their distance in chunks (see DualChunks). What is stored is one key per token, as ever. cos_sin has
+        chunks.num_undivided rows at least. Returns [T, H * D]."""
         ...
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from blade.nn.dual_chunks import read_dual_chunks
 from blade.nn.keys import Keys
 from blade.nn.mixture import MixtureConfig
 from blade.nn.rope import Rope
@@ -15,7 +15,9 @@ from blade.types import ModelConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-log = logging.getLogger("blade.models")
+    from torch import Tensor
+
+    from blade.types import DualChunks
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,6 +37,17 @@ class DecoderConfig(ModelConfig):
     norm_offset: float = field(default=0.0, kw_only=True)  # added to the weights of norms
     output_gate: bool = field(default=False, kw_only=True)  # attention has one; its rows lie beside each head's query
     mixture: MixtureConfig | None = field(default=None, kw_only=True)  # of the layers that have one
+    sharpened_after: int | None = field(default=None, kw_only=True)  # tokens: see blade.nn.dual_chunks
+
+    @property
+    def chunks(self) -> DualChunks | None:
+        """`dual_chunks`, where a context may go beyond what is attention as usual."""
+        chunks = self.dual_chunks
+        return chunks if chunks is not None and self.max_context > chunks.num_undivided else None
+
+    def rope_table(self) -> Tensor:
+        """Rope.table of the positions that there are."""
+        return self.rope.table(self.max_context if self.chunks is None else self.chunks.num_undivided)
 
     @classmethod
     def read(cls, config: Mapping[str, Any] | Keys, qk_norm: bool = False, **settings: Any) -> Self:
@@ -51,9 +64,10 @@ class DecoderConfig(ModelConfig):
         head_dim = keys.integer("head_dim", hidden_size // num_heads)
         num_layers = keys.num_layers()
         rope = read_rope(keys, head_dim)
+        dual_chunks, sharpened_after = read_dual_chunks(keys)
         found: dict[str, Any] = {
             "vocab_size": keys.integer("vocab_size"),
-            "max_context": min(rope.max_context, _undivided(keys, rope.max_context)),
+            "max_context": rope.max_context,
             "num_layers": num_layers,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
@@ -63,6 +77,8 @@ class DecoderConfig(ModelConfig):
             "tied": keys.flag("tie_word_embeddings", False),
             "rope": rope,
             "qk_norm": qk_norm,
+            "dual_chunks": dual_chunks,
+            "sharpened_after": sharpened_after,
         }
         if "architecture" not in settings:
             found["architecture"] = keys.texts("architectures")[0]
@@ -71,22 +87,6 @@ class DecoderConfig(ModelConfig):
         if "windows" not in settings:
             found["windows"] = _windows(keys, num_layers)
         return cls(**found | settings)
-
-
-def _undivided(keys: Keys, max_context: int) -> int:
-    """Tokens within which dual chunk attention (An et al. 2024; Qwen2.5-1M) is attention as usual: beyond its first
-    chunk, less what is local, positions would be folded back."""
-    if not keys.has("dual_chunk_attention_config"):
-        return max_context
-    chunks = keys.section("dual_chunk_attention_config")
-    size, local = chunks.integer("chunk_size"), chunks.integer("local_size", minimum=0)
-    if local >= size:
-        chunks.refuse("local_size", f"less than chunk_size, {size}")
-    if size - local < max_context:
-        log.warning(
-            "config.json: dual_chunk_attention_config is served within its first chunk, %d tokens", size - local
-        )
-    return size - local
 
 
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:

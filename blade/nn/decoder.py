@@ -6,12 +6,13 @@ checkpoint's tensors say: biases are used where there are any. Other families re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from blade.contracts.heads import NORMED
 from blade.errors import CheckpointError
+from blade.nn.dual_chunks import sharpness
 from blade.nn.hidden import ShownStates
 from blade.nn.mixture import Mixture
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade.contracts import Linear, Loader
+    from blade.contracts import DualChunkAttention, Linear, Loader
     from blade.nn.config import DecoderConfig
     from blade.types import Batch, KVCache
 
@@ -55,6 +56,10 @@ class SelfAttention:
         self.scale = config.head_dim**-0.5
         self.window = window
         self.chunk: int | None = None  # of positions, that a query sees keys of
+        self.dual_chunks = config.chunks
+        self.sharpness: Tensor | None = None  # [max_context] float32: what a query is multiplied by
+        if config.sharpened_after is not None and config.max_context > config.sharpened_after:
+            self.sharpness = loader.ops.to_device(sharpness(config.max_context, config.sharpened_after))
         widths = [num * self.head_dim for num in (num_heads + self.num_gates, num_kv_heads, num_kv_heads)]
         shapes = [(width, config.hidden_size) for width in widths]
         self.qkv, self.o = self.projections(name, shapes, (config.hidden_size, num_heads * self.head_dim), loader)
@@ -82,7 +87,7 @@ class SelfAttention:
 
     def queries(self, q: Tensor, batch: Batch) -> Tensor:
         """q [T, H, D], before they are rotated, as they are to be."""
-        return q
+        return q if self.sharpness is None else self.ops.scale_rows(q, self.sharpness, batch.positions)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
         """x [T, hidden_size] -> [T, hidden_size]."""
@@ -90,11 +95,17 @@ class SelfAttention:
         q, gate, k, v = torch.split_with_sizes(heads, self.heads, dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = self.queries(q, batch)
+        y = self.attend(self.queries(q, batch), k, v, cos_sin, batch, layer_kv)
+        return self.o(self.ops.sigmoid_mul(y, gate.flatten(1)) if self.num_gates else y)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
+        """q [T, H, D], k and v [T, KV, D], not rotated -> [T, H * D]."""
+        if self.dual_chunks is not None:
+            attention = cast("DualChunkAttention", self.attention)
+            return attention.attend_dual_chunks(q, k, v, cos_sin, batch, layer_kv, self.scale, self.dual_chunks)
         q, k = self.attention.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
         chunks = () if self.chunk is None else (self.chunk,)
-        y = self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window, *chunks)
-        return self.o(self.ops.sigmoid_mul(y, gate.flatten(1)) if self.num_gates else y)
+        return self.attention.attend(q, k, v, batch, layer_kv, self.scale, self.window, *chunks)
 
 
 class FeedForward:
@@ -165,7 +176,7 @@ class Decoder:
             )
         self.norm = Norm(norm, config.hidden_size, config.rms_norm_eps, loader, config.norm_offset)
         self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
-        self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
+        self.cos_sin = loader.ops.to_device(config.rope_table())
 
     def layer(self, name: str, index: int, loader: Loader) -> Layer:
         """The layer whose tensors are under `name`."""

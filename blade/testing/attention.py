@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from blade.contracts import Attention, Ops
+from blade.contracts import Attention, DualChunkAttention, Ops
 from blade.engine.trees import ancestors, depths
 from blade.errors import ConfigError
 from blade.testing.require import require
 from blade.testing.tolerance import require_close, tolerance
-from blade.types import Batch, KVSpec
+from blade.types import Batch, DualChunks, KVSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HEADS = [(4, 4, 16), (9, 3, 64), (8, 1, 32), (4, 2, 128)]  # (num_heads, num_kv_heads, head_dim)
 _REACHES = ((None, None), (1, None), (20, None), (None, 24))  # window, chunk
+_DUAL_CHUNKS = (DualChunks(40, 55), DualChunks(13, 25))
 _MAX_CONTEXT = 640
 _TREE_SPANS = [(33, 45), (32, 33), (118, 150), (0, 40)]  # the first and the third are trees
 _TREES = {0: [-1, 0, -1, 2, 0, 1, 5, 4, -1, 8, 6], 2: [i // 3 - 1 for i in range(31)]}
@@ -68,8 +69,8 @@ class _Case:
 
 def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
     """Prefill, chunks, decodes and mixes of them; head ratios, windows, chunks of positions where the attention is
-    `chunked`, drafts that are trees where it knows `trees`; partial rotary; shared and permuted blocks; in the dtype
-    and in every storage that the attention names, which has to make a cache smaller."""
+    `chunked`, dual chunks where it has them, drafts that are trees where it knows `trees`; partial rotary; shared and
+    permuted blocks; in the dtype and in every storage that the attention names, which has to make a cache smaller."""
     import torch
 
     attention = factory(ops)
@@ -88,9 +89,11 @@ def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Itera
                 for spans in steps if spec is plain else steps[2:]:
                     case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
                     _check_case(attention, case, ops)
+                    _check_dual_chunks(attention, case, ops, _DUAL_CHUNKS[seed % 2])
                 if getattr(attention, "trees", False):
                     case = _make_case(spec, _TREE_SPANS, head_dim // (1 + seed % 2), dtype, seed)
                     _check_case(attention, replace(case, trees=_TREES), ops)
+                    _check_dual_chunks(attention, replace(case, trees=_TREES), ops, _DUAL_CHUNKS[seed % 2])
 
 
 def _storages(attention: Attention, plain: KVSpec, turn: int) -> list[KVSpec]:
@@ -160,8 +163,29 @@ def _check_case(attention: Attention, case: _Case, ops: Ops) -> None:
         what = f"attention with {f'window {window}' if chunk is None else f'chunks of {chunk}'}"
         what += f" in {spec.storage}" if spec.storage else ""
         what += " of trees" if case.trees else ""
-        limit = max(4 * tolerance(dtype), _STORAGE_TOLERANCE.get(spec.storage, 0.3) if spec.storage else 0)
-        require_close(what, out, _attend(case, scale, window, chunk), dtype, limit / tolerance(dtype))
+        require_close(what, out, _attend(case, scale, window, chunk), dtype, _limit(spec, dtype))
+
+
+def _limit(spec: KVSpec, dtype: torch.dtype) -> float:
+    """How many times the tolerance of the dtype attention may differ."""
+    most = _STORAGE_TOLERANCE.get(spec.storage, 0.3) if spec.storage else 0
+    return max(4 * tolerance(dtype), most) / tolerance(dtype)
+
+
+def _check_dual_chunks(attention: Attention, case: _Case, ops: Ops, chunks: DualChunks) -> None:
+    if not hasattr(attention, "attend_dual_chunks"):
+        return
+    dual, dtype = cast("DualChunkAttention", attention), case.q[0].dtype
+    kv = attention.allocate(case.spec, case.num_blocks)
+    _spoil(attention, case, kv, ops)
+    scale, cos_sin = case.spec.head_dim**-0.5, ops.to_device(case.cos_sin)
+    past = [(case.shared if i == 1 else 0, start) for i, (start, _) in enumerate(case.spans)]
+    for spans in (past, case.spans):
+        if any(stop > start for start, stop in spans):
+            raw = _raw(case, spans, ops)
+            out = dual.attend_dual_chunks(*raw, cos_sin, _batch(case, spans, ops), kv[1], scale, chunks)
+    what = f"attention in dual {chunks}" + f" in {case.spec.storage}" * bool(case.spec.storage)
+    require_close(what, out, _attend_dual_chunks(case, scale, chunks), dtype, _limit(case.spec, dtype))
 
 
 def _spoil(attention: Attention, case: _Case, kv: Any, ops: Ops) -> None:
@@ -186,13 +210,19 @@ def _store(
     attention: Attention, case: _Case, spans: list[tuple[int, int]], batch: Batch, layer_kv: Any, ops: Ops
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate and store tokens [start, stop) of each sequence; returns q, k (rotated) and v of these tokens."""
+    q, k, v = _raw(case, spans, ops)
+    q, k = attention.rope_and_store(q, k, v, ops.to_device(case.cos_sin), batch, layer_kv)
+    return q, k, v
+
+
+def _raw(case: _Case, spans: list[tuple[int, int]], ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of tokens [start, stop) of each sequence, not rotated."""
     import torch
 
     q, k, v = (
         ops.to_device(torch.cat([x[start:stop] for x, (start, stop) in zip(raw, spans, strict=True)]))
         for raw in (case.q, case.k, case.v)
     )
-    q, k = attention.rope_and_store(q, k, v, ops.to_device(case.cos_sin), batch, layer_kv)
     return q, k, v
 
 
@@ -261,4 +291,24 @@ def _attend(case: _Case, scale: float, window: int | None, chunk: int | None) ->
             hidden |= keys // chunk != queries // chunk
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+    return torch.cat(outs)
+
+
+def _attend_dual_chunks(case: _Case, scale: float, chunks: DualChunks) -> Tensor:
+    """As _attend, every pair of a query and a key turned as DualChunks has it."""
+    import torch
+
+    outs, groups, dtype = [], case.spec.num_heads // case.spec.num_kv_heads, case.q[0].dtype
+    for seq, (raw_q, raw_k, raw_v, (start, _)) in enumerate(zip(case.q, case.k, case.v, case.spans, strict=True)):
+        keys = case.positions(seq)
+        queries = keys[start:]
+        k = _rotate(raw_k, case.cos_sin[keys % chunks.length]).to(dtype).float().repeat_interleave(groups, dim=1)
+        behind = queries[:, None] // chunks.length - keys // chunks.length
+        scores = torch.full((case.spec.num_heads, len(queries), len(keys)), -torch.inf)
+        for distance in range(int(behind.max()) + 1):
+            turned = (queries % chunks.length + distance * chunks.length).clamp(max=chunks.farthest)
+            q = _rotate(raw_q[start:], case.cos_sin[turned]).to(dtype).float()
+            scores = torch.where(behind == distance, torch.einsum("qhd,khd->hqk", q, k) * scale, scores)
+        weights = scores.masked_fill(case.hidden(seq), -torch.inf).softmax(dim=-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, raw_v.float().repeat_interleave(groups, 1)).flatten(1))
     return torch.cat(outs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from blade_native import tiles
+from blade_native import dual_chunks, tiles
 from blade_native.kv_cache import Firsts, make
 from blade_native.kv_codes import MODES, block_bytes
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blade import Batch, KVCache, KVSpec
+    from blade import Batch, DualChunks, KVCache, KVSpec
     from blade_native.kv_cache import DenseKV
 
 MAX_ROWS = 512  # queries times grouped heads of a tile: enough to fill the cores, few enough for the caches
@@ -50,12 +50,15 @@ class PagedAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: DenseKV
     ) -> tuple[Tensor, Tensor]:
         """See contracts.Attention."""
-        plan = self._plan_for(batch)
-        rotated = rotate(torch.cat((q, k), dim=1), *plan.rotation(cos_sin))  # [T, H + KV, D]
+        rotated = rotate(torch.cat((q, k), dim=1), *self._plan_for(batch).rotation(cos_sin))  # [T, H + KV, D]
         q, k = torch.split_with_sizes(rotated, (q.shape[1], k.shape[1]), dim=1)
+        self._store(k, v, batch, layer_kv)
+        return q, k
+
+    def _store(self, k: Tensor, v: Tensor, batch: Batch, layer_kv: DenseKV) -> None:
+        plan = self._plan_for(batch)
         plan.clear_new_blocks(layer_kv)
         layer_kv.store(batch.slots, k, v, plan.firsts)
-        return q, k
 
     def attend(
         self,
@@ -84,6 +87,23 @@ class PagedAttention:
             out.index_copy_(0, tile.rows, mixed.reshape(b * n, -1))
         return layer_kv.outputs(out)
 
+    def attend_dual_chunks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        batch: Batch,
+        layer_kv: DenseKV,
+        scale: float,
+        chunks: DualChunks,
+    ) -> Tensor:
+        """See contracts.DualChunkAttention."""
+        rotations = [self._plan_for(batch).rotation(cos_sin, chunks, behind) for behind in range(3)]
+        self._store(rotate(k, *rotations[0]), v, batch, layer_kv)
+        queries = [rotate(q, *rotation) for rotation in rotations]
+        return dual_chunks.attend(queries, batch, layer_kv, k.shape[1], scale, chunks)
+
     def _plan_for(self, batch: Batch) -> Plan:
         if self._plan is None or self._plan.batch is not batch:
             self._plan = Plan(batch)
@@ -95,18 +115,23 @@ class Plan:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self._rotations: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rotations: dict[tuple[int, DualChunks | None, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._new_blocks: Tensor | None = None
         self._firsts: Firsts | None = None
         self._tiles: dict[tiles.Reach, list[tiles.Tile]] = {}
 
-    def rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, cos) and (-sin, sin) at the batch's positions, [T, 1, rotary_dim] float32."""
-        if id(cos_sin) not in self._rotations:
-            cos, sin = cos_sin.index_select(0, self.batch.positions).unsqueeze(1).chunk(2, dim=-1)
+    def rotation(self, cos_sin: Tensor, chunks: DualChunks | None = None, behind: int = 0) -> tuple[Tensor, Tensor]:
+        """(cos, cos) and (-sin, sin) at the batch's positions, [T, 1, rotary_dim] float32; with chunks of those from
+        which keys so far behind are met."""
+        key = id(cos_sin), chunks, behind
+        if key not in self._rotations:
+            positions = self.batch.positions
+            if chunks is not None:
+                positions = (positions % chunks.length + behind * chunks.length).clamp(max=chunks.farthest)
+            cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
             rotation = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-            self._rotations[id(cos_sin)] = (cos_sin, *rotation)  # the table is held, so its id stays its own
-        return self._rotations[id(cos_sin)][1:]
+            self._rotations[key] = (cos_sin, *rotation)  # the table is held, so its id stays its own
+        return self._rotations[key][1:]
 
     def clear_new_blocks(self, layer_kv: DenseKV) -> None:
         """Zero the blocks that get their first token. What another sequence left in the slots behind is never seen, but

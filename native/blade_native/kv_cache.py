@@ -53,6 +53,10 @@ class DenseKV:
         """out [T, H * D], sums of values as they are kept, as they are to be."""
         return out
 
+    def origin(self, first_block: Tensor) -> Tensor | None:
+        """What the keys of the sequence that begins with a block are relative to, [KV, D] float32; None: to nothing."""
+        return None
+
     def clear(self, blocks: Tensor) -> None:
         """Whatever they held becomes finite."""
         self.kv.index_fill_(0, blocks, 0)
@@ -120,6 +124,9 @@ class RoundedKV(DenseKV):
         if not self.transforms_values:
             return out
         return hadamard(out.view(len(out), -1, self.head_dim)).flatten(-2).to(out.dtype)
+
+    def origin(self, first_block: Tensor) -> Tensor | None:
+        return self.origins.gather(first_block[None])[0]
 
     def clear(self, blocks: Tensor) -> None:
         self.keys.numbers.index_fill_(0, blocks, 0)

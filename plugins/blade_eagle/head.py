@@ -49,7 +49,7 @@ class EagleHead:
         self.norm = Norm("norm", width, eps, loader)
         self.lm_head = _output_matrix(config, loader, target)
         self.target_ids = _target_ids(config, loader)
-        self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
+        self.cos_sin = loader.ops.to_device(config.rope_table())
 
     def enter(self, hidden: Tensor) -> Tensor:
         return self.joined(hidden)

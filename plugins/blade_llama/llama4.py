@@ -164,7 +164,6 @@ class PlainAttention(SelfAttention):
         super().__init__(name, config, None, loader)
         still = torch.cat((torch.ones(config.max_context, 2), torch.zeros(config.max_context, 2)), dim=1)
         self.still = loader.ops.to_device(still)  # a rope that turns nothing
-        self.sharpness: Tensor | None = None
         if config.temperature and config.max_context > config.temperature[1]:
             rise, per = config.temperature
             steps = torch.floor((torch.arange(config.max_context) + 1) / per)
@@ -172,9 +171,6 @@ class PlainAttention(SelfAttention):
 
     def __call__(self, x: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: object) -> Tensor:
         return super().__call__(x, self.still, batch, layer_kv)
-
-    def queries(self, q: Tensor, batch: Batch) -> Tensor:
-        return q if self.sharpness is None else self.ops.scale_rows(q, self.sharpness, batch.positions)
 
 
 class InputWeighedMixture:

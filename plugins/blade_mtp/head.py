@@ -73,7 +73,7 @@ class MTPHead:
         attention = SelfAttention(f"{LAYER}.self_attn", config, None, loader)
         self.layer = Layer(LAYER, config, attention, _channel_mixer(config, loader), loader)
         self.norm = Norm("mtp.norm", *rest)
-        self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
+        self.cos_sin = loader.ops.to_device(config.rope_table())
 
     def enter(self, hidden: Tensor) -> Tensor:
         return hidden.clone()

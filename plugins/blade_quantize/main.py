@@ -113,13 +113,13 @@ def check_source(opened: OpenedModel) -> None:
 
 
 def _samples(opened: OpenedModel, scheme: Scheme, calibration: Calibration) -> Samples | None:
-    from blade_quantize.texts import read_samples
+    from blade_quantize.texts import most_tokens, read_samples
 
     if not scheme.calibrated:
         return None
     num_tokens = calibration.num_tokens or NUM_TOKENS
-    if num_tokens > opened.model_config.max_context:
-        raise ConfigError(f"--tokens {num_tokens} is beyond the model's context of {opened.model_config.max_context}.")
+    if num_tokens > (most := most_tokens(opened.model_config)):
+        raise ConfigError(f"--tokens {num_tokens} is beyond the model's context of {most}.")
     num_samples = calibration.num_samples or NUM_SAMPLES
     return read_samples(opened.tokenizer, calibration.path, calibration.text, num_samples, num_tokens)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from collections.abc import Sequence as Seq
 
+    from blade import ModelConfig
     from blade.contracts import OpenedModel, Tokenizer
 
 OWN = Path(__file__).with_name("calibration.jsonl")
@@ -87,6 +88,12 @@ def _texts(source: str, lines: list[str]) -> Iterator[str]:
         yield entry["text"]
 
 
+def most_tokens(config: ModelConfig) -> int:
+    """Of a sequence: the attention that they go through knows no dual chunks."""
+    dual = config.dual_chunks
+    return config.max_context if dual is None else min(config.max_context, dual.num_undivided)
+
+
 def held_out_ids(opened: OpenedModel, evaluate: Path | None) -> list[int]:
     """The tokens that the result is measured on. Raises ConfigError for a file that is no text."""
     path = evaluate or HELD_OUT
@@ -95,7 +102,7 @@ def held_out_ids(opened: OpenedModel, evaluate: Path | None) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"--evaluate {path} cannot be read: {reason}.", "Name a text file.") from None
-    ids = ids[: min(HELD_OUT_TOKENS, opened.model_config.max_context)]
+    ids = ids[: min(HELD_OUT_TOKENS, most_tokens(opened.model_config))]
     if len(ids) < 2:
         raise ConfigError(f"--evaluate {path} is too short to measure anything on.", "Take a longer text.")
     return ids

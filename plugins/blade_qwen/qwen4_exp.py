@@ -163,7 +163,7 @@ class Qwen4ExpDecoder:
                 f"config.json: num_hidden_layers is {config.num_layers}, but there is a tensor {more}."
             )
         self.reader = StreamReader(f"{config.prefix}.hyper_connection_mixer", config.streams, config, loader)
-        self.cos_sin = loader.ops.to_device(config.rope.table(config.max_context))
+        self.cos_sin = loader.ops.to_device(config.rope_table())
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """See contracts.Model."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from blade import CheckpointError
+from blade import CheckpointError, DualChunks
 from blade.nn import DecoderConfig, DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope
+from blade.nn.dual_chunks import sharpness
 
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,11 +67,30 @@ def test_ropes_new_and_legacy(settings: dict[str, Any], rope: Rope) -> None:
     assert read(**settings).rope == rope
 
 
-def test_dual_chunks_are_served_within_the_first(caplog: pytest.LogCaptureFixture) -> None:
-    """Within chunk_size - local_size vLLM's positions of queries and keys are what they are without chunks."""
-    assert read(dual_chunk_attention_config={"chunk_size": 256, "local_size": 32}).max_context == 224
-    assert "is served within its first chunk, 224 tokens" in caplog.text
-    assert read(dual_chunk_attention_config={"chunk_size": 2048, "local_size": 32}).max_context == 512
+def test_dual_chunks() -> None:
+    """As Qwen2.5-1M has them, whose sparse attention is passed over."""
+    told: dict[str, Any] = {
+        "chunk_size": 256,
+        "local_size": 32,
+        "original_max_position_embeddings": 300,
+        "sparse_attention_config": [{"0": ["vertical_and_slash", 500, 700, 0.9]}],
+    }
+    config = read(dual_chunk_attention_config=told)
+    assert (config.dual_chunks, config.max_context, config.sharpened_after) == (DualChunks(224, 256), 512, 300)
+    assert config.chunks == config.dual_chunks
+    assert config.rope_table().shape == (257, 16)
+    within = replace(config, max_context=257)  # no key is farther than that, as without chunks
+    assert within.chunks is None
+    assert torch.equal(within.rope_table(), config.rope_table())
+    config = read(dual_chunk_attention_config={"chunk_size": 64, "local_size": 60})
+    assert (config.dual_chunks, config.sharpened_after) == (DualChunks(4, 7), None)
+    assert read().dual_chunks is None
+
+
+def test_queries_are_sharpened_beyond_what_was_trained_on() -> None:
+    found = sharpness(400, 100)
+    assert torch.equal(found[:100], torch.ones(100))
+    torch.testing.assert_close(found[399], torch.tensor((0.1 * math.log(4) + 1) ** 2))
 
 
 def test_windows() -> None:
@@ -120,6 +143,10 @@ def test_windows() -> None:
         (
             {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
             "local_size must be less than chunk_size",
+        ),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 2}, "use_sliding_window": True},
+            "use_sliding_window must be false beside dual_chunk_attention_config, not True",
         ),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be"),
         ({"partial_rotary_factor": 1e308}, "partial_rotary_factor must be"),

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blade import CheckpointError, ConfigError
+from blade import CheckpointError, ConfigError, DualChunks, ModelConfig
 from blade.cli import main
 from blade_quantize import convert, folder
+from blade_quantize.texts import most_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,3 +234,9 @@ def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="2"):
         main(["quantize", str(model), str(tmp_path / "out")])
     assert "out is there already" in capsys.readouterr().err
+
+
+def test_samples_end_where_dual_chunks_begin_to_differ() -> None:
+    shape = "X", 10, 4096, 1, 1, 1, 16
+    assert most_tokens(ModelConfig(*shape)) == 4096
+    assert most_tokens(ModelConfig(*shape, dual_chunks=DualChunks(500, 512))) == 513

@@ -212,6 +212,10 @@ struct SigmoidMulCall {
 
 // q [T, H, D], k and v [T, KV, D] with strides between tokens in elements; cos_sin [max_context, rotary_dim], cosines in
 // the first half of a row and sines in the second; q_out and k_out are contiguous.
+//
+// With `chunk`, for dual chunk attention, a key at position p turns by row p % chunk of cos_sin, and q_out is [3, T, H, D]:
+// d chunks before its own a query meets keys turned by row min(p % chunk + d * chunk, farthest), for d = 0, 1, 2 (and more,
+// where `farthest` is below 2 * chunk). What a sequence has no keys for is left as it is.
 struct RopeAndStoreCall {
     const PagedKV* kv;
     const Step* step;
@@ -220,6 +224,7 @@ struct RopeAndStoreCall {
     const float* cos_sin;
     int64_t rotary_dim;
     void *q_out, *k_out;
+    int64_t chunk, farthest;
     int32_t threads;
 };
 
@@ -233,6 +238,7 @@ struct AttendCall {
     float scale;
     int64_t window;  // last tokens that are seen; below 0 only those of one chunk of -window positions; 0: all
     void* out;
+    int64_t q_behind;  // not 0: all tokens are seen, and q is RopeAndStoreCall's q_out, so many elements from d to d + 1
     int32_t threads;
 };
 

@@ -90,9 +90,13 @@ long cut_tiles(const Job& job, int seq, Item* items) {
     const int base = job.step->context_lens[seq] - num_tokens, num_straight = count_straight(job, seq);
     const auto write = [&](Item item) { if (items) *items++ = item; };
     const auto start_of = [&](long position) { return int(first_key(job, position)) / KEYS * KEYS; };
-    long num = cut_rows(job, 0, long(num_straight) * group, [&](int head, long row, long end) {
-        write({seq, head, int(row), int(end - row), start_of(base + row / group), base + int((end - 1) / group) + 1});
-    });
+    long num = 0;
+    for (int token = 0, end; token < num_straight; token = end) {
+        end = dual(job) ? std::min(num_straight, int(chunk_start(job, base + token) - job.window) - base) : num_straight;
+        num += cut_rows(job, long(token) * group, long(end) * group, [&](int head, long row, long end) {
+            write({seq, head, int(row), int(end - row), start_of(base + row / group), base + int((end - 1) / group) + 1});
+        });
+    }
     for (int place = num_straight; place < num_tokens; place++) {
         const int to = base + __builtin_popcountll(ancestors_of(job, first + place));
         num += cut_rows(job, long(place) * group, long(place + 1) * group, [&](int head, long row, long end) {

@@ -4,18 +4,30 @@
 #include "attention_tile.h"
 
 namespace attention {
+// x [d], transformed, times the key that those of the tile's sequence are relative to.
+template <int R>
+INLINE float dot_origin(const Tile<R>& t, const float* x) {
+    const Origin* origin = origin_of(*t.job.kv, t.job.step->block_tables[t.item.seq * t.job.step->max_blocks], t.item.head);
+    float sum = 0;
+    for (int i = 0; i < t.d; i++) sum += x[i] * (int(origin->codes[i]) - Code8::ZERO);
+    return origin->scale * sum;
+}
+
 template <class E, int R>
 __attribute__((noinline)) void load_queries(Tile<R>& t) {
     typedef typename Word<E>::Activation A;
     constexpr int PA = 4 / sizeof(A);
     A* queries = (A*)t.queries;
     for (int r = 0; r < R; r++) {
-        const long at = t.token(r) * t.job.q_stride + t.query_head(r) * t.d;
+        const long at = t.behind * t.job.q_behind + t.token(r) * t.job.q_stride + t.query_head(r) * t.d;
         float x[MAX_HEAD_DIM], factor = 1;
         A numbers[MAX_HEAD_DIM];
         for (int i = 0; i < t.d; i += vec::LANES)
             vec::store(x + i, t.in_floats() ? vec::load((const float*)t.job.q + at + i) : vec::load((const bf16*)t.job.q + at + i));
-        if constexpr (CODED<E>) hadamard(x, t.d);
+        if constexpr (CODED<E>) {
+            hadamard(x, t.d);
+            if (dual(t.job)) t.shifts[r] = t.job.scale * dot_origin(t, x);
+        }
         if constexpr (INTEGER<E>) {
             factor = make_shorts(x, t.d, t.job.kv->keys.group, numbers, t.sums + r * MAX_GROUPS);
         } else if constexpr (CODED<E>) {

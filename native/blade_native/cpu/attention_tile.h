@@ -15,9 +15,17 @@ static_assert(CHUNK == vec::LANES, "a vector of scores is a chunk of keys");
 
 typedef AttendCall Job;
 
+// Whether attention is in dual chunks (An et al. 2024): a query sees all keys, but meets those of the chunk before its own,
+// and those of all chunks before that, turned by other angles.
+INLINE bool dual(const Job& job) { return job.q_behind != 0; }
+
+// Where the chunk of a position starts.
+INLINE long chunk_start(const Job& job, long position) { return position - position % -job.window; }
+
 // The first key that the query at a position sees.
 INLINE long first_key(const Job& job, long position) {
-    if (job.window < 0) return position - position % -job.window;
+    if (dual(job)) return 0;
+    if (job.window < 0) return chunk_start(job, position);
     return job.window ? std::max<long>(0, position + 1 - job.window) : 0;
 }
 
@@ -28,7 +36,8 @@ INLINE uint64_t ancestors_of(const Job& job, long token) {
 
 // Rows [row, row + num_rows) of (token, head of the group) of one sequence and KV head, and their keys [from, to). Rows of
 // a tree that do not see all tokens before theirs have keys of a path of their own (attention_paths.h): the last of them
-// is their own, and those from copied_from on, the start of a chunk, lie in chunks of the item's own.
+// is their own, and those from copied_from on, the start of a chunk, lie in chunks of the item's own. In dual chunks all rows
+// are in one chunk of positions.
 struct Item {
     int32_t seq, head, row, num_rows, from, to;
     int32_t copied_from = INT32_MAX;
@@ -72,7 +81,7 @@ struct Tile;
 // What depends on how keys, and values, are kept.
 template <int R>
 struct KeyKernels {
-    void (*load_queries)(Tile<R>&);
+    void (*load_queries)(Tile<R>&);  // those for keys `behind` chunks before
     void (*score)(const Tile<R>&, const Span&, float* scores);  // scores of a span's keys, in rows SPAN apart
 };
 template <int R>
@@ -90,6 +99,8 @@ struct Tile {
     float factors[R];                             // what a row's numbers are multiples of, times the scale of scores
     int32_t sums[R * MAX_GROUPS];                 // of a row's numbers, by groups of keys
     int first_key[R], end_key[R];
+    int behind = 0;   // in dual chunks: which queries are there
+    float shifts[R];  // in dual chunks, of keys relative to an origin: their scores' too, which differ with `behind`
 
     Tile(const Job& job, const Item& item, KeyKernels<R> keys, ValueKernel<R> weigh)
         : job(job), item(item), d(job.kv->head_dim), key_bytes(chunk_bytes(job.kv->keys, d)),
@@ -98,12 +109,12 @@ struct Tile {
         group = job.kv->num_heads / job.kv->num_kv_heads;
         base = job.step->context_lens[item.seq] - num_tokens;
         for (int r = 0; r < R; r++) {
-            int position = item.has_path() ? item.to - 1 : base + (item.row + r) / group;
-            end_key[r] = position + 1;
-            first_key[r] = int(attention::first_key(job, position));
+            end_key[r] = position(r) + 1;
+            first_key[r] = int(attention::first_key(job, position(r)));
         }
         keys.load_queries(*this);
     }
+    int position(int r) const { return item.has_path() ? item.to - 1 : base + (item.row + r) / group; }
     long token(int r) const { return job.step->cu_seqlens[item.seq] + (item.row + r) / group; }
     long query_head(int r) const { return item.head * group + (item.row + r) % group; }
     bool in_floats() const { return job.kv->dtype == FLOAT32; }
@@ -150,7 +161,34 @@ struct Tile {
     }
 
     // Sums over keys [from, to), at most SPAN of them.
-    void sum_span(int from, int to, Sums<R>& sums) const {
+    void sum_span(int from, int to, Sums<R>& sums) {
+        if (!dual(job)) return sum_keys(from, to, sums);
+        Sums<R> part;
+        int end = sum_chunk(from, to, sums);
+        while (end < to) {
+            end = sum_chunk(end, to, part);
+            merge(part, sums);
+        }
+    }
+
+    // In dual chunks: sums over those of the keys [from, to) that the same queries meet. Returns where these end.
+    int sum_chunk(int from, int to, Sums<R>& sums) {
+        const int own = int(chunk_start(job, position(0))), before = own + int(job.window);
+        const int chunks = from >= own ? 0 : from >= before ? 1 : 2;
+        const int end = std::min(to, chunks == 0 ? to : chunks == 1 ? own : before);
+        if (behind != chunks) {
+            behind = chunks;
+            keys.load_queries(*this);
+        }
+        for (int r = 0; r < R; r++) first_key[r] = from, end_key[r] = std::min(end, position(r) + 1);
+        sum_keys(from / CHUNK * CHUNK, end, sums);
+        if (coded(job.kv->keys))
+            for (int r = 0; r < R; r++) sums.most[r] += shifts[r];
+        return end;
+    }
+
+    // Sums over keys [from, to), at most SPAN of them, with the queries that are there.
+    void sum_keys(int from, int to, Sums<R>& sums) const {
         alignas(64) float scores[R * SPAN];
         const Span span = find_span(from, to);
         keys.score(*this, span, scores);

@@ -78,9 +78,17 @@ void store_value_at(const PagedKV& kv, int64_t slot, int head, const E* v) {
     with_codes(kv.values.storage, [&](auto code) { store_value<decltype(code)>(x, kv.values, d, chunk, at); });
 }
 
-Angles angles_of(const RopeAndStoreCall& c, long token) {
-    const float* row = c.cos_sin + c.step->positions[token] * c.rotary_dim;
+// Of a token's key, and of its query for keys that lie `behind` chunks before its own.
+Angles angles_of(const RopeAndStoreCall& c, long token, long behind = 0) {
+    long position = c.step->positions[token];
+    if (c.chunk) position = std::min<long>(position % c.chunk + behind * c.chunk, c.farthest);
+    const float* row = c.cos_sin + position * c.rotary_dim;
     return {row, row + c.rotary_dim / 2, c.rotary_dim / 2};
+}
+
+// As how far behind a token's query has to be there for keys.
+long most_behind(const RopeAndStoreCall& c, long token) {
+    return c.chunk ? std::min<long>(2, c.step->positions[token] / c.chunk) : 0;
 }
 
 // Before other tokens are stored relative to them: the first keys of sequences that begin in this step.
@@ -131,6 +139,10 @@ void rope_and_store(const RopeAndStoreCall& c) {
         const E *q = (const E*)c.q + t * c.q_stride, *k = (const E*)c.k + t * c.k_stride;
         for (int h = 0; h < kv.num_heads; h++)
             rotate(q + h * d, angles, d, (E*)c.q_out + (t * kv.num_heads + h) * d);
+        for (long behind = 1, last = most_behind(c, t); behind <= last; behind++)
+            for (int h = 0; h < kv.num_heads; h++)
+                rotate(q + h * d, angles_of(c, t, behind), d,
+                       (E*)c.q_out + ((behind * step.num_tokens + t) * kv.num_heads + h) * d);
         for (int h = 0; h < kv.num_kv_heads; h++) {
             E* rotated = (E*)c.k_out + (t * kv.num_kv_heads + h) * d;
             rotate(k + h * d, angles, d, rotated);

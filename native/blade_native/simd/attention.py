@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from blade import Batch, KVCache, KVSpec
-from blade.contracts import Attention
+from blade import Batch, DualChunks, KVCache, KVSpec
+from blade.contracts import Attention, DualChunkAttention
 from blade_native.kv_codes import MODES, Kept, block_bytes, mode_of
 from blade_native.simd.check import DTYPES, check, check_heads
 from blade_native.simd.library import CKept, CPagedKV, CStep, Library
@@ -122,6 +122,21 @@ class SimdAttention:
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(layer_kv, LayerKV):
             return self.base.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
+        rotated_q = q.new_empty(q.shape)
+        return rotated_q, self._rope_and_store(q, k, v, cos_sin, batch, layer_kv, rotated_q)
+
+    def _rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        batch: Batch,
+        layer_kv: LayerKV,
+        rotated_q: Tensor,
+        chunks: DualChunks | None = None,
+    ) -> Tensor:
+        """The rotated k. rotated_q [T, H, D] is filled, with chunks [3, T, H, D]."""
         step, dtype = self._arguments(batch), layer_kv.dtype
         q_shape = (step.num_tokens, layer_kv.num_heads, layer_kv.head_dim)
         kv_shape = (step.num_tokens, layer_kv.num_kv_heads, layer_kv.head_dim)
@@ -132,12 +147,13 @@ class SimdAttention:
         check("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], rotary_dim))
         if rotary_dim % 2 or rotary_dim > layer_kv.head_dim:
             raise ValueError(f"rotary_dim {rotary_dim} does not fit head_dim {layer_kv.head_dim}")
-        rotated_q, rotated_k = q.new_empty(q_shape), k.new_empty(kv_shape)
+        rotated_k = k.new_empty(kv_shape)
         tensors = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)
         table = cos_sin.data_ptr(), rotary_dim
         outputs = rotated_q.data_ptr(), rotated_k.data_ptr()
-        self.library.rope_and_store(layer_kv.address, step.address, *tensors, *table, *outputs, self.threads)
-        return rotated_q, rotated_k
+        where = layer_kv.address, step.address
+        self.library.rope_and_store(*where, *tensors, *table, *outputs, *(chunks or (0, 0)), self.threads)
+        return rotated_k
 
     def attend(
         self,
@@ -152,12 +168,40 @@ class SimdAttention:
     ) -> Tensor:
         if not isinstance(layer_kv, LayerKV):
             return self.base.attend(q, k, v, batch, layer_kv, scale, window, chunk)
-        step, num_heads, head_dim = self._arguments(batch), layer_kv.num_heads, layer_kv.head_dim
-        check_heads("q", q, layer_kv.dtype, (step.num_tokens, num_heads, head_dim))
-        out = q.new_empty((step.num_tokens, num_heads * head_dim))
+        num_tokens, num_heads, head_dim = self._arguments(batch).num_tokens, layer_kv.num_heads, layer_kv.head_dim
+        check_heads("q", q, layer_kv.dtype, (num_tokens, num_heads, head_dim))
+        return self._attend(q, batch, layer_kv, scale, -chunk if chunk else window or 0)
+
+    def attend_dual_chunks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        batch: Batch,
+        layer_kv: Any,
+        scale: float,
+        chunks: DualChunks,
+    ) -> Tensor:
+        """See contracts.DualChunkAttention."""
+        if not isinstance(layer_kv, LayerKV):
+            base = cast("DualChunkAttention", self.base)
+            return base.attend_dual_chunks(q, k, v, cos_sin, batch, layer_kv, scale, chunks)
+        if len(cos_sin) < chunks.num_undivided:
+            raise ValueError(f"cos_sin has {len(cos_sin)} positions, of {chunks.num_undivided}")
+        queries = q.new_empty((3, *q.shape))
+        self._rope_and_store(q, k, v, cos_sin, batch, layer_kv, queries, chunks)
+        return self._attend(queries[0], batch, layer_kv, scale, -chunks.length, queries.stride(0))
+
+    def _attend(
+        self, q: Tensor, batch: Batch, layer_kv: LayerKV, scale: float, reach: int, q_behind: int = 0
+    ) -> Tensor:
+        """q [T, H, D], checked; `reach` and `q_behind` are `window` and `q_behind` of AttendCall."""
+        step = self._arguments(batch)
+        out = q.new_empty((step.num_tokens, layer_kv.num_heads * layer_kv.head_dim))
         queries = q.data_ptr(), q.stride(0)
         where = layer_kv.address, step.address
-        self.library.attend(*where, *queries, scale, -chunk if chunk else window or 0, out.data_ptr(), self.threads)
+        self.library.attend(*where, *queries, scale, reach, out.data_ptr(), q_behind, self.threads)
         return out
 
     def _arguments(self, batch: Batch) -> StepArguments:

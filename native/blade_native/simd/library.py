@@ -154,10 +154,11 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
     },
     "rope_and_store": {
         "kv": PTR, "step": PTR, "q": PTR, "k": PTR, "v": PTR, "q_stride": LONG, "k_stride": LONG, "v_stride": LONG,
-        "cos_sin": PTR, "rotary_dim": LONG, "q_out": PTR, "k_out": PTR,
+        "cos_sin": PTR, "rotary_dim": LONG, "q_out": PTR, "k_out": PTR, "chunk": LONG, "farthest": LONG,
     },
     "attend": {
         "kv": PTR, "step": PTR, "q": PTR, "q_stride": LONG, "scale": c_float, "window": LONG, "out": PTR,
+        "q_behind": LONG,
     },
     "argmax": {"logits": PTR, "rows": LONG, "n": LONG, "values": PTR, "ids": PTR},
     "draw": {
