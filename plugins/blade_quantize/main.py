@@ -117,7 +117,7 @@ def _samples(opened: OpenedModel, scheme: Scheme, calibration: Calibration) -> S
 
     if not scheme.calibrated:
         return None
-    num_tokens = calibration.num_tokens or NUM_TOKENS
+    num_tokens = calibration.num_tokens or min(NUM_TOKENS, opened.model_config.max_context)
     if num_tokens > opened.model_config.max_context:
         raise ConfigError(f"--tokens {num_tokens} is beyond the model's context of {opened.model_config.max_context}.")
     num_samples = calibration.num_samples or NUM_SAMPLES
