@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blade.nn.grouped import Dequantized
+from blade.nn.grouped import Dequantized, GroupedQuantization
 from blade.nn.lora import AdaptedLinear
 from blade.nn.lora_experts import ExpertShapes
 from blade.nn.row_order import RowOrder, as_ops
@@ -121,8 +121,9 @@ class Loader:
 
     def _table(self, prefix: str, shape: tuple[int, int] | None) -> Tensor:
         """An embedding's plain numbers; it is in already where it is quantised, and nothing is told of it."""
-        if isinstance(self._quantization, Dequantized) and self._quantization.holds(prefix, self._weights):
-            return self.ops.to_device(self._quantization.numbers(prefix, self._weights, self.dtype))
+        quantization = self._quantization
+        if isinstance(quantization, Dequantized | GroupedQuantization) and quantization.holds(prefix, self._weights):
+            return self.ops.to_device(quantization.numbers(prefix, self._weights, self.dtype))
         return self.tensor(f"{prefix}.weight", shape)
 
     def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear | None:

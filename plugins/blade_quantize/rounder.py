@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DECIDERS = {"gate", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "block_inject_weight"}
 """Matrices that are small and decide much: they stay plain."""
-KERNEL_GROUP = GROUPS[-1]  # of integers whose rows have one scale: blade keeps it for each so many, and at least
+KERNEL_GROUP = GROUPS[-1]  # the least of integers: rows with one scale that do not divide so would be served plain
 
 
 def stays_plain(stack: Stack, scheme: Scheme) -> str | None:

@@ -104,7 +104,7 @@ def test_a_model_comes_out_close_and_is_served_as_it_was_measured(
 def test_rows_that_no_groups_of_the_kernels_divide(
     options: dict[str, Any], odd: Path, run: Callable[..., tuple[Path, str]]
 ) -> None:
-    """An integer's scale is kept for each 16 numbers at least, whatever the file says; fp8 has one for any row."""
+    """Kernels have an integer's scale for each 16 numbers at least; fp8 has one for any row."""
     out, printed = run(odd, **options)
     plain = "model.layers.*.mlp.down_proj stays plain, for rows of 72 numbers do not divide into groups of 16"
     assert (plain in printed) is ("kind" not in options)
