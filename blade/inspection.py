@@ -12,7 +12,7 @@ from blade.checkpoint.progress import console_progress
 from blade.checkpoint.source import resolve
 from blade.engine.memory import size
 from blade.engine.states import PER_SEQUENCE
-from blade.errors import BladeError, CheckpointError
+from blade.errors import BladeError, CheckpointError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,6 +175,10 @@ def _share_of_experts(config: dict[str, Any]) -> float:
 
 def lines(found: Inspection) -> Iterator[str]:
     """The same for a person."""
+    return map(shown, _lines(found))
+
+
+def _lines(found: Inspection) -> Iterator[str]:
     served = found.served
     yield f"model    {found.name} ({found.path})"
     yield f"family   {', '.join(found.architectures) or 'none stated'}{_shape(served) if served else ''}"

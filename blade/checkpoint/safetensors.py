@@ -17,6 +17,7 @@ from blade.checkpoint.json_file import parse_json, read_json
 from blade.checkpoint.lfs import refuse_pointer
 from blade.checkpoint.mapping import let_go, map_file
 from blade.errors import CheckpointError
+from blade.files import check_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,8 +52,8 @@ class TensorHeader(msgspec.Struct, frozen=True):
 def read_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
     """The tensors in a file, all of them sound, and the byte that their offsets count from; CheckpointError naming the
     first that is not."""
+    size = check_file(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             begin = file.read(64)
             refuse_pointer(path, begin)

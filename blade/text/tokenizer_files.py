@@ -9,6 +9,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from blade.errors import CheckpointError
+from blade.files import read_file
 from blade.text import qwen_tiktoken
 from blade.text.post_processor import surround
 
@@ -38,11 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_file(path), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON object.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
