@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 MOST = 1 << 27  # bytes; a large vocabulary takes 4 % of that
 
 
+def is_file(path: Path) -> bool:
+    """Where Path.is_file would raise OSError, as for a name longer than any file's, False."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def check_file(path: Path) -> int:
     """Bytes of a file. Raises CheckpointError where there is none, or something else."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -56,6 +57,19 @@ def test_an_adapter_that_is_no_file(tmp_path: Path) -> None:
     make_pipe(tmp_path / "adapter_config.json")
     with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
         read_adapter(tmp_path)
+
+
+def test_names_longer_than_any_files(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "a.safetensors")
+    index = {"weight_map": {"a": "x" * 5000}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model lacks xx+ \.\.\. xx+, the file of 'a' by"):
+        open_checkpoint(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
+        read_adapter(tmp_path / ("x" * 5000))
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(tmp_path / ("x" * 5000))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
