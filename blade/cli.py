@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated
@@ -135,8 +135,8 @@ def _add_commands(plugins: Sequence[str]) -> None:
     load(plugins).register_commands(app)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point. Exit status 0, or 2 with one sentence on standard error."""
+def main(args: list[str] | None = None, program: str = "blade", spelt: Callable[[str], str] = str) -> None:
+    """Entry point. Exit status 0, or 2 with one sentence on standard error, of `program` and as `spelt` has it."""
     args = sys.argv[1:] if args is None else args
     try:
         if {"--help", "-h"}.intersection(args):  # which is shown before `launch` is called
@@ -145,7 +145,7 @@ def main(args: list[str] | None = None) -> None:
     except CycloptsError:
         sys.exit(BAD_USAGE)
     except BladeError as error:
-        print(f"blade: {error}", file=sys.stderr)
+        print(f"{program}: {spelt(str(error))}", file=sys.stderr)
         sys.exit(BAD_USAGE)
     except KeyboardInterrupt:
         sys.exit(130)

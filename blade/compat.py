@@ -7,10 +7,11 @@ none is ignored in silence. docs/bladellm.md is made from the same table.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from blade.errors import BladeError, ConfigError
@@ -29,7 +30,7 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def one_of(values: dict[str, str]) -> Callable[[str], str]:
+def one_of(values: Mapping[str, str]) -> Callable[[str], str]:
     """BladeLLM's word for something -> blade's."""
 
     def convert(text: str) -> str:
@@ -51,14 +52,29 @@ class Option:
     why: str = ""  # a sentence: what blade does instead, or already does
     default: Any = None  # passed on when the option is not given; None leaves it to blade
     many: bool = False  # takes any number of values
+    spelt: Mapping[str, str] = field(default_factory=dict)  # blade's words for it, as errors have them -> BladeLLM's
 
     @property
     def verdict(self) -> str:
         return "mapped" if self.to else "refused" if self.only == () else "accepted"
 
 
-def mapped(name: str, to: str, type: Callable[[str], Any] = str, default: Any = None, why: str = "") -> Option:  # noqa: A002
-    return Option(name, type, lambda value: [f"--{to}", str(value)], why=why or f"--{to}", default=default)
+def mapped(
+    name: str,
+    to: str,
+    type: Callable[[str], Any] = str,  # noqa: A002
+    default: Any = None,
+    why: str = "",
+    words: Mapping[str, str] | None = None,
+) -> Option:
+    """To an option of blade's with one value; `words`: BladeLLM's for it -> blade's, where there are only so many."""
+    spelt = {f"--{to}": f"--{name}"}
+    for theirs, own in (words or {}).items():
+        if own == theirs or own not in (words or {}):
+            spelt.setdefault(f"--{to} {own}", f"--{name} {theirs}")
+    type = one_of(words) if words else type  # noqa: A001
+    to_own = lambda value: [f"--{to}", str(value)]  # noqa: E731
+    return Option(name, type, to_own, why=why or f"--{to}", default=default, spelt=spelt)
 
 
 def accepted(name: str, why: str, *only: Any, type: Callable[[str], Any] = str, many: bool = False) -> Option:  # noqa: A002
@@ -115,7 +131,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         mapped("host", "host", why="--host; 127.0.0.1 by default, a public address needs BLADE_API_KEY or --insecure"),
         mapped("port", "port", int, default=8081),
         accepted("worker_socket_path", "there are no workers, so no socket is made"),
-        mapped("log_level", "log-level", one_of(LOG_LEVELS)),
+        mapped("log_level", "log-level", words=LOG_LEVELS),
         accepted("metric_exporters", "metrics are always at /metrics, whoever collects them", many=True),
         accepted("metric_export_interval_sec", "/metrics is always current", type=float),
         refused("serving_observability_options", "blade exports no OpenTelemetry traces yet"),
@@ -130,17 +146,28 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "Scheduler, memory, cache": (
         mapped("max_gpu_memory_utilization", "max-gpu-memory-utilization", float, default=0.85),
-        Option("ragged_flash_max_batch_tokens", int, _max_batch_tokens, why=MAX_BATCH_TOKENS, default=2048),
+        Option(
+            "ragged_flash_max_batch_tokens",
+            int,
+            _max_batch_tokens,
+            why=MAX_BATCH_TOKENS,
+            default=2048,
+            spelt={"--max-batch-tokens": "--ragged_flash_max_batch_tokens"},
+        ),
         accepted("preempt_strategy", "blade preempts by recomputing", "AUTO", "RECOMPUTE"),
         Option(
-            "disable_prompt_cache", boolean, lambda off: ["--no-prefix-cache"] if off else [], why="--no-prefix-cache"
+            "disable_prompt_cache",
+            boolean,
+            lambda off: ["--no-prefix-cache"] if off else [],
+            why="--no-prefix-cache",
+            spelt={"--no-prefix-cache": "--disable_prompt_cache", "--prefix-cache": "--disable_prompt_cache false"},
         ),
         accepted("prompt_cache_enable_swap", "blade's prompt cache stays on the device", False, type=boolean),
         accepted("attn_cls", "blade's attention is paged, with prompts cut into chunks", "ragged_flash", "paged"),
         mapped(
             "kv_cache_quant",
             "kv-cache-quant",
-            one_of(KV_CACHE_QUANT),
+            words=KV_CACHE_QUANT,
             why="--kv-cache-quant; mix_i4i4 is int4; what a device lacks is refused, not replaced",
         ),
         accepted("kv_cache_quant_sub_heads", "a mode has its groups", 1, type=int),
@@ -149,7 +176,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         mapped("model", "model"),
         mapped("tokenizer_dir", "tokenizer-dir"),
         mapped("chat_template", "chat-template", why="--chat-template; the path of a Jinja file"),
-        mapped("dtype", "dtype", one_of(DTYPES)),
+        mapped("dtype", "dtype", words=DTYPES),
         refused("tokenizer_special_tokens", SPECIAL_TOKENS, many=True),
         accepted("enable_triton_mla", NO_MLA, False, type=boolean),
         Option(
@@ -157,6 +184,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             boolean,
             lambda off: ["--disable-cuda-graph"] if off else [],
             why="--disable-cuda-graph",
+            spelt={"--disable-cuda-graph": "--disable_cuda_graph"},
         ),
         refused("cuda_graph_max_batch_size", ONE_OF_TWO),
         Option(
@@ -165,6 +193,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             lambda sizes: [part for size in sizes for part in ("--cuda-graph-batch-sizes", str(size))],
             why="--cuda-graph-batch-sizes",
             many=True,
+            spelt={"--cuda-graph-batch-sizes": "--cuda_graph_batch_sizes"},
         ),
         accepted("with_visual", TEXT_ALONE, False, type=boolean),
     ),
@@ -174,17 +203,30 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             one_of({name: name for name in DRAFTERS}),
             DRAFTERS.__getitem__,
             why="sps: --drafter model; look_ahead: --drafter lookahead",
+            spelt={"--drafter model": "--decode_algo sps", "--drafter lookahead": "--decode_algo look_ahead"},
         ),
         mapped("gamma", "num-draft-tokens", int, why="--num-draft-tokens: the most; as many as pay are verified"),
-        Option("use_sps", boolean, lambda on: DRAFTERS["sps"] if on else [], why="--drafter model"),
-        Option("use_lookahead", boolean, lambda on: DRAFTERS["look_ahead"] if on else [], why="--drafter lookahead"),
+        Option(
+            "use_sps",
+            boolean,
+            lambda on: DRAFTERS["sps"] if on else [],
+            why="--drafter model",
+            spelt={"--drafter model": "--use_sps"},
+        ),
+        Option(
+            "use_lookahead",
+            boolean,
+            lambda on: DRAFTERS["look_ahead"] if on else [],
+            why="--drafter lookahead",
+            spelt={"--drafter lookahead": "--use_lookahead"},
+        ),
         mapped("look_ahead_window_size", "lookahead-window-size", int),
         mapped("look_ahead_gram_size", "lookahead-ngram-size", int),
         mapped("guess_set_size", "lookahead-guess-set-size", int),
         mapped("draft.model", "draft.model"),
         mapped("draft.tokenizer_dir", "draft.tokenizer-dir"),
         accepted("draft.chat_template", DRAFT_TEXT),
-        mapped("draft.dtype", "draft.dtype", one_of(DTYPES)),
+        mapped("draft.dtype", "draft.dtype", words=DTYPES),
         accepted("draft.kv_cache_quant", DRAFT_KV, "no_quant"),
         accepted("draft.kv_cache_quant_sub_heads", DRAFT_KV, 1, type=int),
         accepted("draft.attn_cls", "blade's attention is paged", "ragged_flash", "paged"),
@@ -197,7 +239,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     ),
     "LoRA": (
         accepted("enable_lora", "implied by --lora_modules", type=boolean),
-        Option("lora_modules", to=_lora_modules, why="--lora NAME=DIR, once for each", many=True),
+        Option(
+            "lora_modules",
+            to=_lora_modules,
+            why="--lora NAME=DIR, once for each",
+            many=True,
+            spelt={"--lora": "--lora_modules"},
+        ),
     ),
     "Disaggregation": (
         accepted("enable_disagg", NO_DISAGGREGATION, False, type=boolean),
@@ -291,16 +339,32 @@ def _unknown(argument: str, options: Mapping[str, Option]) -> ConfigError:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit status as of `blade`: 2 with one sentence for what the user can mend."""
-    run("blade_llm_server", translate, argv)
+    run("blade_llm_server", translate, argv, BY_NAME)
 
 
-def run(program: str, translate: Callable[[list[str]], list[str]], argv: list[str] | None) -> None:
-    """Run `blade` with what the program's arguments are translated into."""
+def run(
+    program: str,
+    translate: Callable[[list[str]], list[str]],
+    argv: list[str] | None,
+    options: Mapping[str, Option],
+) -> None:
+    """Run `blade` with what the program's arguments are translated into. What it refuses is named as it was typed."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = translate(sys.argv[1:] if argv is None else argv)
+        args = translate(argv)
     except BladeError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(BAD_USAGE)
     from blade.cli import main as blade_main
 
-    blade_main(args)
+    blade_main(args, program, lambda text: respelt(text, argv, options))
+
+
+def respelt(text: str, argv: Sequence[str], options: Mapping[str, Option]) -> str:
+    """An error of blade's in BladeLLM's words, but for the options of blade's own that `argv` has."""
+    given = {word.partition("=")[0] for word in argv}
+    ordered = sorted(options.values(), key=lambda option: f"--{option.name}" in given)  # the last one counts
+    words = {own: theirs for option in ordered for own, theirs in option.spelt.items()}
+    known = sorted((own for own in words if own.partition(" ")[0] not in given), key=len, reverse=True)
+    pattern = rf"(?<![\w-])(?:{'|'.join(map(re.escape, known))})(?![\w-])"
+    return re.sub(pattern, lambda match: words[match[0]], text)

@@ -3,7 +3,7 @@ the server."""
 
 from __future__ import annotations
 
-from blade.compat import Option, accepted, arguments, boolean, by_name, make_parser, mapped, one_of, parse, run
+from blade.compat import Option, accepted, arguments, boolean, by_name, make_parser, mapped, parse, run
 from blade.errors import ConfigError
 
 MODES = {"weight_only_quant": "weight-only", "act_and_weight_quant": "weight-and-activation"}
@@ -15,33 +15,31 @@ ALGORITHMS = {
     "smoothquant": "smoothquant",
     "smoothquant_gptq": "smoothquant+gptq",
 }
+BITS = {"8": "8", "4": "4"}
 MODEL, OUTPUT = "model", "output_dir"
 
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "Quantisation": (
         Option(MODEL, to=lambda value: [value], why="the first argument"),
         Option(OUTPUT, to=lambda value: [value], why="the second argument"),
-        mapped("bit", "bits", int),
-        mapped(
-            "quant_mode",
-            "mode",
-            one_of(MODES),
-            why=f"--mode, of {', '.join(MODES)}",
-        ),
-        mapped("quant_dtype", "type", one_of(TYPES), why=f"--type, of {', '.join(TYPES)}"),
-        mapped("quant_algo", "algo", one_of(ALGORITHMS), why=f"--algo, of {', '.join(ALGORITHMS)}"),
+        mapped("bit", "bits", words=BITS),
+        mapped("quant_mode", "mode", why=f"--mode, of {', '.join(MODES)}", words=MODES),
+        mapped("quant_dtype", "type", why=f"--type, of {', '.join(TYPES)}", words=TYPES),
+        mapped("quant_algo", "algo", why=f"--algo, of {', '.join(ALGORITHMS)}", words=ALGORITHMS),
         Option(
             "block_wise_quant",
             boolean,
             lambda on: ["--group", "64" if on else "channel"],
             why="--group 64, else --group channel",
             default=False,
+            spelt={"--group 64": "--block_wise_quant true", "--group channel": "--block_wise_quant false"},
         ),
         Option(
             "calib_data",
             to=lambda texts: [word for text in texts for word in ("--text", text)],
             why="--text, once for each; without any, blade's own texts are taken",
             many=True,
+            spelt={"--text": "--calib_data"},
         ),
         mapped("calib_data_file", "calibration"),
         accepted("cpu_offload", "one stack of weights is on the device at a time", type=boolean),
@@ -64,4 +62,4 @@ def translate(argv: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit status as of `blade`: 2 with one sentence for what the user can mend."""
-    run("blade_llm_quantize", translate, argv)
+    run("blade_llm_quantize", translate, argv, BY_NAME)

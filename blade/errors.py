@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 800  # characters of a sentence
+
 
 class BladeError(Exception):
     """Base of every error whose text was written for the user to read."""
@@ -21,7 +23,18 @@ class PluginError(ConfigError):
 
 
 class CheckpointError(ConfigError):
-    """Model files are missing, truncated, malformed, or of a kind blade does not serve."""
+    """Model files are missing, truncated, malformed, or of a kind blade does not serve. What is quoted of them comes
+    from anywhere, and is shown as `shown` does."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(shown(message), shown(remedy))
+
+
+def shown(text: str) -> str:
+    """For a terminal: what cannot be printed is escaped, and of what is too long the middle left out."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class RequestError(BladeError):

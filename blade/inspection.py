@@ -12,7 +12,7 @@ from blade.checkpoint.progress import console_progress
 from blade.checkpoint.source import resolve
 from blade.engine.memory import size
 from blade.engine.states import PER_SEQUENCE
-from blade.errors import BladeError, CheckpointError
+from blade.errors import BladeError, CheckpointError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from blade.config import Config
     from blade.plugins import Plugins
 
-# What a token of a single request costs on a CPU, measured with models of 0.1 to 1.8 billion parameters on two cores:
-SHARE = 0.85  # of the memory's read bandwidth, at which the weights stream
-LAYER_SECONDS = 60e-6  # for all that is no weight
-TOKEN_SECONDS = 1e-3  # to sample it, and to send it
+# What a token of a single request costs on a CPU, measured with models of 0.1 to 1.8 billion parameters on two cores of
+# a Zen 3 and two of an Emerald Rapids, and by which share of itself each cost was off there.
+SHARE = 0.85  # of the rate at which so many bytes can be read over and over, at which the weights stream
+LAYER_SECONDS = 45e-6  # for all that is no weight
+TOKEN_SECONDS = 0.7e-3  # to sample it, and to send it
+OFF_STREAM, OFF_REST = 0.15, 0.5
 
 EMBEDDINGS, NGRAMS, HEAD = ("embed_tokens", "wte"), "ngram_embedding", "lm_head"  # what families call them
 
@@ -49,8 +51,9 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     bytes_per_token: int  # of weights, read for each token of a single request
-    bandwidth: float | None  # of the memory, bytes per second, as just measured; null: unknown
+    bandwidth: float | None  # of memory and caches for so much, bytes per second, as just measured; null: unknown
     tokens_per_second: float | None  # of a single request with a short context: estimated from all this
+    margin: float | None  # the share of it that it may be off by
     heads: str | None = None  # the --drafter that reads heads in this checkpoint; null: there are none
     head_bytes: int = 0  # that it takes beside the weights
 
@@ -96,7 +99,9 @@ def _files(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _served(assembly: Assembly) -> Inspection:
     model, block_size = assembly.model_config, assembly.config.engine.block_size
-    bandwidth, bytes_per_token = assembly.ops.memory_bandwidth(), _bytes_per_token(assembly)
+    bytes_per_token, bytes_read = _bytes_read(assembly)
+    bandwidth = assembly.ops.memory_bandwidth(bytes_read)
+    speed, margin = _speed(bytes_per_token, bandwidth, model.num_layers) if bandwidth else (None, None)
     heads = assembly.draft if assembly.draft and assembly.draft.head else own_heads(assembly)
     served = Served(
         plugin=assembly.family,
@@ -116,7 +121,8 @@ def _served(assembly: Assembly) -> Inspection:
         dtype=str(assembly.dtype).removeprefix("torch."),
         bytes_per_token=bytes_per_token,
         bandwidth=bandwidth,
-        tokens_per_second=bandwidth and _speed(bytes_per_token, bandwidth, model.num_layers),
+        tokens_per_second=speed,
+        margin=margin,
         heads=heads.drafter if heads else None,
         head_bytes=heads.weight_bytes if heads else 0,
     )
@@ -124,8 +130,10 @@ def _served(assembly: Assembly) -> Inspection:
     return Inspection(**files, tokenizer=tokenizer_source(assembly), problem=_problem(assembly), served=served)
 
 
-def _speed(num_bytes: int, bandwidth: float, num_layers: int) -> float:
-    return 1 / (num_bytes / (SHARE * bandwidth) + num_layers * LAYER_SECONDS + TOKEN_SECONDS)
+def _speed(num_bytes: int, bandwidth: float, num_layers: int) -> tuple[float, float]:
+    """Tokens per second, and the share that they may be off by."""
+    stream, rest = num_bytes / (SHARE * bandwidth), num_layers * LAYER_SECONDS + TOKEN_SECONDS
+    return 1 / (stream + rest), (stream * OFF_STREAM + rest * OFF_REST) / (stream + rest)
 
 
 def _problem(assembly: Assembly) -> str | None:
@@ -149,20 +157,22 @@ def _memory_problem(assembly: Assembly) -> str | None:
     return None
 
 
-def _bytes_per_token(assembly: Assembly) -> int:
-    """All weights, but for embeddings where they are not the output matrix too, and for experts that are not chosen."""
+def _bytes_read(assembly: Assembly) -> tuple[int, int]:
+    """For a token, and for any of them: all weights, but for embeddings where they are not the output matrix too; of
+    experts a token reads those that are chosen for it."""
     from blade.nn.tensors import loaded_bytes, split_name
 
     weights, quantization = assembly.weights, assembly.form.quantization
     part_of = {name: split_name(name)[0].rpartition(".")[2] for name in weights.names()}  # whatever the model's prefix
     unread = {NGRAMS, *(EMBEDDINGS if HEAD in part_of.values() else ())}
-    total = 0.0
+    per_token, total = 0.0, 0
     for name, part in part_of.items():
         if part in unread:
             continue
         num_bytes = loaded_bytes(name, weights, assembly.ops, assembly.dtype, quantization)
-        total += num_bytes * (_share_of_experts(assembly.checkpoint.config) if ".experts." in name else 1)
-    return int(total)
+        per_token += num_bytes * (_share_of_experts(assembly.checkpoint.config) if ".experts." in name else 1)
+        total += num_bytes
+    return int(per_token), total
 
 
 def _share_of_experts(config: dict[str, Any]) -> float:
@@ -175,6 +185,10 @@ def _share_of_experts(config: dict[str, Any]) -> float:
 
 def lines(found: Inspection) -> Iterator[str]:
     """The same for a person."""
+    return map(shown, _lines(found))
+
+
+def _lines(found: Inspection) -> Iterator[str]:
     served = found.served
     yield f"model    {found.name} ({found.path})"
     yield f"family   {', '.join(found.architectures) or 'none stated'}{_shape(served) if served else ''}"
@@ -186,10 +200,10 @@ def lines(found: Inspection) -> Iterator[str]:
         yield f"problem  {found.problem}"
     elif served:
         yield f"here     it runs on {served.device}, in {served.dtype}"
-        if served.bandwidth and served.tokens_per_second:
+        if served.bandwidth and served.tokens_per_second and served.margin:
             yield (
-                f"speed    about {served.tokens_per_second:.0f} tokens/s for one request: "
-                f"{size(served.bytes_per_token)} of weights are read for each, and memory gives "
+                f"speed    about {served.tokens_per_second:.0f} tokens/s, give or take {served.margin:.0%}, for one "
+                f"request: {size(served.bytes_per_token)} of weights are read for each, which come at "
                 f"{served.bandwidth / 1e9:.0f} GB/s now"
             )
 

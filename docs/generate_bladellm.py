@@ -22,6 +22,8 @@ runs `blade serve` with the equivalent ones. What follows a lone `--` goes to `b
 * **accepted**: the values listed ask for what blade does, and change nothing; other values are refused;
 * **refused**: the start ends with exit status 2 and a sentence that names the option.
 
+Errors of `blade serve` name options as they were typed, in BladeLLM's words.
+
 `blade_llm_quantize` is translated into `blade quantize` in the same way; its options are the last table.
 
 An option that BladeLLM does not have is refused with the closest one that it has. Where blade's default differs from

@@ -28,7 +28,7 @@ FLOORS = (  # from the top; a room imports only from floors below its own
     {"api", "plugins"},
     {"engine", "hookspecs", "registry"},
     {"nn", "text", "checkpoint"},
-    {"contracts", "config", "checked", "chunks"},
+    {"contracts", "config", "checked", "chunks", "files"},
     {"types", "errors"},
 )
 

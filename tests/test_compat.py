@@ -226,6 +226,31 @@ def test_bad_usage_ends_with_one_sentence(argv: list[str], message: str, capsys:
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gamma", "-1"], "--gamma must be at least 1, not -1."),
+        (["--decode_algo", "sps"], "--decode_algo sps has no model to draft with."),
+        (["--use_sps"], "--use_sps has no model to draft with."),
+        (["--", "--drafter", "model"], "--drafter model has no model to draft with."),
+        (["--lora_modules", "x"], "--lora_modules x is not of the form NAME=DIR."),
+    ],
+)
+def test_what_blade_refuses_is_named_as_it_was_typed(
+    argv: list[str], message: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        compat.main(["--model", str(tiny_llama), *argv, *([] if "--" in argv else ["--"]), "--dry-run"])
+    assert capsys.readouterr().err.startswith(f"blade_llm_server: {message}")
+
+
+def test_blades_words_in_bladellms() -> None:
+    text = "--kv-cache-quant none, --kv-cache-quant int4; --log-level warning; --lora-dir; --num-draft-tokens-x"
+    wanted = "--kv_cache_quant no_quant, --kv_cache_quant int4; --log_level WARNING; --lora-dir; --num-draft-tokens-x"
+    assert compat.respelt(text, [], BY_NAME) == wanted
+    assert compat.respelt(text, ["--kv-cache-quant=int4", "--log-level"], BY_NAME) == text
+
+
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         compat.main(["--help"])

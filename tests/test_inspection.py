@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from blade.cli import main
-from blade.inspection import _bytes_per_token
+from blade.inspection import _bytes_read, _speed
 from blade.testing import TensorWeights
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def test_the_embedding_is_read_once_or_not_at_all(smollm2_gguf: Path, capsys: py
     served = inspected(capsys, str(smollm2_gguf), "--dtype", "bfloat16", "--quantize", "none")["served"]
     assert served["bytes_per_token"] == served["weight_bytes"]  # tied: it is the output matrix
     assert served["tokens_per_second"] is None or served["tokens_per_second"] > 1
+    assert served["margin"] is None or 0.15 <= served["margin"] <= 0.5
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,28 @@ def test_of_an_embedding_beside_the_output_matrix_a_token_reads_one_row(embeddin
         ops=None,
         dtype=torch.bfloat16,
     )
-    assert _bytes_per_token(assembly) == 2 * 2 * (30 + 7)
+    assert _bytes_read(assembly) == (2 * 2 * (30 + 7),) * 2
     assembly.weights = TensorWeights({name: torch.zeros(num, 2) for name, num in numbers.items() if head not in name})
-    assert _bytes_per_token(assembly) == 2 * 2 * (100 + 7)
+    assert _bytes_read(assembly) == (2 * 2 * (100 + 7),) * 2
+
+
+def test_what_is_no_weight_makes_an_estimate_less_certain() -> None:
+    speed, margin = _speed(num_bytes=10**9, bandwidth=40e9, num_layers=24)
+    assert 1 / speed == pytest.approx(1e9 / 34e9 + 24 * 45e-6 + 0.7e-3)
+    assert 0.15 < margin < 0.2
+    assert 0.3 < _speed(num_bytes=10**8, bandwidth=60e9, num_layers=30)[1] < 0.4
+
+
+def test_of_experts_a_token_reads_those_that_are_chosen() -> None:
+    numbers = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": 8 for i in range(4)} | {"lm_head.weight": 5}
+    assembly: Any = SimpleNamespace(
+        weights=TensorWeights({name: torch.zeros(num, 2) for name, num in numbers.items()}),
+        checkpoint=SimpleNamespace(config={"num_experts": 4, "num_experts_per_tok": 1}),
+        form=SimpleNamespace(quantization=None),
+        ops=None,
+        dtype=torch.bfloat16,
+    )
+    assert _bytes_read(assembly) == (2 * 2 * (8 + 5), 2 * 2 * (32 + 5))
 
 
 def test_a_family_that_is_not_served(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

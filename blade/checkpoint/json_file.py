@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from blade.errors import CheckpointError
+from blade.files import read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,10 +17,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; CheckpointError where there is none."""
-    try:
-        return parse_json(path, path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    return parse_json(path, read_file(path))
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import mmap
 from typing import TYPE_CHECKING
 
 from blade.errors import CheckpointError
+from blade.files import check_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 def map_file(path: Path) -> mmap.mmap:
     """The mapping is private: writing to a tensor in it never reaches the file. CheckpointError where it cannot be."""
+    check_file(path)
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

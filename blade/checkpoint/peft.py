@@ -20,6 +20,7 @@ import msgspec
 from blade.checkpoint.json_file import read_json
 from blade.checkpoint.safetensors import MappedFile
 from blade.errors import CheckpointError
+from blade.files import is_file
 from blade.types import LowRank, RankScale
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
     """The update of each linear by its prefix. Raises CheckpointError, one sentence, for what is not sound, and for
     the kinds of adapter that are more than an update of linears."""
     config, path = _read_config(folder), folder / WEIGHTS
-    if not path.is_file():
+    if not is_file(path):
         remedy = "blade reads no pickles: save it with safe_serialization=True." if any(folder.glob("*.bin")) else ""
         raise CheckpointError(f"{folder} has no {WEIGHTS}.", remedy)
     file, halves = MappedFile(path), dict[str, dict[str, Any]]()
@@ -106,7 +107,7 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
 
 def _read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{folder} has no {CONFIG}.", "Name the folder of a LoRA adapter in PEFT's format.")
     try:
         config = msgspec.convert(read_json(path), AdapterConfig)

@@ -17,6 +17,7 @@ from blade.checkpoint.json_file import parse_json, read_json
 from blade.checkpoint.lfs import refuse_pointer
 from blade.checkpoint.mapping import let_go, map_file
 from blade.errors import CheckpointError
+from blade.files import check_file, is_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,8 +52,8 @@ class TensorHeader(msgspec.Struct, frozen=True):
 def read_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
     """The tensors in a file, all of them sound, and the byte that their offsets count from; CheckpointError naming the
     first that is not."""
+    size = check_file(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             begin = file.read(64)
             refuse_pointer(path, begin)
@@ -195,6 +196,6 @@ def _read_index(folder: Path) -> dict[str, str]:
     for name, file in index.items():
         if file in ("", ".", "..") or "/" in file or "\\" in file:
             raise CheckpointError(f"{folder / INDEX}: {file!r}, the file of {name!r}, is not in its folder.")
-        if not (folder / file).is_file():
+        if not is_file(folder / file):
             raise CheckpointError(f"{folder} lacks {file}, the file of {name!r} by {INDEX}.", "Fetch it again.")
     return index

@@ -40,8 +40,9 @@ class Ops(Protocol):
         """Bytes of device memory (on a CPU: RAM) free to take now."""
         ...
 
-    def memory_bandwidth(self) -> float | None:
-        """Bytes per second that all cores together can read of device memory, measured now, briefly; None: unknown."""
+    def memory_bandwidth(self, num_bytes: int | None = None) -> float | None:
+        """Bytes per second that all cores together can read of device memory, measured now, briefly; with `num_bytes`
+        those of so many bytes that are read over and over, of which caches may hold some. None: unknown."""
         ...
 
     def to_device(self, x: Tensor) -> Tensor: ...

@@ -93,10 +93,18 @@ class Loader(Protocol):
         shape than the model expects."""
         ...
 
-    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
+    def linear(
+        self,
+        *prefixes: str,
+        shapes: Seq[tuple[int, int]] | None = None,
+        order: Tensor | None = None,
+        known_as: tuple[str, Tensor] | None = None,
+    ) -> Linear:
         """One linear over the tensors under `prefixes` (each with .weight and maybe .bias), stacked along N; `shapes`
         are the (N, K) expected under each. With `order` [sum of N] int64, row i of the linear is row order[i] of the
-        stack; it leaves every row within its own tensor. Raises CheckpointError as `tensor` does."""
+        stack; it leaves every row within its own tensor. `known_as`: the prefix under which other checkpoints have the
+        whole stack, and adapters with them, and which of its rows there each row of the linear is, [sum of N] int64.
+        Raises CheckpointError as `tensor` does."""
         ...
 
     def embedding(

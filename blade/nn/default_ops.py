@@ -26,7 +26,7 @@ class DefaultOps:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     quantized_dtypes: Collection[torch.dtype] = ()
 
-    def memory_bandwidth(self) -> float | None:
+    def memory_bandwidth(self, num_bytes: int | None = None) -> float | None:
         """None: unknown."""
         return None
 

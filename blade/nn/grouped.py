@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from blade.contracts import Linear, Ops
     from blade.types import GGMLBlocks, GroupedWeight, QuantizedWeight
 
+log = logging.getLogger("blade.formats")
+
 
 @dataclass(slots=True, frozen=True)
 class Matrix:
@@ -31,6 +36,7 @@ class Matrix:
 
     shape: tuple[int, ...]  # N and K
     num_bytes: int  # that its QuantizedWeight takes, the integers packed
+    plain: bool = False  # no kernel computes on its groups: it becomes plain numbers of the run's dtype
 
 
 class GroupedQuantization(ABC):
@@ -47,11 +53,13 @@ class GroupedQuantization(ABC):
 
     @abstractmethod
     def weight(self, prefix: str, weights: Weights) -> QuantizedWeight:
-        """The matrix that `matrix` told of, on the CPU."""
+        """The matrix that `matrix` told of, on the CPU; in groups of any size where that is to become plain."""
 
     def num_bytes(self, name: str, weights: Weights, ops: Ops, dtype: torch.dtype) -> int | None:
         check_kernels(ops, dtype)
-        return self.counted(name, weights, lambda matrix: matrix.num_bytes)
+        return self.counted(
+            name, weights, lambda found: prod(found.shape) * dtype.itemsize if found.plain else found.num_bytes
+        )
 
     def num_params(self, name: str, weights: Weights) -> int | None:
         """Numbers that a tensor stands for; None where it is plain."""
@@ -60,13 +68,18 @@ class GroupedQuantization(ABC):
     def linear(
         self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
     ) -> Linear | None:
-        """Where some of the matrices are plain, those and the others are linears of their own, side by side."""
+        """Where some of the matrices are plain, or are to be, those and the others are linears of their own, side by
+        side."""
         check_kernels(ops, dtype)
-        sizes = self.sizes(prefixes, shapes, weights)
-        if not any(sizes.values()):
+        found = self.matrices(prefixes, shapes, weights)
+        if not any(found.values()):
             return None
+        for prefix, matrix in found.items():
+            if matrix and matrix.plain:
+                self._tell_plain(prefix)
+        sizes = {prefix: matrix.shape[0] for prefix, matrix in found.items() if matrix and not matrix.plain}
         parts: list[Linear] = []
-        for quantized, run in groupby(prefixes, lambda prefix: bool(sizes[prefix])):
+        for quantized, run in groupby(prefixes, lambda prefix: prefix in sizes):
             names = list(run)
             if quantized:
                 bias = stacked_bias(names, [sizes[name] for name in names], weights, dtype)
@@ -91,17 +104,35 @@ class GroupedQuantization(ABC):
         name = next((name for tensor in self.tensors if (name := f"{prefix}.{tensor}") in names), "")
         return name, self.matrix(prefix, weights) if name else None
 
-    def sizes(self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights) -> dict[str, int]:
-        """N of each, 0 where it is plain. Raises CheckpointError for a shape that is not the expected one."""
-        sizes = {}
+    def matrices(
+        self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights
+    ) -> dict[str, Matrix | None]:
+        """What is under each, None where it is plain. Raises CheckpointError for a shape that is not the expected
+        one."""
+        matrices = {}
         for prefix, shape in zip(prefixes, shapes, strict=True):
             name, matrix = self.find(prefix, weights)
             if matrix is None:
                 check_shape(f"{prefix}.weight", weights, shape)
             else:
                 check_expected(name, matrix.shape, shape)
-            sizes[prefix] = matrix.shape[0] if matrix else 0
-        return sizes
+            matrices[prefix] = matrix
+        return matrices
+
+    def holds(self, prefix: str, weights: Weights) -> bool:
+        """Whether the matrix is quantised in the checkpoint."""
+        return self.find(prefix, weights)[1] is not None
+
+    @cached_property
+    def _told_plain(self) -> set[str]:
+        return set()
+
+    def _tell_plain(self, prefix: str) -> None:
+        """Once for the same matrix of all layers."""
+        pattern = re.sub(r"\.\d+\.", ".*.", prefix)
+        if pattern not in self._told_plain:
+            self._told_plain.add(pattern)
+            log.warning("%s becomes plain numbers: no kernel computes on groups as it has them", pattern)
 
     def counted(self, name: str, weights: Weights, count: Callable[[Matrix], int]) -> int | None:
         """The count of the matrix that a tensor belongs to, for one of its tensors; 0 for the others. None for what is
@@ -116,7 +147,7 @@ class GroupedQuantization(ABC):
 
     def numbers(self, prefix: str, weights: Weights, dtype: torch.dtype) -> Tensor:
         """A matrix [N, K] in `dtype`, quantised or not."""
-        if self.find(prefix, weights)[1] is None:
+        if not self.holds(prefix, weights):
             return weights.get(f"{prefix}.weight", dtype)
         return dequantize(self.weight(prefix, weights), dtype)
 
@@ -133,20 +164,16 @@ class Dequantized:
     def num_params(self, name: str, weights: Weights) -> int | None:
         return self._format.num_params(name, weights)
 
-    def sizes(self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights) -> dict[str, int]:
-        """As GroupedQuantization.sizes."""
-        return self._format.sizes(prefixes, shapes, weights)
-
     def linear(
         self, prefixes: Seq[str], shapes: Seq[tuple[int, int] | None], weights: Weights, ops: Ops, dtype: torch.dtype
     ) -> Linear | None:
-        if not any(self.sizes(prefixes, shapes, weights).values()):
+        if not any(self._format.matrices(prefixes, shapes, weights).values()):
             return None
         return self._format.plain(prefixes, weights, ops, dtype)
 
     def holds(self, prefix: str, weights: Weights) -> bool:
-        """Whether the matrix is quantised in the checkpoint."""
-        return self._format.find(prefix, weights)[1] is not None
+        """As GroupedQuantization.holds."""
+        return self._format.holds(prefix, weights)
 
     def numbers(self, prefix: str, weights: Weights, dtype: torch.dtype) -> Tensor:
         """The matrix, [N, K]."""

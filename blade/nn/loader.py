@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blade.nn.grouped import Dequantized
+from blade.nn.grouped import Dequantized, GroupedQuantization
 from blade.nn.lora import AdaptedLinear
 from blade.nn.lora_experts import ExpertShapes
 from blade.nn.row_order import RowOrder, as_ops
@@ -52,6 +52,7 @@ class Loader:
         self._progress = progress
         self._adapters = adapters
         self._loaded: set[str] = set()
+        self._wholes: dict[str, tuple[tuple[str, ...], Tensor]] = {}  # what adapters know as one: its parts, its rows
         if adapters is not None:
             adapters.base = self._base
 
@@ -64,11 +65,21 @@ class Loader:
     def tensor(self, name: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         return self.ops.to_device(self._get(name, shape, dtype))
 
-    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
+    def linear(
+        self,
+        *prefixes: str,
+        shapes: Seq[tuple[int, int]] | None = None,
+        order: Tensor | None = None,
+        known_as: tuple[str, Tensor] | None = None,
+    ) -> Linear:
         linear = self._linear(prefixes, shapes or [None] * len(prefixes), order)
         if self._adapters is None or shapes is None or not all(map(_is_adaptable, prefixes)):
             return linear
-        return self._adapters.wrap(prefixes, shapes, linear, order)
+        if known_as is None:
+            return self._adapters.wrap(prefixes, shapes, linear, order)
+        whole, rows = known_as
+        self._wholes[whole] = prefixes, rows
+        return self._adapters.wrap((whole,), [(sum(n for n, _ in shapes), shapes[0][1])], linear, rows)
 
     def experts(self, prefix: str, gate_up: Seq[Linear], down: Seq[Linear], shape: tuple[int, int]) -> Experts:
         experts = self._mixture(gate_up, down)
@@ -79,6 +90,11 @@ class Loader:
 
     def _base(self, prefix: str) -> tuple[Tensor, Tensor | None]:
         """What the matrix under a prefix stands for, and its bias, read once more: float32."""
+        if prefix in self._wholes:
+            prefixes, rows = self._wholes[prefix]
+            parts = [self._base(part)[0] for part in prefixes]
+            bias = stacked_bias(prefixes, [len(part) for part in parts], self._weights, torch.float32)
+            return _back(torch.cat(parts), rows), None if bias is None else _back(bias, rows)
         numbers = getattr(self._quantization, "numbers", None)
         exact = torch.float32
         weight = numbers(prefix, self._weights, exact) if numbers else self._weights.get(f"{prefix}.weight", exact)
@@ -105,8 +121,9 @@ class Loader:
 
     def _table(self, prefix: str, shape: tuple[int, int] | None) -> Tensor:
         """An embedding's plain numbers; it is in already where it is quantised, and nothing is told of it."""
-        if isinstance(self._quantization, Dequantized) and self._quantization.holds(prefix, self._weights):
-            return self.ops.to_device(self._quantization.numbers(prefix, self._weights, self.dtype))
+        quantization = self._quantization
+        if isinstance(quantization, Dequantized | GroupedQuantization) and quantization.holds(prefix, self._weights):
+            return self.ops.to_device(quantization.numbers(prefix, self._weights, self.dtype))
         return self.tensor(f"{prefix}.weight", shape)
 
     def _quantized(self, prefixes: tuple[str, ...], shapes: Seq[tuple[int, int] | None], ops: Ops) -> Linear | None:
@@ -143,6 +160,11 @@ class Loader:
         if self._progress is not None and name not in self._loaded:
             self._loaded.add(name)
             self._progress(loaded_bytes(name, self._weights, self.ops, self.dtype, quantization))
+
+
+def _back(stack: Tensor, rows: Tensor) -> Tensor:
+    """Row i of the stack as row rows[i]."""
+    return torch.empty_like(stack).index_copy_(0, rows, stack)
 
 
 def _is_adaptable(prefix: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,15 +107,20 @@ def order_of(name: str, weights: Weights, k: int, group: int) -> Tensor | None:
     return order
 
 
-def kept_group(name: str, k: int, group: int) -> int:
-    """How many numbers share a scale in a GroupedWeight where `group` of a row of `k` do in the checkpoint."""
-    for kept in GROUPS:
-        if k % kept == 0 and (group % kept == 0 or group >= k):
-            return kept
-    raise CheckpointError(
-        f"Tensor {name}: rows of {k} numbers in groups of {group} do not divide into groups of {GROUPS[-1]}.",
-        "Use the model's unquantised form.",
-    )
+def kept_group(k: int, group: int) -> int:
+    """How many numbers share a scale in a GroupedWeight where `group` of a row of `k` do in the checkpoint: one of
+    GROUPS, or what else divides both, on which no kernel computes."""
+    return running_group(k, min(k, group))
+
+
+def running_group(k: int, group: int) -> int:
+    """The same where groups of `group` numbers run on over rows of `k`."""
+    return next((kept for kept in GROUPS if k % kept == 0 and group % kept == 0), gcd(k, group))
+
+
+def matrix_of(n: int, k: int, group: int, num_bytes: int) -> Matrix:
+    """Of `num_bytes` where it is kept in groups of `group` numbers; plain where those are none of GROUPS."""
+    return Matrix((n, k), num_bytes, plain=group not in GROUPS)
 
 
 def regroup(values: Tensor, k: int, group: int, kept: int) -> Tensor:
@@ -149,6 +155,7 @@ def grouped(
     return GroupedWeight(kept, group, q, narrow(scales), zeros=zeros, order=order)
 
 
-def grouped_matrix(name: str, n: int, k: int, bits: int, group: int, zeros: bool) -> Matrix:
+def grouped_matrix(n: int, k: int, bits: int, group: int, zeros: bool = False) -> Matrix:
     """By the headers: what `grouped` gives."""
-    return Matrix((n, k), grouped_bytes(n, k, bits, kept_group(name, k, group), zeros))
+    kept = kept_group(k, group)
+    return matrix_of(n, k, kept, grouped_bytes(n, k, bits, kept, zeros))

@@ -11,7 +11,7 @@ import torch
 
 from blade.errors import CheckpointError
 from blade.nn.grouped import Matrix
-from blade.nn.packing import FLOATS, checked, kept_group, matrix_shape, narrow, regroup, unpack
+from blade.nn.packing import FLOATS, checked, kept_group, matrix_of, matrix_shape, narrow, regroup, unpack
 from blade.types import Float8Weight, GroupedWeight
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ def float_scales(name: str, weights: Weights, shape: tuple[int, ...] | None = No
 def fp4_matrix(name: str, weights: Weights, group: int) -> Matrix:
     """By the header of the codes [N, K / 2], two to a byte."""
     n, half = matrix_shape(name, weights)
-    kept = kept_group(name, 2 * half, group)
-    return Matrix((n, 2 * half), n * half + 2 * n * (2 * half // kept))
+    kept = kept_group(2 * half, group)
+    return matrix_of(n, 2 * half, kept, n * half + 2 * n * (2 * half // kept))
 
 
 def fp4_weight(name: str, weights: Weights, scales: str, group: int, factor: float = 1.0) -> GroupedWeight:
     """The codes `name` [N, K / 2] uint8, the first of two in the low bits; w = value * scale * factor."""
     n, half = matrix_shape(name, weights)
     k = 2 * half
-    kept = kept_group(name, k, group)
+    kept = kept_group(k, group)
     values = float_scales(scales, weights, (n, -(-k // group))) * (factor / 2)
     q = unpack(checked(name, weights, (n, half), torch.uint8), 4, k)
     return GroupedWeight(4, kept, q, narrow(regroup(values, k, group, kept)), values=E2M1)

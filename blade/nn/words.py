@@ -51,7 +51,7 @@ class GPTQWords:
 
     def matrix(self, prefix: str, weights: Weights) -> Matrix:
         n, k, group = self._sizes(prefix, weights)
-        return grouped_matrix(f"{prefix}.qweight", n, k, self.bits, group, zeros=not self.symmetric)
+        return grouped_matrix(n, k, self.bits, group, zeros=not self.symmetric)
 
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
         n, k, group = self._sizes(prefix, weights)
@@ -63,7 +63,7 @@ class GPTQWords:
         order = order_of(f"{prefix}.g_idx", weights, k, group)
         if order is not None:
             q = q[:, order]
-        kept = kept_group(f"{prefix}.qweight", k, group)
+        kept = kept_group(k, group)
         if zeros is not None:
             zeros = regroup(zeros, k, group, kept)
         return grouped(q, self.bits, kept, regroup(scales, k, group, kept), zeros, order)
@@ -102,7 +102,7 @@ class AWQWords:
 
     def matrix(self, prefix: str, weights: Weights) -> Matrix:
         n, k, group = self._sizes(prefix, weights)
-        return grouped_matrix(f"{prefix}.qweight", n, k, 4, group, zeros=True)
+        return grouped_matrix(n, k, 4, group, zeros=True)
 
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
         n, k, group = self._sizes(prefix, weights)
@@ -110,7 +110,7 @@ class AWQWords:
         q = _columns(checked(f"{prefix}.qweight", weights, (k, n // 8), torch.int32))
         zeros = _columns(checked(f"{prefix}.qzeros", weights, (num_groups, n // 8), torch.int32))
         scales = checked_scales(f"{prefix}.scales", weights, (num_groups, n)).T
-        kept = kept_group(f"{prefix}.qweight", k, group)
+        kept = kept_group(k, group)
         return grouped(q, 4, kept, regroup(scales, k, group, kept), regroup(zeros, k, group, kept))
 
     def _sizes(self, prefix: str, weights: Weights) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blade.errors import CheckpointError
+from blade.files import is_file
 from blade.text import qwen_tiktoken
 from blade.text.tokenizer_files import read_json
 
@@ -27,13 +28,13 @@ def folder_sources(folder: Path) -> Sources:
     """transformers' order: a file of its own, then `chat_template` in a JSON file, a string or a list of named ones.
     The first Qwen's folders have code instead, and say in generation_config.json what it does."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if is_file(path):
         return _read(path), None, str(path)
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_json(folder / name).get("chat_template")
         if found is not None:
             return *_named(found, folder / name), str(folder / name)
-    if (folder / qwen_tiktoken.NAME).is_file():
+    if is_file(folder / qwen_tiktoken.NAME):
         path = folder / "generation_config.json"
         return qwen_tiktoken.CHAT_TEMPLATES.get(str(read_json(path).get("chat_format"))), None, str(path)
     return None, None, str(folder)

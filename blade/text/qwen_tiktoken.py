@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from blade.errors import CheckpointError
+from blade.files import read_file
 from blade.text.pretokenizers import PRETOKENIZERS
 from blade.text.token_bytes import byte_alphabet
 
@@ -54,12 +55,8 @@ def read_qwen_tiktoken(path: Path) -> Tokenizer:
 def _read_tokens(path: Path) -> list[str]:
     """By rank, in byte-level BPE's alphabet."""
     alphabet = {byte: char for char, byte in byte_alphabet().items()}
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     tokens = []
-    for rank, line in enumerate(lines):
+    for rank, line in enumerate(read_file(path).splitlines()):
         try:
             text, number = line.split()
             token, found = b64decode(text, validate=True), int(number)

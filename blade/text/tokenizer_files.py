@@ -9,6 +9,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from blade.errors import CheckpointError
+from blade.files import is_file, read_file
 from blade.text import qwen_tiktoken
 from blade.text.post_processor import surround
 
@@ -30,19 +31,17 @@ def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None]:
 def tokenizer_names(folder: Path) -> tuple[str, ...]:
     """The files of a folder that `read_folder` reads the vocabulary from; none of them: ()."""
     kinds = ("tokenizer.json",), ("vocab.json", "merges.txt"), (qwen_tiktoken.NAME,), ("tokenizer.model",)
-    return next((names for names in kinds if all((folder / name).is_file() for name in names)), ())
+    return next((names for names in kinds if all(is_file(folder / name) for name in names)), ())
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when there is no such file."""
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_file(path), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON object.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
@@ -90,7 +89,7 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 
 def _eos_token_ids(folder: Path, tokenizer: Tokenizer, eos: str | None) -> tuple[int, ...]:
     """Those generation_config.json lists and the tokenizer's own; config.json's where neither names one."""
-    named = [eos] if eos is not None else qwen_tiktoken.END_TOKENS if (folder / qwen_tiktoken.NAME).is_file() else []
+    named = [eos] if eos is not None else qwen_tiktoken.END_TOKENS if is_file(folder / qwen_tiktoken.NAME) else []
     own = [token_id for token in named if (token_id := tokenizer.token_to_id(token)) is not None]
     ids = _read_ids(folder / "generation_config.json") + own
     return tuple(dict.fromkeys(ids or _read_ids(folder / "config.json")))

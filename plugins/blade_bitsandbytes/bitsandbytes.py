@@ -9,7 +9,7 @@ import torch
 from blade import CheckpointError
 from blade.nn import GroupedQuantization, Matrix
 from blade.nn.format_settings import read_settings
-from blade.nn.packing import checked, checked_scales, grouped, grouped_bytes, kept_group, matrix_shape
+from blade.nn.packing import checked, checked_scales, grouped, grouped_matrix, kept_group, matrix_shape
 from blade_bitsandbytes.blocks import read_blocks
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ class BitsAndBytes(GroupedQuantization):
         name, names = f"{prefix}.weight", weights.names()
         if f"{name}.absmax" in names:
             blocks = read_blocks(name, weights)
-            return Matrix(blocks.shape, grouped_bytes(*blocks.shape, 4, blocks.group))
+            return grouped_matrix(*blocks.shape, 4, blocks.group)
         if f"{prefix}.SCB" in names:
             n, k = matrix_shape(name, weights)
-            return Matrix((n, k), grouped_bytes(n, k, 8, kept_group(name, k, k)))
+            return grouped_matrix(n, k, 8, k)
         if weights.get(name).dtype.itemsize == 1:
             raise CheckpointError(
                 f"The checkpoint has neither {name}.absmax nor {prefix}.SCB, without which {name} means nothing."
@@ -68,5 +68,5 @@ def _int8(prefix: str, weights: Weights) -> GroupedWeight:
         )
     q = checked(name, weights, (n, k), torch.int8).contiguous().view(torch.uint8) ^ 128
     scales = checked_scales(f"{prefix}.SCB", weights, (n,)).float() / MAX_INT8
-    kept = kept_group(name, k, k)
+    kept = kept_group(k, k)
     return grouped(q, 8, kept, scales[:, None].expand(n, k // kept).contiguous(), None)

@@ -12,7 +12,7 @@ import torch
 
 from blade import CheckpointError, GroupedWeight
 from blade.nn import Keys
-from blade.nn.packing import GROUPS, checked, checked_scales, narrow
+from blade.nn.packing import checked, checked_scales, narrow, running_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +35,7 @@ class Blocks:
     @property
     def group(self) -> int:
         """Numbers of a row that share a scale: a row may begin inside a block."""
-        k = self.shape[1]
-        for group in GROUPS:
-            if k % group == 0 and self.size % group == 0:
-                return group
-        raise CheckpointError(
-            f"Tensor {self.name}: rows of {k} and blocks of {self.size} do not divide into groups of {GROUPS[-1]}.",
-            "Use the model's unquantised form.",
-        )
+        return running_group(self.shape[1], self.size)
 
     def weight(self, weights: Weights) -> GroupedWeight:
         """The table as integers; see `integer_table`."""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 def integer_matrix(prefix: str, weights: Weights, scheme: Scheme) -> Matrix:
     """By the headers, and the shape that is beside packed integers."""
-    name, n, k = _shape(prefix, weights, scheme)
-    return grouped_matrix(name, n, k, _bits(scheme), _group(scheme, k), zeros=not scheme.symmetric)
+    _, n, k = _shape(prefix, weights, scheme)
+    return grouped_matrix(n, k, _bits(scheme), _group(scheme, k), zeros=not scheme.symmetric)
 
 
 def integer_weight(prefix: str, weights: Weights, scheme: Scheme) -> GroupedWeight:
@@ -52,7 +52,7 @@ def integer_weight(prefix: str, weights: Weights, scheme: Scheme) -> GroupedWeig
     order = order_of(f"{prefix}.weight_g_idx", weights, k, group)
     if order is not None:
         q = q[:, order]
-    kept = kept_group(name, k, group)
+    kept = kept_group(k, group)
     if zeros is not None:
         zeros = regroup(zeros, k, group, kept)
     return grouped(q, bits, kept, regroup(scales.expand(n, num_groups), k, group, kept), zeros, order)

@@ -1,8 +1,9 @@
 """contracts.Quantization of HQQ (Badri and Shaji 2023): w = (q - zero) * scale, in groups that run on over rows.
 
 Beside `W_q` and what describes it, each in a tensor of its own (`shape`, `nbits`, `axis` ...), lie `scale` and `zero`,
-one for each group. The groups are W_q's rows, of which the first half or quarter has its integers in the high bits; of
-3 bits a word of 32 has ten, and the last words are filled up.
+one for each group. The groups are the rows (axis 1) or the columns (axis 0) of the matrix's numbers in another shape,
+of whose rows W_q has the first half or quarter in the high bits; of 3 bits a word of 32 has ten, and the last words are
+filled up. With axis 0 no two neighbours in a row of the matrix are of one group, so that it becomes plain numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blade import CheckpointError, GroupedWeight
-from blade.nn import GroupedQuantization, Matrix
+from blade.nn import GroupedQuantization
 from blade.nn.format_settings import read_settings
-from blade.nn.packing import GROUPS, checked, checked_scales, narrow
+from blade.nn.packing import checked, checked_scales, matrix_of, narrow, running_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,17 +24,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Weights
+    from blade.nn import Matrix
 
 KNOWN = {"quant_config", "skip_modules"}  # what they say of a matrix, its own tensors do
 BITS = (1, 2, 3, 4, 8)
 PER_WORD = 10  # numbers of 3 bits
 AS_THEY_ARE = {  # of the tensors that describe a matrix: the only value served, and what another one would mean
-    "axis": (1, "groups of columns"),
     "view_as_float": (0, "integers that are to be taken for floats"),
     "quant_scale": (0, "scales that are quantised"),
     "quant_zero": (0, "zeros that are quantised"),
 }
-REMEDY = "Quantise it anew with axis=1 and nothing else, or use the model's unquantised form."
+REMEDY = "Quantise it anew without that, or use the model's unquantised form."
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,19 +44,26 @@ class Layout:
     n: int
     k: int
     bits: int
-    size: int  # numbers of a group in the checkpoint
-    kept: int  # of one in the GroupedWeight
+    axis: int
+    rows: int  # of all numbers in W_q's shape, unpacked
+    columns: int
 
     @property
-    def num_groups(self) -> int:
-        return self.n * self.k // self.size
+    def kept(self) -> int:
+        """Numbers of a group in the GroupedWeight."""
+        return running_group(self.k, self.columns) if self.axis else 1
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        """Their shape."""
+        return (self.rows, 1) if self.axis else (1, self.columns)
 
     @property
     def packed(self) -> tuple[tuple[int, int], torch.dtype]:
         """Shape and dtype of W_q."""
         if self.bits == 3:
-            return (-(-self.num_groups // PER_WORD), self.size), torch.int32
-        return (self.num_groups * self.bits // 8, self.size), torch.uint8
+            return (-(-self.rows // PER_WORD), self.columns), torch.int32
+        return (self.rows * self.bits // 8, self.columns), torch.uint8
 
     @property
     def kept_bits(self) -> int:
@@ -71,22 +79,28 @@ class HQQ(GroupedQuantization):
         config = read_settings(settings, KNOWN, {}).section("quant_config")
         common = config.section("weight_quant_params")
         bits = f"{common.integer('nbits')} bits" if common.has("nbits") else "by module"
-        self.label = f"hqq, {bits}"
+        plain = common.has("axis") and common.integer("axis", minimum=0) == 0
+        self.label = f"hqq, {bits}{', as plain numbers for axis is 0' if plain else ''}"
 
     def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
         if f"{prefix}.W_q" not in weights.names():
             return None
         layout = _layout(prefix, weights)
         n, k, scales = layout.n, layout.k, narrow(checked_scales(f"{prefix}.scale", weights, None))
-        return Matrix((n, k), n * k * layout.kept_bits // 8 + n * k // layout.kept * (scales.itemsize + 2))
+        beside = n * k // layout.kept * (scales.itemsize + 2)
+        return matrix_of(n, k, layout.kept, n * k * layout.kept_bits // 8 + beside)
 
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
         layout = _layout(prefix, weights)
-        n, k, num_groups = layout.n, layout.k, layout.num_groups
+        n, k = layout.n, layout.k
         q = _unpack(checked(f"{prefix}.W_q", weights, *layout.packed), layout)
-        groups = torch.arange(0, n * k, layout.kept).view(n, -1) // layout.size
-        scales, minima = _scales(prefix, weights, num_groups)
-        return GroupedWeight(layout.kept_bits, layout.kept, q.view(n, k), scales[groups], minima[groups])
+        scales, minima = _scales(prefix, weights, layout)
+        if layout.axis == 0:
+            scales, minima = (each.expand(layout.rows, -1).reshape(n, k) for each in (scales, minima))
+        else:
+            groups = torch.arange(0, n * k, layout.kept).view(n, -1) // layout.columns
+            scales, minima = scales.flatten()[groups], minima.flatten()[groups]
+        return GroupedWeight(layout.kept_bits, layout.kept, q.view(n, k), scales, minima)
 
 
 def _layout(prefix: str, weights: Weights) -> Layout:
@@ -100,16 +114,13 @@ def _layout(prefix: str, weights: Weights) -> Layout:
     if bits not in BITS:
         raise CheckpointError(f"Tensor {prefix}.nbits is {bits}; served are {', '.join(map(str, BITS))}.", REMEDY)
     sizes = checked(f"{prefix}.shape", weights, (2,), torch.int64, torch.int32).tolist()
+    axis = _number(f"{prefix}.axis", weights, 1)
+    if axis not in (0, 1):
+        raise CheckpointError(f"Tensor {prefix}.axis is {axis}, neither 0 nor 1.")
     n, k = sizes
     if len(packed) != 2 or 0 in packed or min(sizes) < 1 or not _holds(packed, n * k, bits):
         raise CheckpointError(f"Tensor {name} has shape {packed}, which is none for ({n}, {k}) of {bits} bits.")
-    kept = next((group for group in GROUPS if k % group == 0 and packed[1] % group == 0), None)
-    if kept is None:
-        raise CheckpointError(
-            f"Tensor {name}: rows of {k} numbers in groups of {packed[1]} do not divide into groups of {GROUPS[-1]}.",
-            "Use the model's unquantised form.",
-        )
-    return Layout(n, k, bits, packed[1], kept)
+    return Layout(n, k, bits, axis, n * k // packed[1], packed[1])
 
 
 def _number(name: str, weights: Weights, default: int | None = None) -> int:
@@ -122,11 +133,11 @@ def _number(name: str, weights: Weights, default: int | None = None) -> int:
     return int(tensor)
 
 
-def _scales(prefix: str, weights: Weights, num: int) -> tuple[Tensor, Tensor]:
+def _scales(prefix: str, weights: Weights, layout: Layout) -> tuple[Tensor, Tensor]:
     """The scale and the minimum of each group, -zero * scale: the tool's zeros are integers only where it is told to
     round them and not to optimise."""
-    scales = checked_scales(f"{prefix}.scale", weights, (num, 1)).flatten()
-    zeros = checked_scales(f"{prefix}.zero", weights, (num, 1)).flatten()
+    scales = checked_scales(f"{prefix}.scale", weights, layout.scales)
+    zeros = checked_scales(f"{prefix}.zero", weights, layout.scales)
     minima = (-zeros.float() * scales.float()).half()
     if not bool(minima.isfinite().all()):
         raise CheckpointError(f"Tensors {prefix}.zero and {prefix}.scale make numbers beyond float16.")
@@ -135,17 +146,17 @@ def _scales(prefix: str, weights: Weights, num: int) -> tuple[Tensor, Tensor]:
 
 def _holds(packed: tuple[int, ...], num: int, bits: int) -> bool:
     """Whether a W_q of that shape is for `num` numbers."""
-    rows, size = packed
+    rows, columns = packed
     if bits == 3:
-        return num % size == 0 and rows == -(-num // size // PER_WORD)
-    return rows * size * 8 == num * bits
+        return num % columns == 0 and rows == -(-num // columns // PER_WORD)
+    return rows * columns * 8 == num * bits
 
 
 def _unpack(packed: Tensor, layout: Layout) -> Tensor:
-    """[groups, size]: the first rows from the highest bits, the last from the lowest."""
+    """[rows, columns]: the first rows from the highest bits, the last from the lowest."""
     bits = layout.bits
     if bits == 8:
         return packed
     used = bits * PER_WORD if bits == 3 else 8
     parts = [packed >> shift & (2**bits - 1) for shift in range(used - bits, -1, -bits)]
-    return torch.cat(parts)[: layout.num_groups].to(torch.uint8)
+    return torch.cat(parts)[: layout.rows].to(torch.uint8)

@@ -14,7 +14,7 @@ import torch
 from blade import CheckpointError, GroupedWeight
 from blade.nn import GroupedQuantization, Keys, Matrix
 from blade.nn.format_settings import read_settings
-from blade.nn.packing import KEPT, checked, checked_scales, kept_group, matrix_shape, narrow, unpack
+from blade.nn.packing import KEPT, checked, checked_scales, matrix_shape, narrow, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,11 +39,10 @@ class MLX(GroupedQuantization):
         self.label = f"mlx, {bits} bits in groups of {group}{' (most of them)' if own else ''}{kept}"
 
     def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
-        name = f"{prefix}.weight"
         if f"{prefix}.scales" not in weights.names():
             return None
         n, k, bits, group = self._shape(prefix, weights)
-        return Matrix((n, k), n * k * KEPT[bits] // 8 + 4 * n * (k // kept_group(name, k, group)))
+        return Matrix((n, k), n * k * KEPT[bits] // 8 + 4 * n * (k // group))
 
     def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
         n, k, bits, group = self._shape(prefix, weights)

@@ -60,7 +60,7 @@ def quantize(
     samples
         Most pieces of text to calibrate on; 32 by default.
     tokens
-        Most tokens of a piece; 512 by default.
+        Most tokens of a piece; 512 by default, or the model's context where that is less.
     ignore
         Modules that stay plain, as a shell pattern: "*.down_proj". Repeat for more.
     evaluate

@@ -117,8 +117,9 @@ def _samples(opened: OpenedModel, scheme: Scheme, calibration: Calibration) -> S
 
     if not scheme.calibrated:
         return None
-    num_tokens = calibration.num_tokens or NUM_TOKENS
-    if num_tokens > (most := most_tokens(opened.model_config)):
+    most = most_tokens(opened.model_config)
+    num_tokens = calibration.num_tokens or min(NUM_TOKENS, most)
+    if num_tokens > most:
         raise ConfigError(f"--tokens {num_tokens} is beyond the model's context of {most}.")
     num_samples = calibration.num_samples or NUM_SAMPLES
     return read_samples(opened.tokenizer, calibration.path, calibration.text, num_samples, num_tokens)

@@ -62,7 +62,13 @@ class PassLoader:
             raise CheckpointError(f"Tensor {name} has shape {found}; by config.json it would be {shape}.")
         return self.ops.to_device(self._weights.get(name).to(dtype or self.dtype, copy=True))
 
-    def linear(self, *prefixes: str, shapes: Seq[tuple[int, int]] | None = None, order: Tensor | None = None) -> Linear:
+    def linear(
+        self,
+        *prefixes: str,
+        shapes: Seq[tuple[int, int]] | None = None,
+        order: Tensor | None = None,
+        known_as: tuple[str, Tensor] | None = None,
+    ) -> Linear:
         stack = make_stack(prefixes, shapes, self._weights, self.ops.device, order)
         if prefixes[0].rpartition(".")[2] in HEADS:
             self.head_prefix = prefixes[0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blade.nn.packing import GROUPS
 from blade_quantize import grids
 from blade_quantize.activations import rounding
 from blade_quantize.gptq import gptq
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DECIDERS = {"gate", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "block_inject_weight"}
 """Matrices that are small and decide much: they stay plain."""
+KERNEL_GROUP = GROUPS[-1]  # the least of integers: rows with one scale that do not divide so would be served plain
 
 
 def stays_plain(stack: Stack, scheme: Scheme) -> str | None:
@@ -34,8 +36,9 @@ def stays_plain(stack: Stack, scheme: Scheme) -> str | None:
             return "as --ignore says"
         if prefix.rpartition(".")[2] in DECIDERS:
             return "for it is small and decides much"
-    if scheme.group and stack.width % scheme.group:
-        return f"for rows of {stack.width} numbers do not divide into groups of {scheme.group}"
+    group = scheme.group or (1 if scheme.kind == "fp8" else KERNEL_GROUP)
+    if stack.width % group:
+        return f"for rows of {stack.width} numbers do not divide into groups of {group}"
     return None
 
 

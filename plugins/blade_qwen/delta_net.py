@@ -102,15 +102,13 @@ class GroupedDeltaNet(DeltaNet):
     def projections(self, name: str, hidden_size: int, loader: Loader) -> tuple[Linear, Linear]:
         num_heads, widths = self.config.num_k_heads, self.config.widths
         num_values = self.config.num_v_heads
+        whole, rows = f"{name}.in_proj_qkvz", _ungrouped([width // num_heads for width in widths], num_heads)
         if loader.has(f"{name}.in_proj_qkv.weight"):  # llama.cpp's converter puts these rows in order
             shapes = [(sum(widths[:3]), hidden_size), (widths[3], hidden_size)]
-            qkvz = loader.linear(f"{name}.in_proj_qkv", f"{name}.in_proj_z", shapes=shapes)
+            parts = f"{name}.in_proj_qkv", f"{name}.in_proj_z"
+            qkvz = loader.linear(*parts, shapes=shapes, known_as=(whole, rows))
         else:
-            qkvz = loader.linear(
-                f"{name}.in_proj_qkvz",
-                shapes=[(sum(widths), hidden_size)],
-                order=_ungrouped([width // num_heads for width in widths], num_heads),
-            )
+            qkvz = loader.linear(whole, shapes=[(sum(widths), hidden_size)], order=rows)
         ba = loader.linear(
             f"{name}.in_proj_ba",
             shapes=[(2 * num_values, hidden_size)],

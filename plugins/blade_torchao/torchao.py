@@ -14,7 +14,18 @@ import torch
 from blade import CheckpointError, GroupedWeight
 from blade.nn import GroupedQuantization, Matrix
 from blade.nn.format_settings import read_settings
-from blade.nn.packing import KEPT, checked, checked_scales, grouped_bytes, kept_group, matrix_shape, narrow, regroup
+from blade.nn.packing import (
+    KEPT,
+    checked,
+    checked_scales,
+    grouped_bytes,
+    grouped_matrix,
+    kept_group,
+    matrix_of,
+    matrix_shape,
+    narrow,
+    regroup,
+)
 from blade.nn.packing import unpack as unpack_bits
 from blade.nn.small_floats import FP8, float8_matrix, float8_weight
 from blade_torchao.schemes import Schemes
@@ -54,12 +65,13 @@ class TorchAO(GroupedQuantization):
             return float8_matrix(name, weights, f"{prefix}.{SCALE}")
         if _is_packed(prefix, weights):
             n, k, group = _packed_shape(prefix, weights)
-            minima = 2 * n * (k // kept_group(name, k, group)) if _zeros_of_packed(prefix, weights, n, k, group) else 0
-            return Matrix((n, k), grouped_bytes(n, k, 4, kept_group(name, k, group)) + minima)
+            kept = kept_group(k, group)
+            minima = 2 * n * (k // kept) if _zeros_of_packed(prefix, weights, n, k, group) else 0
+            return matrix_of(n, k, kept, grouped_bytes(n, k, 4, kept) + minima)
         n, k = matrix_shape(name, weights)
         group = _group(prefix, weights, n, k)
         zeros = self._zeros(prefix, weights) is not None
-        return Matrix((n, k), grouped_bytes(n, k, self._bits(prefix), kept_group(name, k, group), zeros))
+        return grouped_matrix(n, k, self._bits(prefix), group, zeros)
 
     def weight(self, prefix: str, weights: Weights) -> QuantizedWeight:
         name, scales = f"{prefix}.{DATA}", f"{prefix}.{SCALE}"
@@ -75,7 +87,7 @@ class TorchAO(GroupedQuantization):
         name = f"{prefix}.{DATA}"
         n, k = matrix_shape(name, weights)
         group, bits = _group(prefix, weights, n, k), self._bits(prefix)
-        kept = kept_group(name, k, group)
+        kept = kept_group(k, group)
         q = _unsigned(name, checked(name, weights, (n, k), torch.int8), bits)
         scales = checked_scales(f"{prefix}.{SCALE}", weights, None).expand(n, k // group)
         zeros = self._zeros(prefix, weights)
@@ -130,7 +142,7 @@ def _packed_weight(prefix: str, weights: Weights) -> GroupedWeight:
     n, k, group = _packed_shape(prefix, weights)
     name = f"{prefix}.{DATA}"
     packed = checked(name, weights, (n, k // 2), torch.int8, torch.uint8).view(torch.uint8)
-    kept, q = kept_group(name, k, group), unpack_bits(packed ^ 0x88, 4, k)  # 8 more
+    kept, q = kept_group(k, group), unpack_bits(packed ^ 0x88, 4, k)  # 8 more
     scales = checked_scales(f"{prefix}.{SCALE}", weights, (k // group, n)).T
     minima = None
     if _zeros_of_packed(prefix, weights, n, k, group):

@@ -382,7 +382,7 @@ def hqq(**sizes: Any) -> Callable[[Path], Dense]:
         tensors, dense = dict(load_file(folder / "model.safetensors")), {}
         for module in MODULES:
             own = next((value for name, value in sizes.items() if module.endswith(name)), sizes)
-            config = BaseQuantizeConfig(**own, axis=1)
+            config = BaseQuantizeConfig(**{"axis": 1} | own)
             linear = HQQLinear(model.get_submodule(module), config, False, torch.bfloat16, "cpu")
             del tensors[f"{module}.weight"]
             tensors |= {f"{module}.{key}": value.contiguous() for key, value in linear.state_dict().items()}
@@ -401,6 +401,12 @@ CASES: dict[str, Callable[[Path], Dense]] = {
     "hqq": hqq(nbits=4, group_size=32),
     "hqq-3": hqq(nbits=3, group_size=32),
     "hqq-8": hqq(nbits=8, group_size=64),  # of rows of 96: groups run on
+    "hqq-columns": hqq(
+        q_proj={"nbits": 3, "group_size": 32, "axis": 0},
+        down_proj={"nbits": 8, "group_size": None, "axis": 0},
+        v_proj={"nbits": 4, "group_size": 32},
+        proj={"nbits": 4, "group_size": 64, "axis": 0},
+    ),
     "hqq-few": hqq(
         q_proj={"nbits": 1, "group_size": 32},
         down_proj={"nbits": 2, "group_size": 16},

@@ -44,6 +44,31 @@ def test_groups_that_end_within_a_row_become_smaller() -> None:
     assert dense(settings, TensorWeights(tensors), "a").equal(w)
 
 
+@pytest.mark.parametrize(("group", "k", "kept"), [(8, 64, 8), (32, 72, 8), (-1, 72, 72), (128, 72, 72), (24, 96, 24)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_no_kernel_computes_on_are_plain(group: int, k: int, kept: int, bits: int) -> None:
+    tensors, w = gptq(bits, min(k, group) if group > 0 else k, k=k)
+    settings, weights = GPTQ | {"bits": bits, "group_size": group}, TensorWeights(tensors)
+    matrix = make(settings).matrix("a", weights)
+    assert matrix is not None
+    assert (matrix.shape, matrix.plain) == (tuple(w.shape), True)
+    assert make(settings).weight("a", weights).group == kept  # type: ignore[union-attr]
+    assert make(settings).numbers("a", weights, torch.float32).equal(w)
+
+
+def test_rows_of_any_length_with_one_scale() -> None:
+    q = torch.randint(-128, 128, (5, 70), generator=seeded(), dtype=torch.int8)
+    scales = torch.rand(5, 1, generator=seeded()).half()
+    weights = (
+        {"quant_method": "compressed-tensors", "format": "int-quantized"},
+        {"a.weight": q, "a.weight_scale": scales},
+    )
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    quantization = make(weights[0] | {"config_groups": {"group_0": group}})
+    found = quantization.numbers("a", TensorWeights(weights[1]), torch.float32)
+    assert found.equal(q.float() * scales.float())
+
+
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_both_versions_of_zeros(version: str) -> None:
     tensors, w = gptq(4, 32, less_one=int(version == "gptq"))

@@ -155,7 +155,12 @@ INT4 = {"a.weight_packed": pack(torch.zeros(8, 64).long(), 4), "a.weight_scale":
         (AO, PLAIN_INT8 | {"a._weight_scale": torch.ones(3, 1)}, "has shape (3, 1), which is none for 8 rows of 32."),
         (AO, PLAIN_INT8 | {"a._weight_zero_point": BYTES}, "has shape (8, 32); to those beside it belongs (8, 1)."),
         (AO, PLAIN_INT8 | {"a._weight_act_pre_scale": torch.ones(32)}, "a._weight_act_pre_scale is not served: the"),
-        (HQQ, QUARTERS | {"a.axis": torch.tensor(0)}, "Tensor a.axis is 0: groups of columns are not served."),
+        (HQQ, QUARTERS | {"a.axis": torch.tensor(2)}, "Tensor a.axis is 2, neither 0 nor 1."),
+        (
+            HQQ,
+            QUARTERS | {"a.axis": torch.tensor(0)},
+            "a.scale has shape (16, 1); to those beside it belongs (1, 16).",
+        ),
         (HQQ, QUARTERS | {"a.nbits": torch.tensor(5)}, "Tensor a.nbits is 5; served are 1, 2, 3, 4, 8."),
         (HQQ, QUARTERS | {"a.nbits": torch.tensor(3)}, "a.W_q has shape (8, 16), which is none for (8, 32) of 3"),
         (HQQ, QUARTERS | {"a.quant_zero": torch.tensor(1)}, "a.quant_zero is 1: zeros that are quantised are not"),

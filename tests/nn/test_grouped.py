@@ -114,6 +114,34 @@ def test_an_embedding_is_read_from_the_same_format() -> None:
     assert it.embedding("plain")(ids[1:2]).equal(A[:1])
 
 
+class Odd(Halves):
+    """The same, with a scale for four numbers in every layer but the last."""
+
+    def matrix(self, prefix: str, weights: Weights) -> Matrix | None:
+        found = super().matrix(prefix, weights)
+        return found if found is None or prefix == "b" else Matrix(found.shape, found.num_bytes, plain=True)
+
+    def weight(self, prefix: str, weights: Weights) -> GroupedWeight:
+        weight = super().weight(prefix, weights)
+        return weight if prefix == "b" else GroupedWeight(8, 4, weight.q, torch.ones(len(weight.q), 8).half())
+
+
+def test_groups_that_no_kernel_computes_on_become_plain_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[int] = []
+    names = ("layers.0.a", "layers.1.a", "b")
+    weights = TensorWeights({"layers.0.a.weight": A, "layers.1.a.weight": A + 1, "b.weight": B})
+    it = Loader(weights, Ops(), None, torch.float32, Odd(), told.append)  # type: ignore[arg-type]
+    linear: Any = it.linear(*names, shapes=[(3, 32), (3, 32), (5, 32)])
+    assert [type(part).__name__ for part in linear.linears] == ["TorchLinear", "TorchQuantizedLinear"]
+    assert linear(X).equal(torch.cat([X @ A.T, X @ (A + 1).T, X @ B.T], dim=1))
+    assert sorted(told) == [7, 4 * A.numel(), 4 * A.numel()]
+    assert it.embedding("layers.1.a", (3, 32))(torch.tensor([2, 0])).equal(A[[2, 0]] + 1)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("layers.*.a becomes plain numbers: no kernel computes on")
+    with pytest.raises(CheckpointError, match=r"Tensor layers\.0\.a\.weight has shape \(3, 32\)"):
+        it.linear("layers.0.a", shapes=[(3, 16)])
+
+
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"Tensor a\.weight has shape \(3, 32\); by config\.json .* \(4, 32\)"):
         loader().linear("a", shapes=[(4, 32)])

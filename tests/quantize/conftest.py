@@ -46,6 +46,22 @@ def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def odd(tiny_llama: Path, tmp_path: Path) -> Path:
+    """`tiny_llama` with 72 numbers between the matrices of its MLPs, in bfloat16."""
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if ".mlp." in name:
+            tensors[name] = tensors[name][:, :72] if "down_proj" in name else tensors[name][:72]
+    saved = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
 def run(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[Path, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,36 @@ def test_from_one_command_line_to_the_other(model: Path, tmp_path: Path, capsys:
     assert (out / "config.json").exists()
     with pytest.raises(SystemExit, match="2"):
         compat_quantize.main(words)
-    assert capsys.readouterr().err.startswith("blade: ")
+    assert capsys.readouterr().err.startswith(f"blade_llm_quantize: {out} is there already.")
+
+
+FP8_OF_4 = "--quant_dtype fp8 has 8 bits. Leave --bit out, or use --quant_dtype int."
+ROWS = "--quant_mode act_and_weight_quant has one scale for each row. Use --block_wise_quant false."
+SMOOTH = "--quant_algo smoothquant_gptq moves .* Add --quant_mode act_and_weight_quant, or use --quant_algo awq."
+TEXTS = (
+    "--quant_algo minmax looks .* Leave --calib_data_file, --calib_data, --samples and .* or use another --quant_algo."
+)
+TYPED = "--algo minmax looks .* Leave --calib_data_file, --calib_data, --samples and .* or use another --algo."
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--quant_dtype fp8 --bit 4", FP8_OF_4),
+        ("--quant_mode act_and_weight_quant --block_wise_quant", ROWS),
+        ("--quant_algo smoothquant_gptq", SMOOTH),
+        ("--calib_data x", TEXTS),
+        ("--calib_data x -- --algo minmax", TYPED),
+        ("--quant_algo gptq --calib_data_file /none/x", "--calib_data_file /none/x cannot be read: .*"),
+        ("--bit 5", "argument --bit: must be one of 8, 4, not '5'."),
+    ],
+)
+def test_what_blade_refuses_is_named_as_it_was_typed(
+    words: str, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        compat_quantize.main(["--model", str(model), "--output_dir", str(tmp_path / "out"), *words.split()])
+    assert re.match(rf"blade_llm_quantize: {message}", capsys.readouterr().err)
 
 
 def test_a_command_is_added_once_however_often_blade_is_called(capsys: pytest.CaptureFixture[str]) -> None:

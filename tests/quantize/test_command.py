@@ -117,7 +117,15 @@ def test_texts_of_blades_own_and_of_the_users(model: Path, run: Run) -> None:
     assert "calibrated on 60 tokens of blade's own texts, in 2 samples" in printed
     _, printed = run(model, model.parent / "text", algo="gptq", text=("abc", "hello world!" * 4), tokens=32)
     assert "calibrated on 51 tokens of --text, in 3 samples" in printed
-    for name in ("own", "text"):
+    short = model.parent / "short"
+    shutil.copytree(model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 80}))
+    evaluate = short / "evaluate.txt"
+    evaluate.write_text("A text of its own, not long. " * 2)
+    _, printed = run(short, model.parent / "fitted", algo="gptq", samples=2, evaluate=evaluate)
+    assert "calibrated on 160 tokens of blade's own texts, in 2 samples" in printed
+    for name in ("own", "text", "short", "fitted"):
         shutil.rmtree(model.parent / name)
 
 

@@ -11,6 +11,7 @@ from blade_native.simd.library import Library
 from blade_native.simd.memory import allocate
 
 LEAST_BYTES, MOST_BYTES = 256 << 20, 1 << 30
+BLOCK = 64 << 10  # bytes: of what is read, a multiple
 ZEROS = 8192  # bytes
 STEPS = 100_000  # some milliseconds
 SECONDS = 0.3
@@ -21,9 +22,10 @@ def uncached_bytes() -> int:
     return min(max(LEAST_BYTES, 2 * last_level_cache()), MOST_BYTES)
 
 
-def read_bandwidth(library: Library, threads: int, seconds: float = SECONDS) -> float:
-    """Bytes per second of all threads reading memory on huge pages: the best of some passes."""
-    num_bytes = uncached_bytes()
+def read_bandwidth(library: Library, threads: int, seconds: float = SECONDS, num_bytes: int | None = None) -> float:
+    """Bytes per second of all threads reading memory on huge pages: the best of some passes. With `num_bytes` of so
+    many, which caches may hold; else of more than they do."""
+    num_bytes = min(uncached_bytes(), max(BLOCK, num_bytes // BLOCK * BLOCK)) if num_bytes else uncached_bytes()
     data = allocate(num_bytes).zero_()
     return _best_rate(lambda: num_bytes if library.read(data.data_ptr(), num_bytes, threads) == 0 else -1, seconds)
 

@@ -47,8 +47,8 @@ class SimdOps(DefaultOps):
         self.library.regions.close()  # what the weights have left of it is free as well
         return self.base.available_memory()
 
-    def memory_bandwidth(self) -> float:
-        return read_bandwidth(self.library, self.threads)
+    def memory_bandwidth(self, num_bytes: int | None = None) -> float:
+        return read_bandwidth(self.library, self.threads, num_bytes=num_bytes)
 
     def to_device(self, x: Tensor) -> Tensor:
         return self.base.to_device(x)
