@@ -9,6 +9,7 @@ import torch
 from native_cpu.batches import ragged
 
 from blade_native.attention import PagedAttention
+from blade_native.cuda import attention as attention_module
 from blade_native.cuda.attention_kernels import AttentionKernels, Shape
 from blade_native.cuda.launch import Launcher
 from blade_native.kv_cache import RoundedKV
@@ -118,6 +119,31 @@ def test_a_row_does_not_depend_on_its_batch(kernels: AttentionKernels, shape: Sh
     alone.block_tables, alone.slots = w.whole.block_tables[:1], w.whole.slots[299:300]
     w.q, w.k, w.v = w.q[:1], w.k[:1], w.v[:1]
     assert torch.equal(w.step([1], batch=alone), together[:1])
+
+
+def test_a_captured_decode_is_replayed(kernels: AttentionKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With padding, a sequence of no tokens, whose slot is -1."""
+    kept, partials = [], attention_module._partials  # as a graph's memory pool keeps them
+    monkeypatch.setattr(attention_module, "_partials", lambda *args: kept.append(partials(*args)) or kept[-1])
+    w = World(attention(kernels), CORES[0], (4, 1), [300, 30, 1])
+    w.store_past([1, 1, 1])
+    w.kv_lens, batch = w.kv_lens[:2], w.owed([1, 1, 1])
+    w.q, w.k, w.v = (xs[:2] for xs in (w.q, w.k, w.v))
+    q, k, v = (torch.cat([x[-1:] for x in xs] + [xs[0][:1] * torch.nan]) for xs in (w.q, w.k, w.v))
+    kernels.launcher.cupy.capture = launches = []
+    try:
+        w.attention.rope_and_store(q, k, v, w.cos_sin, batch, w.layer_kv)
+        out = w.attention.attend(q, k, v, batch, w.layer_kv, w.scale, None)
+    finally:
+        kernels.launcher.cupy.capture = None
+    assert [launch.kernel.name.partition("<")[0] for launch in launches] == [
+        *("rope_and_store", "paged_decode", "merge_chunks", "hadamard")
+    ]
+    batch.context_lens[2], batch.slots[2], batch.positions[2] = 0, -1, 0
+    for launch in launches:
+        launch.run()
+    torch.testing.assert_close(out[:2].double(), w.want([1, 1]), rtol=0, atol=0.02)
+    assert not out[2].any()
 
 
 @pytest.mark.parametrize("shape", [CORES[0], CORES[2], SIMT[0]], ids=str)

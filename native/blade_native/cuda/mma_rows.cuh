@@ -146,16 +146,13 @@ struct MmaRows {
         for (int i = 0; i < 4; ++i) q[step][i] = fragment[i];
       }
     }
-    if constexpr (KEY_MIDDLES) sum_quads(q_sum);
+    if constexpr (KEY_MIDDLES) q_sum[0] = row_sum(q_sum[0]), q_sum[1] = row_sum(q_sum[1]);
   }
 
-  // Of both rows, over the lanes that share them.
-  static __device__ __forceinline__ void sum_quads(float (&x)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      x[h] += __shfl_xor_sync(FULL_WARP, x[h], 1);
-      x[h] += __shfl_xor_sync(FULL_WARP, x[h], 2);
-    }
+  // Over the lanes that share a row.
+  static __device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(FULL_WARP, x, 1);
+    return x + __shfl_xor_sync(FULL_WARP, x, 2);
   }
 
   static __device__ __forceinline__ unsigned pair(const T* x, int first, int distance) {
@@ -165,7 +162,8 @@ struct MmaRows {
 
   // Channel of o[j][i].
   __device__ __forceinline__ int channel(int j, int i) const {
-    return j / TILES * 8 * TILES + (2 * t + (i & 1)) * TILES + j % TILES;
+    if constexpr (TILES == 4) return j / 4 * 32 + 8 * t + 4 * (i & 1) + j % 4;
+    return TILES == 2 ? j / 2 * 16 + 4 * t + 2 * (i & 1) + (j & 1) : j * 8 + 2 * t + (i & 1);
   }
 
   // Attend to the stage's keys, the first of which is `key`. If masked, row h sees what sights[h] says; the first key
@@ -310,13 +308,13 @@ struct MmaRows {
         }
         weights[n] = pack2<T>(a, b);
       }
-      add_weighted(stage, j, weights);
+      add_weighted(stage, stage + Stage::VALUES + j * 8 * Stage::VALUE_ROW, j, weights);
     }
   }
 
-  // o += weights [16, 16] v [16, D], the values of tokens from 8 * j on
-  __device__ __forceinline__ void add_weighted(const unsigned char* stage, int j, const unsigned (&weights)[4]) {
-    const unsigned char* values = stage + Stage::VALUES + j * 8 * Stage::VALUE_ROW;
+  // o += weights [16, 16] v [16, D], the values of the stage's tokens from 8 * j on
+  __device__ __forceinline__ void add_weighted(const unsigned char* stage, const unsigned char* values, int j,
+                                               const unsigned (&weights)[4]) {
     const int row = lane % 16;
     Factor<T, Values> factors[2];
 #pragma unroll
@@ -377,11 +375,12 @@ struct MmaRows {
 
   // Hand the rows over through shared memory, for write_rows: o [16][D + 8], ml [16].
   __device__ __forceinline__ void spill(float* shared_o, float2* shared_ml, float scale) {
-    sum_quads(l);
-    if constexpr (VALUE_MIDDLES) sum_quads(offset);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int h = 0; h < 2; ++h) {
+      l[h] = row_sum(l[h]);
+      if constexpr (VALUE_MIDDLES) offset[h] = row_sum(offset[h]);
       if (t == 0) shared_ml[g + 8 * h] = make_float2(m[h] * scale, l[h]);
+    }
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j)
 #pragma unroll
