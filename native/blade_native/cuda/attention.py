@@ -210,8 +210,8 @@ class CudaAttention:
             layer_kv.kernels.merge(grid, (32 * MERGE_WARPS,), **arguments)
         if layer_kv.kernels.hadamard:
             num_heads = plan.num_tokens * spec.num_heads
-            grid = (-(-num_heads // HADAMARD_WARPS),)
-            layer_kv.kernels.hadamard(grid, (32 * HADAMARD_WARPS,), x=out, num_heads=num_heads)
+            num_groups = -(-num_heads // HADAMARD_WARPS)
+            layer_kv.kernels.hadamard((num_groups,), (32 * HADAMARD_WARPS,), x=out, num_heads=num_heads)
         return out
 
     def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:

@@ -77,15 +77,14 @@ class Shape:
     def stage_bytes(self, keys: int) -> int:
         """KeyStage<S, D, KEYS>::BYTES of kv_storage.cuh."""
         if self.mode:
-            bits, of_numbers = zip(*[(kept.bits, self._number_bytes(kept)) for kept in self.mode], strict=True)
-        else:
-            bits = (8 * self.origins.itemsize,) * 2
-            of_numbers = (4 if self.numbers is torch.int8 else 0,) * 2
-        rows = [(-(-self.head_dim * one // 128) | 1) * 16 for one in bits]
-        return keys * (sum(rows) + sum(of_numbers))
+            return sum(self._stage_bytes(keys, kept.bits, self._number_bytes(kept)) for kept in self.mode)
+        return 2 * self._stage_bytes(keys, 8 * self.origins.itemsize, 4 if self.storage == "int8" else 0)
+
+    def _stage_bytes(self, keys: int, bits: int, number_bytes: int) -> int:
+        return keys * ((-(-self.head_dim * bits // 128) | 1) * 16 + number_bytes)
 
     def _number_bytes(self, kept: Kept) -> int:
-        return kept.num_numbers(self.head_dim) * kept.number.itemsize
+        return kept.num_numbers(self.head_dim) * int(kept.number.itemsize)
 
     def shared_bytes(self, warps: int, ring_bytes: int) -> int:
         """Rings and, in their place later, results of 16 rows a warp; beside them q where it is parked."""
