@@ -48,7 +48,7 @@ PAGES = Suite(
         ),
         Fault("one group", "return group_of<C>(chunk) != group_of<C>(chunk - 1);", "return false;", "result"),
         Fault("numbers past the end", "min(max(num_valid * BYTES - at, 0), PART)", "PART", "result"),
-        Fault("middles not rescaled", "offset[h] *= shrink[h];", "", "result"),
+        Fault("middles not rescaled", "offset[h] *= shrink[h];", ";", "result"),
         Fault("middles of other rows", "q_sum[i >> 1] * (", "q_sum[i & 1] * (", "result"),
         Fault("queries past the end", "if (first < D) fragment[i]", "fragment[i]", "result"),
         Fault(
