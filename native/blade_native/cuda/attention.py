@@ -42,6 +42,7 @@ def shape_of(spec: KVSpec) -> Shape | None:
         and spec.num_heads % spec.num_kv_heads == 0
         and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
         and spec.storage in (None, *MODES)
+        and (spec.head_dim <= 128 or spec.storage != "int8_affine")  # sums for middles would not fit into registers
     )
     return Shape(dtype, spec.storage, spec.head_dim) if covered else None
 
@@ -87,8 +88,9 @@ class LayerKV:
 
 
 class CudaAttention:
-    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes are allocated and
-    served by `base`. The cache is rounded to any of kv_codes.py's modes; "fp8_e4m3" has no scales here.
+    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes, and heads of
+    256 in "int8_affine", are allocated and served by `base`. The cache is rounded to any of kv_codes.py's modes;
+    "fp8_e4m3" has no scales here.
 
     A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
     step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.

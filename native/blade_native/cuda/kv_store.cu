@@ -94,7 +94,8 @@ __device__ __forceinline__ void put_in_page(const Head<D>& head, const StoreArgs
 // check: rope_and_store<__nv_bfloat16, {__nv_bfloat16, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
 // check: rope_and_store<__half, {__half, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
 // check: rope_and_store<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
-// check: rope_and_store<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128, 256}> | threads 128 | registers 64 | blocks 8
+// check: rope_and_store<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}> | threads 128 | registers 64 | blocks 8
+// check: rope_and_store<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 128 | registers 64 | blocks 8
 template <class T, class S, int D>
 __global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreArgs<T, S> args) {
   constexpr int PER = Head<D>::PER;

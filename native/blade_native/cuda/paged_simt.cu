@@ -75,7 +75,7 @@ struct SimtRows {
 // check: paged_simt{, _trees}<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
 // check: paged_simt{_trees, }<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
 // check: paged_simt{, _trees}<float, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}, {4, 1}> | threads 128 | registers 128 | blocks 4
-// check: paged_simt{_trees, }<float, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
+// check: paged_simt{_trees, }<float, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
 template <class T, class S, int D, int ROWS, class Args>
 __device__ __forceinline__ void attend(const Args& args) {
   constexpr int LANES = D / 4 <= 16 ? 16 : 32, PER = (D / 4 + LANES - 1) / LANES, TOKENS = 32 / LANES;
