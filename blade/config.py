@@ -126,9 +126,9 @@ class EngineConfig:
     max_gpu_memory_utilization: float = 0.85
     """Share of the device memory left after the weights that the KV cache takes (on a CPU at most 4 GiB of it)."""
     kv_cache_quant: str = "none"
-    """What keys and values are rounded to in the KV cache: int8 halves it; on a CPU mix_i8i4 (keys in 8 bits, values in
-    4), int4, int4_affine, int8_affine, fp8_e4m3, fp8_e5m2, mix_f843i4 and mix_f852i4 too; on CUDA fp8_e4m3; or a
-    plugin's. none keeps them in --dtype."""
+    """What keys and values are rounded to in the KV cache: int8 halves it, mix_i8i4 (keys in 8 bits, values in 4) takes
+    0.4 of it; int4, int4_affine, int8_affine, fp8_e4m3, fp8_e5m2, mix_f843i4 and mix_f852i4 too; or a plugin's. none
+    keeps them in --dtype."""
     kv_cache_memory: int | None = None
     """Bytes of the KV cache, instead of a share."""
     max_queue_time: float | None = None

@@ -13,11 +13,11 @@ from blade.engine.trees import ancestors, depths
 from blade_native import kv_codes
 from blade_native.attention import PagedAttention
 from blade_native.cuda.attention import CudaAttention, LayerKV
-from blade_native.cuda.attention_kernels import STORAGE, AttentionKernels, Shape
-from blade_native.kv_codes import hadamard
+from blade_native.cuda.attention_kernels import AttentionKernels, Shape
+from blade_native.kv_cache import RoundedHeads
+from blade_native.kv_codes import Kept, hadamard
 
-NAMES = {dtype: name for name, dtype in STORAGE.items()}
-BF16, F16, F32, INT8, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
+BF16, F16, F32, INT8, FP8 = torch.bfloat16, torch.float16, torch.float32, "int8", "fp8_e4m3"
 ATOL = {F32: 2e-6, BF16: 0.02, F16: 0.003}  # of results of order 1
 NUM_SMS = 2
 
@@ -33,7 +33,7 @@ def attention(kernels: AttentionKernels, num_sms: int = NUM_SMS) -> CudaAttentio
 
 def kv_spec(shape: Shape, num_layers: int, heads: tuple[int, int], block_size: int) -> KVSpec:
     dtype = str(shape.dtype).removeprefix("torch.")
-    return KVSpec(num_layers, *heads, shape.head_dim, dtype, block_size, NAMES.get(shape.storage))
+    return KVSpec(num_layers, *heads, shape.head_dim, dtype, block_size, shape.storage)
 
 
 @dataclass
@@ -126,57 +126,86 @@ class World:
         for seq, (q, k, v, n) in enumerate(zip(self.q, self.k, self.v, query_lens, strict=True)):
             at = self.positions(seq)
             q, k = (rotated(x, self.cos_sin, at).to(self.shape.dtype) for x in (q, k))
-            k, v = keys_as_stored(k, self.shape.storage), stored(v, self.shape.storage)
+            k, v = keys_as_stored(k, self.shape), values_as_stored(v, self.shape)
             parts.append(attended(q[len(q) - n :], k, v, n, self.scale, window, chunk, self.tree(seq)))
         return torch.cat(parts)
 
 
-def encoded(x: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """x [L, KV, D] in the cache's dtype, and int8's scales [L, KV]."""
-    if storage is not INT8:
-        return x.to(storage), None
-    codes, scales, _ = kv_codes.round_heads(x, kv_codes.INT8)
-    return codes, scales.squeeze(-1)
+def kept(shape: Shape, kind: int) -> Kept | None:
+    """How keys (kind 0) or values (1) are rounded to codes with scales, where they are."""
+    return shape.mode[kind] if shape.mode else kv_codes.INT8 if shape.storage == INT8 else None
 
 
-def stored(x: Tensor, storage: torch.dtype) -> Tensor:
+def stored(x: Tensor, shape: Shape, kind: int) -> Tensor:
     """x [L, KV, D] as it comes back from the cache."""
-    codes, scale = encoded(x, storage)
-    return codes.float() if scale is None else codes.float() * scale[..., None]
+    code = kept(shape, kind)
+    return kv_codes.round_heads(x, code).widened() if code else x.to(shape.numbers).float()
 
 
-def keys_as_stored(k: Tensor, storage: torch.dtype) -> Tensor:
+def origin(k: Tensor, shape: Shape) -> Tensor:
+    """What the keys of a sequence are relative to, of k [L, KV, D] after the transform."""
+    if shape.origins is not torch.int8:
+        return k[:1].to(shape.origins).float()
+    return kv_codes.round_heads(k[:1], kv_codes.INT8).widened()
+
+
+def keys_as_stored(k: Tensor, shape: Shape) -> Tensor:
     """Of a whole sequence, k [L, KV, D], but for what all keys have in common."""
-    if storage.itemsize > 1:
-        return stored(k, storage)
+    if not shape.related:
+        return stored(k, shape, 0)
     k = hadamard(k)
-    return hadamard(stored(k - stored(k[:1], storage), storage))
+    return hadamard(stored(k - origin(k, shape), shape, 0))
+
+
+def values_as_stored(v: Tensor, shape: Shape) -> Tensor:
+    return hadamard(stored(hadamard(v), shape, 1)) if shape.transforms_values else stored(v, shape, 1)
 
 
 def related(layer_kv: LayerKV, k: Tensor, first_slot: Tensor) -> Tensor:
     """The keys of a sequence, from its first one on, as they are rounded; puts their origin into its place."""
     if layer_kv.origins is None:
         return k
-    k, block, storage = hadamard(k), int(first_slot) // layer_kv.spec.block_size, layer_kv.shape.storage
-    codes, scale = encoded(k[0], storage)
-    layer_kv.origins.view(torch.uint8)[block] = codes.contiguous().view(torch.uint8)
-    if scale is not None and layer_kv.origin_scales is not None:
-        layer_kv.origin_scales[block] = scale
-    return k - stored(k[:1], storage)
+    k, block, shape = hadamard(k), int(first_slot) // layer_kv.spec.block_size, layer_kv.shape
+    if layer_kv.origin_scales is None:
+        layer_kv.origins.view(torch.uint8)[block] = k[0].to(shape.origins).view(torch.uint8)
+    else:
+        layer_kv.origins[block], scales, _ = kv_codes.round_heads(k[0], kv_codes.INT8)
+        layer_kv.origin_scales[block] = scales.squeeze(-1)
+    return k - origin(k, shape)
 
 
 def put(layer_kv: LayerKV, kind: int, x: Tensor, slots: Tensor) -> None:
     """The store of keys (kind 0) or values (1) x [L, KV, D], in torch."""
-    block, offset = slots // layer_kv.spec.block_size, slots % layer_kv.spec.block_size
-    codes, scale = encoded(x, layer_kv.shape.storage)
-    layer_kv.kv.view(torch.uint8)[block, kind, :, offset] = codes.contiguous().view(torch.uint8)
-    if scale is not None and layer_kv.scales is not None:
-        layer_kv.scales[block, kind, :, offset] = scale
+    block, offset, shape = slots // layer_kv.spec.block_size, slots % layer_kv.spec.block_size, layer_kv.shape
+    code = kept(shape, kind)
+    if code is None:
+        layer_kv.kv.view(torch.uint8)[block, kind, :, offset] = x.to(shape.numbers).contiguous().view(torch.uint8)
+        return
+    rounded = RoundedHeads(code, x.shape[:2], shape.head_dim, x.device)
+    rounded.store(torch.arange(len(x)), hadamard(x) if kind and shape.transforms_values else x)
+    if layer_kv.scales is None:
+        codes, numbers = pages(layer_kv, kind)
+        codes[block, :, offset], numbers[block, :, :, offset] = rounded.codes, rounded.numbers
+    else:
+        layer_kv.kv.view(torch.uint8)[block, kind, :, offset] = rounded.codes
+        layer_kv.scales[block, kind, :, offset] = rounded.numbers.squeeze(-1)
+
+
+def pages(layer_kv: LayerKV, kind: int) -> tuple[Tensor, Tensor]:
+    """Of a cache in pages, of keys (kind 0) or values (1): codes [num_blocks, KV, block_size, bytes] uint8, and
+    numbers [num_blocks, KV, scales and middles, block_size]."""
+    spec, mode = layer_kv.spec, layer_kv.shape.mode
+    assert mode is not None
+    bytes_of = [spec.head_dim * code.bits // 8 for code in mode]
+    bytes_of += [code.num_numbers(spec.head_dim) * code.number.itemsize for code in mode]
+    parts = layer_kv.kv.split([spec.block_size * num_bytes for num_bytes in bytes_of], dim=-1)
+    codes = parts[kind].unflatten(-1, (spec.block_size, -1))
+    return codes, parts[2 + kind].view(mode[kind].number).unflatten(-1, (-1, spec.block_size))
 
 
 def spoil(layer_kv: LayerKV) -> None:
-    """NaN in every slot; int8, which has none, gets it from its scales."""
-    layer_kv.kv.view(torch.uint8).fill_(0x7F if layer_kv.shape.storage.itemsize == 1 else 0xFF)
+    """NaN in every slot; integers, which have none, get it from their scales."""
+    layer_kv.kv.view(torch.uint8).fill_(0x7F if layer_kv.shape.storage == FP8 else 0xFF)
     if layer_kv.scales is not None:
         layer_kv.scales.fill_(torch.nan)
     if layer_kv.origin_scales is not None:

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 ON_DEVICE = os.environ.get("BLADE_CUDA_TESTS") == "device"
-OF_THE_EMULATOR = ("test_emulator", "test_double", "test_faults", "test_faults_ops", "test_attention_faults")
+OF_THE_EMULATOR = (
+    "test_emulator",
+    "test_double",
+    "test_faults",
+    "test_faults_ops",
+    "test_attention_faults",
+    "test_attention_mode_faults",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,12 +19,12 @@ from blade_native.cuda.launch import Launcher
 from .attention_world import ATOL, BF16, F16, F32, FP8, INT8, World, attention, check, cos_sin, kv_spec
 
 SHAPES = [
-    Shape(BF16, BF16, 64),
-    Shape(F16, F16, 80),
+    Shape(BF16, None, 64),
+    Shape(F16, None, 80),
     Shape(BF16, INT8, 128),
     Shape(F16, FP8, 96),
     Shape(BF16, FP8, 256),
-    Shape(F32, F32, 64),
+    Shape(F32, None, 64),
     Shape(F32, INT8, 80),
 ]
 CORES, SIMT = SHAPES[:5], SHAPES[5:]
@@ -192,7 +192,7 @@ def test_decodes_bring_nothing_from_the_host(kernels: AttentionKernels) -> None:
 
 
 def test_nan_of_a_sequence_stays_with_it_and_shows(kernels: AttentionKernels) -> None:
-    for shape in (PLAIN, Shape(BF16, INT8, 128), Shape(F32, F32, 64)):
+    for shape in (PLAIN, Shape(BF16, INT8, 128), Shape(F32, None, 64)):
         w = world(kernels, shape, (2, 1), [20, 30])
         w.k[0][5] = torch.nan
         w.store_past([1, 1])
@@ -219,7 +219,7 @@ def test_other_shapes_are_served_by_torch(kernels: AttentionKernels) -> None:
 def test_bytes_of_a_block(kernels: AttentionKernels) -> None:
     rows = 3 * 2 * 2 * 32
     for shape, row_bytes in (
-        (Shape(BF16, BF16, 128), 256),
+        (Shape(BF16, None, 128), 256),
         (Shape(BF16, INT8, 128), 132),
         (Shape(BF16, FP8, 128), 128),
     ):

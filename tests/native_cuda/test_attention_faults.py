@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # where this file is loaded by 
 
 from native_cuda.attention_world import BF16, INT8, World, attention, check
 
-SHAPES = Shape(BF16, BF16, 64), Shape(BF16, INT8, 64)
+SHAPES = Shape(BF16, None, 64), Shape(BF16, INT8, 64)
 
 
 def run_decode(launcher: Launcher, source: Path) -> None:

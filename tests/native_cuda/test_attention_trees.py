@@ -25,7 +25,7 @@ from blade_native.reference import TorchOps
 
 from .attention_world import ATOL, BF16, F16, F32, FP8, INT8, World, attention, check, kv_spec
 
-PLAIN, SIMT = Shape(BF16, BF16, 64), Shape(F32, F32, 64)
+PLAIN, SIMT = Shape(BF16, None, 64), Shape(F32, None, 64)
 SHAPES = [PLAIN, Shape(F16, INT8, 128), Shape(BF16, FP8, 256), SIMT]
 CASES = [*zip(SHAPES, [(7, 1), (3, 1), (2, 2), (3, 1)], [16, 32, 64, 16], strict=True)]  # heads, block size
 # A decode, a prompt, a tree over keys that are cut into chunks, one of 64 tokens, a short one, a plain verification.

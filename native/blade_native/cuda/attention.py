@@ -10,19 +10,20 @@ from torch import Tensor
 from blade import Batch, KVCache, KVSpec
 from blade.contracts import Attention
 from blade_native.cuda.attention_kernels import (
+    HADAMARD_WARPS,
     HEAD_DIMS,
     MERGE_WARPS,
     PREFILL_WARPS,
     SIMT_ROWS,
     SIMT_WARPS,
     SPLIT_ROWS,
-    STORAGE,
     STORE_WARPS,
     Attending,
     AttentionKernels,
     Shape,
 )
 from blade_native.cuda.attention_plan import Plan, Split
+from blade_native.kv_codes import MODES, block_bytes
 from blade_native.simd.check import check, check_heads
 
 ALL, ORIGINS, REST = range(3)  # phases of kv_store.cu
@@ -40,21 +41,24 @@ def shape_of(spec: KVSpec) -> Shape | None:
         and spec.block_size in BLOCK_SIZES
         and spec.num_heads % spec.num_kv_heads == 0
         and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
-        and spec.storage in (None, *STORAGE)
+        and spec.storage in (None, *MODES)
+        and (spec.head_dim <= 128 or spec.storage != "int8_affine")  # sums for middles would not fit into registers
     )
-    return Shape(dtype, STORAGE[spec.storage] if spec.storage else dtype, spec.head_dim) if covered else None
+    return Shape(dtype, spec.storage, spec.head_dim) if covered else None
 
 
 def layer_block_bytes(spec: KVSpec, shape: Shape) -> int:
-    row_bytes = spec.head_dim * shape.storage.itemsize + (4 if shape.storage is torch.int8 else 0)
-    return (2 * spec.block_size + shape.related) * spec.num_kv_heads * row_bytes
+    if shape.numbers is not torch.float8_e4m3fn:
+        return sum(block_bytes(spec))
+    return (2 * spec.block_size + 1) * spec.num_kv_heads * spec.head_dim  # without scales
 
 
 class LayerKV:
     """One layer's K and V as kv_storage.cuh has them, and the kernels for them.
 
-    kv [num_blocks, 2, KV, block_size, D] in the dtype of the storage; scales [num_blocks, 2, KV, block_size] float32
-    with int8. origins [num_blocks, KV, D] and origin_scales [num_blocks, KV] likewise, with 8 bits: see kv_store.cu.
+    kv [num_blocks, 2, KV, block_size, D] of the shape's numbers, with int8 scales [num_blocks, 2, KV, block_size]
+    float32; or pages [num_blocks, KV, bytes] uint8. Where keys are rounded origins [num_blocks, KV, D], int8 ones with
+    origin_scales [num_blocks, KV] float32: see kv_store.cu.
     """
 
     def __init__(self, spec: KVSpec, shape: Shape, num_blocks: int, kernels: AttentionKernels) -> None:
@@ -64,14 +68,19 @@ class LayerKV:
         self.all_kernels = kernels
         if spec.trees:
             kernels.trees(shape)
-        device, rows = kernels.launcher.device, (num_blocks, 2, spec.num_kv_heads, spec.block_size)
-        num_bytes = spec.head_dim * shape.storage.itemsize
-        self.kv = torch.zeros((*rows, num_bytes), dtype=torch.uint8, device=device).view(shape.storage)
-        self.scales = torch.zeros(rows, device=device) if shape.storage is torch.int8 else None
-        firsts = (num_blocks, spec.num_kv_heads)
-        origins = torch.zeros((*firsts, spec.head_dim), dtype=torch.uint8, device=device).view(shape.storage)
-        self.origins = origins if shape.related else None
-        self.origin_scales = torch.zeros(firsts, device=device) if self.scales is not None else None
+        device, heads = kernels.launcher.device, (num_blocks, spec.num_kv_heads)
+        rows = (num_blocks, 2, spec.num_kv_heads, spec.block_size)
+        if shape.numbers is None:
+            page_bytes = sum(block_bytes(spec)[:2]) // spec.num_kv_heads
+            self.kv = torch.zeros((*heads, page_bytes), dtype=torch.uint8, device=device)
+        else:
+            num_bytes = spec.head_dim * shape.numbers.itemsize
+            self.kv = torch.zeros((*rows, num_bytes), dtype=torch.uint8, device=device).view(shape.numbers)
+        self.scales = torch.zeros(rows, device=device) if shape.numbers is torch.int8 else None
+        origins = torch.zeros((*heads, spec.head_dim), dtype=torch.uint8, device=device) if shape.related else None
+        self.origins = None if origins is None else origins.view(shape.origins)
+        scaled = shape.related and shape.origins is torch.int8
+        self.origin_scales = torch.zeros(heads, device=device) if scaled else None
 
     def attending(self, trees: bool) -> Attending:
         """Those for trees are compiled now where the spec did not announce them."""
@@ -79,8 +88,9 @@ class LayerKV:
 
 
 class CudaAttention:
-    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes are allocated and
-    served by `base`. In "int8" (a scale per token and head) or "fp8_e4m3" a 16-bit cache is half as large.
+    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes, and heads of
+    256 in "int8_affine", are allocated and served by `base`. The cache is rounded to any of kv_codes.py's modes;
+    "fp8_e4m3" has no scales here.
 
     A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
     step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
@@ -88,7 +98,7 @@ class CudaAttention:
     """
 
     capturable = chunked = trees = True
-    kv_storages = tuple(STORAGE)
+    kv_storages = tuple(MODES)
 
     def __init__(self, base: Attention, kernels: AttentionKernels, num_sms: int | None = None) -> None:
         """`num_sms`: multiprocessors to fill; the device's own by default."""
@@ -111,8 +121,8 @@ class CudaAttention:
     def rope_and_store(
         self, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, batch: Batch, layer_kv: Any
     ) -> tuple[Tensor, Tensor]:
-        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored. With 8
-        bits q comes as its keys are kept, which is for `attend` alone."""
+        """See contracts.Attention. q and k are rotated in place; a token with a negative slot is not stored. Where
+        keys are rounded q comes as they are kept, which is for `attend` alone."""
         if not isinstance(layer_kv, LayerKV):
             return self.base.rope_and_store(q, k, v, cos_sin, batch, layer_kv)
         plan, spec, dtype = self._plan_for(batch, layer_kv), layer_kv.spec, layer_kv.shape.dtype
@@ -200,6 +210,10 @@ class CudaAttention:
         if split.max_chunks > 1:
             grid = (-(-spec.num_heads // MERGE_WARPS), plan.num_seqs)
             layer_kv.kernels.merge(grid, (32 * MERGE_WARPS,), **arguments)
+        if layer_kv.kernels.hadamard:
+            num_heads = plan.num_tokens * spec.num_heads
+            num_groups = -(-num_heads // HADAMARD_WARPS)
+            layer_kv.kernels.hadamard((num_groups,), (32 * HADAMARD_WARPS,), x=out, num_heads=num_heads)
         return out
 
     def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:

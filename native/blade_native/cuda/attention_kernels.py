@@ -8,32 +8,56 @@ from dataclasses import dataclass
 import torch
 
 from blade_native.cuda.launch import CUDA_NAMES, Kernel, Launcher, Module
+from blade_native.kv_codes import MODES, Kept, transforms_values
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-STORAGE = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}  # of KVSpec.storage
+NUMBERS = {
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}  # KVSpec.storage -> the dtype that names it; others: pages
 CHUNK, MAX_CHUNKS = 256, 32  # these four as in attention.cuh
 SPLIT_ROWS, DECODE_ROWS = 64, 16
 SIMT_ROWS = (1, 4)
-STORE_WARPS = SIMT_WARPS = MERGE_WARPS = 4
+STORE_WARPS = SIMT_WARPS = MERGE_WARPS = HADAMARD_WARPS = 4
 PREFILL_WARPS = 4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the kernels are instantiated for. `storage` is the dtype of the cache."""
+    """What the kernels are instantiated for. `storage` is KVSpec's."""
 
     dtype: torch.dtype
-    storage: torch.dtype
+    storage: str | None
     head_dim: int
 
     @property
     def types(self) -> str:
-        return f"{CUDA_NAMES[self.dtype]}, {CUDA_NAMES[self.storage]}, {self.head_dim}"
+        kept = self.numbers
+        return f"{CUDA_NAMES[self.dtype]}, {CUDA_NAMES[kept] if kept else f'kv_{self.storage}'}, {self.head_dim}"
+
+    @property
+    def numbers(self) -> torch.dtype | None:
+        """What the cache is a tensor of; None: it consists of pages, see kv_storage.cuh."""
+        return NUMBERS.get(self.storage) if self.storage else self.dtype
+
+    @property
+    def mode(self) -> tuple[Kept, Kept] | None:
+        """How keys and values lie in pages."""
+        return None if self.storage is None or self.numbers else MODES[self.storage]
 
     @property
     def related(self) -> bool:
         """Whether keys are kept relative to an origin."""
-        return self.storage.itemsize == 1
+        return self.storage is not None
+
+    @property
+    def origins(self) -> torch.dtype:
+        """What these are rounded to."""
+        return self.numbers or torch.int8
+
+    @property
+    def transforms_values(self) -> bool:
+        return self.mode is not None and transforms_values(self.mode[1])
 
     @property
     def tensor_cores(self) -> bool:
@@ -47,13 +71,20 @@ class Shape:
     @property
     def prefill_ring(self) -> tuple[int, int, int]:
         """(WARPS, KEYS, STAGES) of PrefillRing in paged_prefill.cu."""
-        keys = 16 if self.head_dim > 128 else 32 if self.storage.itemsize == 1 else 64
+        keys = 16 if self.head_dim > 128 else 32 if self.storage else 64
         return PREFILL_WARPS, keys, 2 if keys == 64 else 3
 
     def stage_bytes(self, keys: int) -> int:
         """KeyStage<S, D, KEYS>::BYTES of kv_storage.cuh."""
-        row = (self.head_dim * self.storage.itemsize // 16 | 1) * 16
-        return 2 * keys * row + (8 * keys if self.storage is torch.int8 else 0)
+        if self.mode:
+            return sum(self._stage_bytes(keys, kept.bits, self._number_bytes(kept)) for kept in self.mode)
+        return 2 * self._stage_bytes(keys, 8 * self.origins.itemsize, 4 if self.storage == "int8" else 0)
+
+    def _stage_bytes(self, keys: int, bits: int, number_bytes: int) -> int:
+        return keys * ((-(-self.head_dim * bits // 128) | 1) * 16 + number_bytes)
+
+    def _number_bytes(self, kept: Kept) -> int:
+        return kept.num_numbers(self.head_dim) * int(kept.number.itemsize)
 
     def shared_bytes(self, warps: int, ring_bytes: int) -> int:
         """Rings and, in their place later, results of 16 rows a warp; beside them q where it is parked."""
@@ -81,6 +112,8 @@ class Shape:
         if not trees:
             named["kv_store.cu"] = [f"rope_and_store<{self.types}>"]
             named["paged_merge.cu"] = [f"merge_chunks<{self.types}>"]
+        if not trees and self.transforms_values:
+            named["hadamard.cu"] = [f"hadamard<{CUDA_NAMES[self.dtype]}, {self.head_dim}>"]
         return named
 
 
@@ -106,6 +139,7 @@ class ShapeKernels:
             return modules[source].kernel(name)
 
         self.store, self.merge = named("kv_store.cu"), named("paged_merge.cu")
+        self.hadamard = named("hadamard.cu") if shape.transforms_values else None
         self.attending = Attending(shape, modules, trees=False)
 
 

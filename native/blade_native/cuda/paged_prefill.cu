@@ -17,6 +17,8 @@ struct PrefillRing {
 // check: paged_prefill{, _trees}<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
 // check: paged_prefill{_trees, }<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
 // check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
+// check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
 template <class T, class S, int D, class Args>
 __device__ __forceinline__ void prefill(const Args& args) {
   constexpr int WARPS = PrefillRing<S, D>::WARPS, KEYS = PrefillRing<S, D>::KEYS, STAGES = PrefillRing<S, D>::STAGES;

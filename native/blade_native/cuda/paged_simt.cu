@@ -11,6 +11,26 @@ __device__ __forceinline__ float4 load4(const S* p) {
   return make_float4(to_float(four.x[0]), to_float(four.x[1]), to_float(four.x[2]), to_float(four.x[3]));
 }
 
+// Likewise of codes, a token's from `codes` on, with its numbers `stride` from each other.
+template <class C, int D>
+__device__ __forceinline__ float4 load4(const unsigned char* codes, const typename C::Number* numbers, int stride, int d) {
+  float4 x;
+  if constexpr (C::BITS == 4) {
+    const int four = *reinterpret_cast<const unsigned short*>(codes + d / 2);
+    const auto at = [&](int i) { return static_cast<float>((four >> 4 * i & 15 ^ 8) - 8); };
+    x = make_float4(at(0), at(1), at(2), at(3));
+  } else {
+    x = load4(reinterpret_cast<const typename C::E*>(codes) + d);
+  }
+  const int group = d / C::group(D);
+  x = scaled(x, to_float(numbers[group * stride]));
+  if constexpr (C::AFFINE) {
+    const float middle = to_float(numbers[(C::groups(D) + group) * stride]);
+    x.x += middle, x.y += middle, x.z += middle, x.w += middle;
+  }
+  return x;
+}
+
 __device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 
 // The running state of ROWS rows on the LANES lanes that share a token: PER times four channels each.
@@ -54,6 +74,8 @@ struct SimtRows {
 // grid (B * num_tiles, KV, any number), block (32 * SIMT_WARPS). A warp reads 32 / LANES tokens at once.
 // check: paged_simt{, _trees}<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
 // check: paged_simt{_trees, }<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
+// check: paged_simt{, _trees}<float, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}, {4, 1}> | threads 128 | registers 128 | blocks 4
+// check: paged_simt{_trees, }<float, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
 template <class T, class S, int D, int ROWS, class Args>
 __device__ __forceinline__ void attend(const Args& args) {
   constexpr int LANES = D / 4 <= 16 ? 16 : 32, PER = (D / 4 + LANES - 1) / LANES, TOKENS = 32 / LANES;
@@ -91,21 +113,44 @@ __device__ __forceinline__ void attend(const Args& args) {
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
         const int key = first + a * STEP + part;
-        long long at = 0, to_values = static_cast<long long>(args.num_kv_heads) * args.block_size;
-        float k_scale = 1.f, v_scale = 1.f;
-        if (key < end) {
-          at = cache_row(table[key / args.block_size], kv_head, args.num_kv_heads, args.block_size) +
-               (key & (args.block_size - 1));
-          if constexpr (SCALED<S>) k_scale = args.scales[at], v_scale = args.scales[at + to_values];
-        }
+        if constexpr (IN_PAGES<S>) {
+          const bool valid = key < end;
+          using Keys = typename Storage<S>::Keys;
+          using Values = typename Storage<S>::Values;
+          const Page<S, D> parts{args.block_size};
+          const unsigned char* page = reinterpret_cast<const unsigned char*>(args.kv);
+          if (valid) page += parts.start(table[key / args.block_size], kv_head, args.num_kv_heads);
+          const int offset = key & (args.block_size - 1);
+          const auto* key_numbers = reinterpret_cast<const typename Keys::Number*>(page + parts.key_numbers()) + offset;
+          const auto* value_numbers =
+              reinterpret_cast<const typename Values::Number*>(page + parts.value_numbers()) + offset;
 #pragma unroll
-        for (int i = 0; i < PER; ++i) {
-          const int d = (i * LANES + lane) * 4;
-          k[a][i] = v[a][i] = zero;
-          if (key < end && d < D) {
-            k[a][i] = load4(args.kv + at * D + d);
-            v[a][i] = load4(args.kv + (at + to_values) * D + d);
-            if constexpr (SCALED<S>) k[a][i] = scaled(k[a][i], k_scale), v[a][i] = scaled(v[a][i], v_scale);
+          for (int i = 0; i < PER; ++i) {
+            const int d = (i * LANES + lane) * 4;
+            k[a][i] = v[a][i] = zero;
+            if (valid && d < D) {
+              k[a][i] = load4<Keys, D>(page + offset * parts.KEY_BYTES, key_numbers, args.block_size, d);
+              v[a][i] = load4<Values, D>(page + parts.values() + offset * parts.VALUE_BYTES, value_numbers,
+                                         args.block_size, d);
+            }
+          }
+        } else {
+          long long at = 0, to_values = static_cast<long long>(args.num_kv_heads) * args.block_size;
+          float k_scale = 1.f, v_scale = 1.f;
+          if (key < end) {
+            at = cache_row(table[key / args.block_size], kv_head, args.num_kv_heads, args.block_size) +
+                 (key & (args.block_size - 1));
+            if constexpr (SCALED<S>) k_scale = args.scales[at], v_scale = args.scales[at + to_values];
+          }
+#pragma unroll
+          for (int i = 0; i < PER; ++i) {
+            const int d = (i * LANES + lane) * 4;
+            k[a][i] = v[a][i] = zero;
+            if (key < end && d < D) {
+              k[a][i] = load4(args.kv + at * D + d);
+              v[a][i] = load4(args.kv + (at + to_values) * D + d);
+              if constexpr (SCALED<S>) k[a][i] = scaled(k[a][i], k_scale), v[a][i] = scaled(v[a][i], v_scale);
+            }
           }
         }
       }

@@ -58,6 +58,21 @@ __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool va
 #endif
 }
 
+// The same of BYTES, 8 or 16, of which the first `valid` are read and the others become zeros.
+template <int BYTES>
+__device__ __forceinline__ void cp_async_part(void* smem, const void* gmem, int valid AND_CALL_SITE) {
+#ifdef BLADE_EMULATOR
+  emulator::cp_async(smem, gmem, BYTES, valid, site);
+#else
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(smem));
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(gmem), "r"(valid) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(to), "l"(gmem), "r"(valid), "n"(BYTES)
+                 : "memory");
+#endif
+}
+
 // Close the group of copies started since the last commit; an empty group counts.
 __device__ __forceinline__ void cp_async_commit(CALL_SITE) {
 #ifdef BLADE_EMULATOR
@@ -180,3 +195,28 @@ __device__ __forceinline__ void unpack(const uint4& v, float (&f)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) f[i] = to_float(p[i]);
 }
+
+// a * b + c of two 16-bit elements each, rounded once.
+#ifdef BLADE_EMULATOR
+template <class T>
+__device__ __forceinline__ unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  float sums[2];
+  for (int i = 0; i < 2; ++i)
+    sums[i] = fmaf(to_float(reinterpret_cast<const T*>(&a)[i]), to_float(reinterpret_cast<const T*>(&b)[i]),
+                   to_float(reinterpret_cast<const T*>(&c)[i]));
+  return pack2<T>(sums[0], sums[1]);
+}
+#else
+template <class T>
+__device__ __forceinline__ unsigned fma2(unsigned a, unsigned b, unsigned c);
+#define BLADE_FMA2(T, NAME)                                                                     \
+  template <>                                                                                   \
+  __device__ __forceinline__ unsigned fma2<T>(unsigned a, unsigned b, unsigned c) {             \
+    unsigned sum;                                                                               \
+    asm("fma.rn." NAME " %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));                \
+    return sum;                                                                                 \
+  }
+BLADE_FMA2(__half, "f16x2")
+BLADE_FMA2(__nv_bfloat16, "bf16x2")
+#undef BLADE_FMA2
+#endif
