@@ -1,8 +1,9 @@
-"""4-bit numbers nested in 8-bit ones: w = unit * (c * q - m), with a unit for 128 numbers of a row and whole c and m for each
-group of these.
+"""4-bit numbers nested in 8-bit ones: w = unit * (c * q - m), with a unit for 128 numbers of a row and whole c and m
+for each group of these.
 
-That is the progressive group quantisation of QServe (Lin et al. 2024), with units for less than a row: kernels turn such
-numbers into bytes and multiply those, without a scale for each group. The integer fits a signed byte whatever q is.
+That is the progressive group quantisation of QServe (Lin et al. 2024), with units for less than a row: kernels turn
+such numbers into bytes and multiply those, without a scale for each group. The integer fits a signed byte whatever q
+is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ ROUNDS = 3  # of rounding and fitting the minimum, for each of two scales
 
 
 def nest(x: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [group, .., G] float32, G groups of a block, with the scale and the minimum [.., G] that would be best for each group
-    -> its q, like x; c and m [.., G]; unit [.., 1] float16; and the squared errors [.., G]."""
+    """x [group, .., G] float32, G groups of a block, with the scale and the minimum [.., G] that would be best for each
+    group -> its q, like x; c and m [.., G]; unit [.., 1] float16; and the squared errors [.., G]."""
     unit = unit_of(scale, minimum)
     inverse = torch.where(unit > 0, 1 / unit.float(), 0)
     x, scale = x * inverse, scale * inverse
@@ -39,8 +40,8 @@ def nest(x: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def unit_of(scale: Tensor, minimum: Tensor) -> Tensor:
-    """[.., G] each -> the unit [.., 1] float16 by whole multiples of which the scales are met best, of those that leave no
-    group without the range it wants."""
+    """[.., G] each -> the unit [.., 1] float16 by whole multiples of which the scales are met best, of those that leave
+    no group without the range it wants."""
     least = torch.maximum(minimum / -128, (LEVELS * scale + minimum) / 127)
     least = torch.maximum(least, scale / MOST_SCALE).amax(dim=-1, keepdim=True)
     unit = least.half()

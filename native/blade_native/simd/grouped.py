@@ -124,8 +124,8 @@ def _format(weight: GroupedWeight) -> CFormat:
 
 
 def nests(weight: GroupedWeight) -> bool:
-    """Whether the numbers of a block, of up to 128, are multiples of one unit by integers that fit a signed byte whatever
-    q is: 4 bits nested in 8, as in the progressive groups of QServe (Lin et al. 2024)."""
+    """Whether a block's numbers, up to 128, are multiples of one unit by integers that fit a signed byte whatever q is:
+    4 bits nested in 8, as in the progressive groups of QServe (Lin et al. 2024)."""
     if weight.bits != 4 or weight.group < 32 or weight.block_scales is None or weight.block_minima is None:
         return False
     scales, minima = weight.scales, weight.minima
