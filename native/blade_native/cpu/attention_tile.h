@@ -55,18 +55,9 @@ struct Sums {
         for (int r = 0; r < R; r++) most[r] = NEVER, total[r] = 0;
         std::fill_n(values, R * d, 0.0f);
     }
-    void rescale(int r, int d, float factor) {
-        total[r] *= factor;
-        for (int i = 0; i < d; i += vec::LANES)
-            vec::store(values + r * d + i, vec::mul(vec::load(values + r * d + i), vec::set(factor)));
-    }
 };
 
-static inline float exp_of_difference(float a, float b) {
-    float lanes[vec::LANES];
-    vec::store(lanes, vec::exp(vec::set(a - b)));
-    return lanes[0];
-}
+static_assert(MAX_TILE_ROWS <= vec::LANES, "the rows of a tile fit a vector");
 
 // Keys [from, to) of a sequence, at most SPAN of them, and where their chunks lie.
 struct Span {
@@ -147,6 +138,18 @@ struct Tile {
     // A row's scores become weights relative to the largest of them; masked keys weigh nothing.
     INLINE void soften(const Tile& t, int r, const Span& span, float* scores, Sums<R>& sums) {
         vec::F most = vec::set(NEVER), total = vec::zero();
+        if (t.first_key[r] <= span.from && t.end_key[r] >= span.to && (span.to - span.from) % CHUNK == 0) {  // all are seen
+            const int chunks = (span.to - span.from) / CHUNK;
+            for (int c = 0; c < chunks; c++) most = vec::max(most, vec::load(scores + c * CHUNK));
+            sums.most[r] = vec::max_lane(most);
+            for (int c = 0; c < chunks; c++) {
+                vec::F w = vec::exp(vec::sub(vec::load(scores + c * CHUNK), vec::set(sums.most[r])));
+                total = vec::add(total, w);
+                vec::store(scores + c * CHUNK, w);
+            }
+            sums.total[r] = vec::sum(total);
+            return;
+        }
         for_chunks(t, r, span, [&](int c, int low, int high) {
             most = vec::max(most, vec::keep(vec::load(scores + c * CHUNK), low, high, NEVER));
         });
@@ -197,15 +200,19 @@ struct Tile {
     }
 
     void merge(const Sums<R>& span, Sums<R>& sums) const {
+        alignas(64) float old_factors[vec::LANES], factors[vec::LANES];
+        vec::F old_most = vec::load_some(sums.most, R), new_most = vec::load_some(span.most, R);
+        vec::F most = vec::max(old_most, new_most);
+        vec::store(old_factors, vec::exp(vec::sub(old_most, most)));
+        vec::store(factors, vec::exp(vec::sub(new_most, most)));
+        vec::store_some(sums.most, most, R);
         for (int r = 0; r < R; r++) {
-            float most = std::max(sums.most[r], span.most[r]);
-            float factor = exp_of_difference(span.most[r], most);
-            sums.rescale(r, d, exp_of_difference(sums.most[r], most));
-            sums.most[r] = most;
-            sums.total[r] += factor * span.total[r];
-            for (int i = r * d; i < (r + 1) * d; i += vec::LANES)
-                vec::store(sums.values + i,
-                           vec::fma(vec::load(span.values + i), vec::set(factor), vec::load(sums.values + i)));
+            sums.total[r] = sums.total[r] * old_factors[r] + factors[r] * span.total[r];
+            vec::F factor = vec::set(factors[r]), old_factor = vec::set(old_factors[r]);
+            for (int i = r * d; i < (r + 1) * d; i += vec::LANES) {
+                vec::F old = vec::mul(vec::load(sums.values + i), old_factor);
+                vec::store(sums.values + i, vec::fma(vec::load(span.values + i), factor, old));
+            }
         }
     }
 

@@ -76,18 +76,32 @@ INLINE void dot_parts(const uint32_t* a, long a_row, long a_step, vec::W word, i
     if constexpr (I + 1 < Word<E>::PARTS) dot_parts<E, I + 1>(a + a_step, a_row, a_step, word, v, c);
 }
 
+// The same for two vectors, which share what is read of the rows: a load for each product would be what binds.
+template <class E, int I, int R>
+INLINE void dot_pair(const uint32_t* a, long a_row, long a_step, vec::W w0, vec::W w1, typename Word<E>::Sum (&c)[R][2]) {
+    vec::W part0 = Word<E>::template part<I>(w0), part1 = Word<E>::template part<I>(w1);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        vec::W x = vec::splat(a + r * a_row);
+        c[r][0] = Word<E>::dot(c[r][0], part0, x);
+        c[r][1] = Word<E>::dot(c[r][1], part1, x);
+    }
+    if constexpr (I + 1 < Word<E>::PARTS) dot_pair<E, I + 1>(a + a_step, a_row, a_step, w0, w1, c);
+}
+
 // c[r][v] += sum over steps of w[v][step] . a[r][step]; words of a lie `a_row` apart between rows, `a_step` between
-// the parts of steps; w advances w_step words per step. One word at a time is held, for sixteen registers hold no more.
+// the parts of steps; w advances w_step words per step. With few rows one word at a time is held, for sixteen registers hold no more.
 // For each line that is read one of `ahead` is fetched: as many as there are in flight at a time, and no burst of them.
 template <class E, int R, int NV>
 INLINE void dot_tile(const uint32_t* a, long a_row, long a_step, const uint32_t* const (&w)[NV], long w_step,
                      long steps, const char* const (&ahead)[NV], typename Word<E>::Sum (&c)[R][NV]) {
     for (long s = 0; s < steps; s++, a += Word<E>::PARTS * a_step) {
+        for (int v = 0; v < NV; v++) __builtin_prefetch(ahead[v] + s * 64, 0, 2);
+        if constexpr (NV == 2 && R > 2) {
+            dot_pair<E, 0>(a, a_row, a_step, vec::word(w[0] + s * w_step), vec::word(w[1] + s * w_step), c);
+        } else {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) {
-            __builtin_prefetch(ahead[v] + s * 64, 0, 2);
-            vec::W word = vec::word(w[v] + s * w_step);
-            dot_parts<E, 0>(a, a_row, a_step, word, v, c);
+            for (int v = 0; v < NV; v++) dot_parts<E, 0>(a, a_row, a_step, vec::word(w[v] + s * w_step), v, c);
         }
     }
 }

@@ -100,7 +100,10 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
     };
     if constexpr (Dot::FIT == 0) {
         int s = 0;
-        do step(s, [&](int r, int v, auto w, auto x) { sums[r][v] = Dot::dot(sums[r][v], w, x); });
+        do {
+            __builtin_prefetch((const char*)(x + s * R) + TILE_AHEAD, 0, 3);
+            step(s, [&](int r, int v, auto w, auto x) { sums[r][v] = Dot::dot(sums[r][v], w, x); });
+        }
         while (++s < steps);
     } else {
         for (int s = 0; s < steps; s += Dot::FIT) {

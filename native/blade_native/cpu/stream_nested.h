@@ -27,31 +27,35 @@ INLINE void sum_bytes(const Layout layout, const char* unit, int channel,
     UNROLL for (int r = 0; r < R; r++) out[r] = vec::to_float(sums[r]);
 }
 
-// The same, scaling sums of nibbles: whole numbers of less than 24 bits, which floats hold exactly.
+// The same for 16 NV channels, scaling sums of nibbles: whole numbers of less than 24 bits, which floats hold exactly.
 template <int NIBBLES, int R, int NV>
 INLINE void sum_nibbles(const Layout layout, const char* unit, int channel,
                         const ActivationGroup<R, ByteDot<8>::WORDS>& activations, long ahead, vec::F (&out)[NV][R]) {
     typedef ByteDot<8> Dot;
     const uint32_t *low = (const uint32_t*)(unit + layout.quants) + channel, *x = activations.words;
     const int words = NIBBLES ? NIBBLES : layout.format.group / 8;
-    UNROLL for (int v = 0; v < NV; v++) UNROLL for (int r = 0; r < R; r++) out[v][r] = vec::to_float(vec::splat(activations.starts + r));
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < NV; v++) out[v][r] = vec::to_float(vec::splat(activations.starts + r));
     for (int g = 0; g < layout.groups; g++) {
         vec::I sums[NV][R];
-        UNROLL for (int v = 0; v < NV; v++) UNROLL for (int r = 0; r < R; r++) sums[v][r] = vec::set_int(0);
-        for (int i = 0; i < words; i++, low += PANEL, x += 2 * R) UNROLL for (int v = 0; v < NV; v++) {
-            prefetch_lines((const char*)(low + v * vec::LANES) + ahead, 64);
-            vec::W nibbles = vec::word(low + v * vec::LANES), even = vec::low_nibbles(nibbles), odd = vec::high_nibbles(nibbles);
-            UNROLL for (int r = 0; r < R; r++) sums[v][r] = Dot::dot(sums[v][r], even, x + r);
-            UNROLL for (int r = 0; r < R; r++) sums[v][r] = Dot::dot(sums[v][r], odd, x + R + r);
-        }
+        UNROLL for (int v = 0; v < NV; v++)
+            UNROLL for (int r = 0; r < R; r++) sums[v][r] = vec::set_int(0);
+        for (int i = 0; i < words; i++, low += PANEL, x += 2 * R)
+            UNROLL for (int v = 0; v < NV; v++) {
+                prefetch_lines((const char*)(low + v * vec::LANES) + ahead, 64);
+                vec::W nibbles = vec::word(low + v * vec::LANES);
+                vec::W even = vec::low_nibbles(nibbles), odd = vec::high_nibbles(nibbles);
+                UNROLL for (int r = 0; r < R; r++) sums[v][r] = Dot::dot(sums[v][r], even, x + r);
+                UNROLL for (int r = 0; r < R; r++) sums[v][r] = Dot::dot(sums[v][r], odd, x + R + r);
+            }
         UNROLL for (int v = 0; v < NV; v++) {
-        const char* numbers = unit + channel + v * vec::LANES;
-        vec::F scale = vec::add(vec::load_nibbles(numbers + (2 + g / 2) * PANEL, g % 2), vec::set(1));
-        vec::F start = vec::load((const uint8_t*)numbers + layout.offsets + g * PANEL);
-        UNROLL for (int r = 0; r < R; r++) {
-            out[v][r] = vec::fma(vec::to_float(sums[v][r]), scale, out[v][r]);
-            out[v][r] = vec::fma(start, vec::set(activations.factors[g * R + r]), out[v][r]);
-        }
+            const char* numbers = unit + channel + v * vec::LANES;
+            vec::F scale = vec::add(vec::load_nibbles(numbers + (2 + g / 2) * PANEL, g % 2), vec::set(1));
+            vec::F start = vec::load((const uint8_t*)numbers + layout.offsets + g * PANEL);
+            UNROLL for (int r = 0; r < R; r++) {
+                out[v][r] = vec::fma(vec::to_float(sums[v][r]), scale, out[v][r]);
+                out[v][r] = vec::fma(start, vec::set(activations.factors[g * R + r]), out[v][r]);
+            }
         }
     }
 }

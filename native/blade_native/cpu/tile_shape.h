@@ -23,6 +23,7 @@ constexpr int WIDE_TILE_ROWS = 1;
 constexpr int STREAM_ROWS = 2;
 constexpr int wide_stream_rows(int) { return 1; }
 #endif
+constexpr long TILE_AHEAD = 512;  // bytes of activations, which come from L2, between what a tile multiplies and what it prefetches
 #ifdef __AVX512F__
 constexpr long STREAM_AHEAD = 2048;  // bytes between what is read and what is prefetched
 #else
