@@ -142,6 +142,8 @@ INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint
                 const uint32_t* word = low + (BITS == 8 ? 0 : i % SPAN / 2 * PANEL) + v * vec::LANES;
                 if constexpr (BITS == 8 || i % 2 == 0)  // little by little: many at a time would hold up the loads
                     prefetch_lines((const char*)word + ahead, 64);
+                if constexpr (high_bits(BITS) > 0 && i % SPAN == 0)
+                    prefetch_lines((const char*)(high + v * vec::LANES) + ahead, 64);
                 auto weights = Dot::weights(
                     unpacked.template step<i % SPAN>(low + v * vec::LANES, high + v * vec::LANES));
                 UNROLL for (int r = 0; r < R; r++) {
