@@ -5,6 +5,8 @@
 #include "unpack.h"
 
 #ifdef __AVX512VNNI__
+constexpr long NESTED_AHEAD = 3072;  // bytes between what is read and what is prefetched
+
 // A unit's sums [R] of sixteen channels: integers as floats. Numbers become bytes before they are multiplied.
 template <int NIBBLES, int R>
 INLINE void sum_bytes(const Layout layout, const char* unit, int channel,
@@ -64,7 +66,7 @@ template <int R, int NIBBLES>
 INLINE void nested_units(const Layout& layout, const Streams& s, long from, long to, const char* activations) {
     constexpr int WORDS = ByteDot<8>::WORDS;
     const Layout l = layout;  // no store can change it: it stays in registers
-    const long ahead = s.fetch ? STREAM_AHEAD : 0, bytes = R * activation_bytes(l.steps, WORDS, l.groups);
+    const long ahead = s.fetch ? NESTED_AHEAD : 0, bytes = R * activation_bytes(l.steps, WORDS, l.groups);
     for (long unit = l.offset_of(from); from < to; from++, unit += l.unit_bytes, activations += bytes) {
         ActivationGroup<R, WORDS> group(activations, l.groups);
         for (long i = 0; i < s.num; i++) prefetch_lines(s.packed[i] + unit + ahead, l.quants);
@@ -89,6 +91,7 @@ INLINE void nested_units(const Layout& layout, const Streams& s, long from, long
         }
     }
 }
+
 template <int R>
 void stream_nested(const Layout& layout, const Streams& streams, long from, long to, const char* activations) {
     if (layout.format.group == 32)
