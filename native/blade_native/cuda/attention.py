@@ -48,6 +48,7 @@ def shape_of(spec: KVSpec) -> Shape | None:
 
 
 def layer_block_bytes(spec: KVSpec, shape: Shape) -> int:
+    """Of one layer, origins included."""
     if shape.numbers is not torch.float8_e4m3fn:
         return sum(block_bytes(spec))
     return (2 * spec.block_size + 1) * spec.num_kv_heads * spec.head_dim  # without scales
@@ -97,7 +98,7 @@ class CudaAttention:
     Steps with trees of drafts have kernels of their own, which other steps know nothing of.
     """
 
-    capturable = chunked = trees = True
+    chunked = trees = True
     kv_storages = tuple(MODES)
 
     def __init__(self, base: Attention, kernels: AttentionKernels, num_sms: int | None = None) -> None:

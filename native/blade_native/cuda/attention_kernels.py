@@ -11,10 +11,7 @@ from blade_native.cuda.launch import CUDA_NAMES, Kernel, Launcher, Module
 from blade_native.kv_codes import MODES, Kept, transforms_values
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-NUMBERS = {
-    "int8": torch.int8,
-    "fp8_e4m3": torch.float8_e4m3fn,
-}  # KVSpec.storage -> the dtype that names it; others: pages
+NUMBERS = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}  # of KVSpec.storage; the other modes lie in pages
 CHUNK, MAX_CHUNKS = 256, 32  # these four as in attention.cuh
 SPLIT_ROWS, DECODE_ROWS = 64, 16
 SIMT_ROWS = (1, 4)

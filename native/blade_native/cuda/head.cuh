@@ -103,7 +103,7 @@ struct Head {
     }
   }
 
-  // Every block of D's largest power of two times an orthonormal Hadamard matrix: see attention's torch twin.
+  // Every block of D's largest power of two times an orthonormal Hadamard matrix: kv_codes.py's hadamard.
   __device__ __forceinline__ void transform(int lane) {
     constexpr int BLOCK = D & -D;
     constexpr float FACTOR = BLOCK == 256 ? 0.0625f : BLOCK == 128 ? 0.0883883476f : BLOCK == 64 ? 0.125f

@@ -31,7 +31,8 @@ using Int4Affine = Code<signed char, __nv_bfloat16, 4, 32, true>;
 using E4m3 = Code<__nv_fp8_e4m3, __nv_bfloat16, 8, 0, false, 7>;
 using E5m2 = Code<__nv_fp8_e5m2, __nv_bfloat16, 8, 0, false, 14>;
 
-// Keys and values of a cache in pages (see kv_storage.cuh), by the names of KVSpec.storage behind kv_.
+// Keys and values of a cache in pages (see kv_storage.cuh), by the names of KVSpec.storage behind kv_. Of one byte, as
+// the types of all rounded caches are: sizeof tells them from the others.
 template <class Keys, class Values>
 struct Mode {};
 using kv_int8_affine = Mode<Int8Affine, Int8Affine>;
