@@ -13,16 +13,20 @@ sys.path.append(str(Path(__file__).parents[1]))  # where this file is loaded by 
 
 from native_cuda.attention_world import BF16, F16, World, attention, check
 
-READ = Shape(BF16, "int4_affine", 64), Shape(BF16, "int8_affine", 64), Shape(F16, "int4", 80)
-WRITTEN = Shape(BF16, "int4_affine", 96), Shape(F16, "fp8_e5m2", 80), Shape(BF16, "int4", 64)
+SHAPES = (
+    Shape(BF16, "int4_affine", 96),
+    Shape(BF16, "int8_affine", 64),
+    Shape(F16, "int4", 80),
+    Shape(F16, "fp8_e5m2", 80),
+)
 
 
 def run_read(launcher: Launcher, source: Path) -> None:
     """Three sequences of which one has two chunks; all ends lie within tiles of sixteen keys. Values have a mean, so
     that their middles count."""
     kernels = AttentionKernels(Redirected(launcher, source))
-    kernels.add(READ)
-    for shape in READ:
+    kernels.add(SHAPES)
+    for shape in SHAPES:
         world = World(attention(kernels, 1), shape, (8, 2), [300, 41, 3])
         world.v = [v + 1 for v in world.v]
         check(world, [1, 4, 1])
@@ -30,8 +34,8 @@ def run_read(launcher: Launcher, source: Path) -> None:
 
 def run_written(launcher: Launcher, source: Path) -> None:
     kernels = AttentionKernels(Redirected(launcher, source))
-    kernels.add(WRITTEN)
-    for shape in WRITTEN:
+    kernels.add(SHAPES)
+    for shape in SHAPES:
         check(World(attention(kernels), shape, (2, 1), [20, 40]), [3, 40])
 
 

@@ -22,11 +22,11 @@ CORES = [
     Shape(F16, "int4", 80),
     Shape(BF16, "int8_affine", 64),
     Shape(F16, "fp8_e5m2", 96),
-    Shape(F16, "mix_f852i4", 64),
+    Shape(F16, "mix_i8i4", 64),
     Shape(BF16, "mix_f843i4", 256),
 ]
-SIMT = [Shape(F32, "int4_affine", 96), Shape(F32, "mix_i8i4", 80), Shape(F32, "int8_affine", 64)]
-OF_TREES = [CORES[0], CORES[2]]
+SIMT = [Shape(F32, "int4_affine", 96), Shape(F32, "mix_f852i4", 80), Shape(F32, "int8_affine", 64)]
+OF_TREES = CORES[2:3]
 
 
 @pytest.fixture(scope="module")
