@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 MAX_INTEGER = 2**31 - 1
 MAX_LAYERS = 1024  # of a model: so few that lists of what each of them is cost nothing
@@ -21,11 +22,12 @@ class CheckedValues(ABC):
             self.refuse(key, f"an integer from {minimum} to {maximum}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """Finite and above 0."""
+    def number(self, key: str, default: float | None = None, minimum: float = 0.0, maximum: float = math.inf) -> float:
+        """Finite and above 0; where bounds are given, from one to the other."""
         value = self._get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            self.refuse(key, "a positive number")
+        if not is_number(value) or value <= 0 or not minimum <= value <= maximum:
+            bounded = f"a number from {minimum:g} to {maximum:.10g}"
+            self.refuse(key, bounded if maximum < math.inf else "a positive number")
         return float(value)
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -44,3 +46,8 @@ class CheckedValues(ABC):
     @abstractmethod
     def _get(self, key: str, default: Any) -> Any:
         """The value, or the default where it is absent; raises when there is neither."""
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one that a finite float can be; integers of hundreds of digits cannot."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max

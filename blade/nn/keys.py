@@ -6,7 +6,7 @@ import math
 import reprlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blade.checked import MAX_LAYERS, CheckedValues
+from blade.checked import MAX_LAYERS, CheckedValues, is_number
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Keys(CheckedValues):
     def signed(self, key: str) -> float:
         """Finite, of either sign."""
         value = self._get(key, None)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not is_number(value):
             self.refuse(key, "a number")
         return float(value)
 
@@ -61,11 +61,13 @@ class Keys(CheckedValues):
             self.refuse(key, "a list of positive integers")
         return value
 
-    def numbers(self, key: str) -> list[float]:
-        """At least one, each finite and above 0."""
+    def numbers(self, key: str, minimum: float = 0.0, maximum: float = math.inf) -> list[float]:
+        """At least one, each finite and above 0; where bounds are given, from one to the other."""
         value = self._get(key, None)
-        if type(value) is not list or not value or not all(map(_is_positive, value)):
-            self.refuse(key, "a list of positive numbers")
+        sound = type(value) is list and value and all(is_number(item) and item > 0 for item in value)
+        if not sound or not all(minimum <= item <= maximum for item in value):
+            bounds = f"numbers from {minimum:g} to {maximum:.10g}" if maximum < math.inf else "positive numbers"
+            self.refuse(key, f"a list of {bounds}")
         return [float(item) for item in value]
 
     def section(self, key: str) -> Keys:
@@ -101,7 +103,3 @@ class Keys(CheckedValues):
         if value is None:
             raise CheckpointError(f"config.json has no {self._path}{key}.")
         return value
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 < value < math.inf

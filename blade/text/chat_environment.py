@@ -1,6 +1,7 @@
 """The Jinja environment of chat templates, with what transformers gives them.
 
-A template comes with the model and is as trusted as its weights, but no more: it runs in Jinja's immutable sandbox.
+A template comes with the model and is as trusted as its weights, but no more: it runs in Jinja's immutable sandbox,
+within limits of time and memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from blade.text.chat_limits import LimitedEnvironment
 
 
 class TemplateRefusal(TemplateError):
@@ -30,11 +32,11 @@ class Generation(Extension):
         return nodes.Scope(body, lineno=lineno)
 
 
-def chat_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def chat_environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 

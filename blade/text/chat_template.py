@@ -7,10 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import meta
 
 from blade.errors import CheckpointError, RequestError
 from blade.text.chat_environment import TemplateRefusal, chat_environment
+from blade.text.chat_limits import ALLOWANCE, Allowance, LimitedEnvironment
+from blade.text.chat_sizes import TooMuch
 from blade.text.chat_template_files import folder_sources, gguf_sources, override_source
 from blade.text.control_guard import ControlGuard
 from blade.text.gguf_tokenizer import GGUFVocabulary
@@ -18,8 +20,6 @@ from blade.text.tokenizer_files import read_special_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     from blade.contracts import Tokenizer
 
@@ -60,7 +60,7 @@ class ChatTemplate:
         """`special_tokens` are variables of the template: {"bos_token": "<s>", ...}. `tool_source` is used instead
         of `source` where there are tools. `name` is for the CheckpointError that malformed sources raise.
 
-        Rendering stops at max_chars of output, and after max_seconds as soon as the template emits something.
+        Rendering stops at max_chars of output, and after max_seconds of computing.
         """
         self._source = source + (tool_source or "")
         self._special_tokens = dict(special_tokens or {})
@@ -71,8 +71,10 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             self._tool_template = environment.from_string(tool_source) if tool_source else self._template
             names = {name for text in (source, tool_source or "") for name in _variables(environment, text)}
-        except TemplateError as error:
-            raise CheckpointError(f"{name} is not a valid Jinja template.") from error
+        except Exception as error:  # Jinja's own, and Python's of what it makes of templates: nested too deeply
+            raise CheckpointError(
+                f"{name} is not a valid Jinja template.", "Pass --chat-template with a file that is one."
+            ) from error
         self.options = frozenset(n for n in names - _RESERVED if not n.endswith("_token"))
         """Names of the arguments a request may set."""
 
@@ -109,17 +111,18 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], tools: Tools | None, add: bool, options: dict[str, Any]) -> str:
         template = self._tool_template if tools else self._template
+        deadline = time.thread_time() + self._max_seconds
         variables = {**self._special_tokens, **options, "messages": messages, "tools": tools or None}
-        deadline = time.monotonic() + self._max_seconds
+        variables[ALLOWANCE] = Allowance(deadline)
         pieces, num_chars = [], 0
         try:
             for piece in template.generate(**variables, add_generation_prompt=add):
                 pieces.append(piece)
                 num_chars += len(piece)
-                if num_chars > self._max_chars or time.monotonic() > deadline:
-                    raise RequestError("The conversation is too much for the chat template.", "messages")
-        except RequestError:
-            raise
+                if num_chars > self._max_chars or time.thread_time() > deadline:
+                    raise TooMuch
+        except TooMuch:
+            raise RequestError("The conversation is too much for the chat template.", "messages") from None
         except TemplateRefusal as refusal:
             raise RequestError(f"The chat template refuses this: {str(refusal)[:500]}", "messages") from None
         except Exception as error:  # the template's own mistakes are of any kind
@@ -141,7 +144,7 @@ class ChatTemplate:
         return self._guard[1]
 
 
-def _variables(environment: ImmutableSandboxedEnvironment, source: str) -> set[str]:
+def _variables(environment: LimitedEnvironment, source: str) -> set[str]:
     """What the template reads and does not set itself."""
     return meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys()
 

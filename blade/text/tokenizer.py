@@ -9,9 +9,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from blade.errors import RequestError
+from blade.errors import CheckpointError, RequestError
 from blade.text.token_bytes import TokenBytes
 from blade.text.unused import unused_chars
+
+_REMEDY = "Fetch the model's tokenizer anew, or pass --tokenizer-dir with a folder that holds a sound one."
+MOST_CONTROL = 1024  # characters of a control token: all its parts are looked for in what requests say
 
 
 def load_tokenizer(path: Path, gguf_metadata: Mapping[str, Any] | None = None) -> HFTokenizer:
@@ -31,7 +34,8 @@ class HFTokenizer:
     """contracts.Tokenizer. Threads may share it: after construction nothing changes but a cache."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Seq[int], bos_token: str | None = None) -> None:
-        """BOS and EOS are control tokens even where the files forgot to say so."""
+        """BOS and EOS are control tokens even where the files forgot to say so. Raises CheckpointError for one that is
+        too long, and for a tokenizer that no text gets through."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _mark_special(tokenizer, [bos_token, *map(tokenizer.id_to_token, eos_token_ids)])
@@ -39,10 +43,16 @@ class HFTokenizer:
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = max(tokenizer.get_vocab_size(), max(added, default=-1) + 1)
         self.control_tokens: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
+        if (longest := max(map(len, self.control_tokens), default=0)) > MOST_CONTROL:
+            raise CheckpointError(
+                f"The tokenizer has a control token of {longest} characters, and blade takes {MOST_CONTROL} at most.",
+                _REMEDY,
+            )
         self._control_bytes = {i: text.encode() for text, i in self.control_tokens.items()}
         self._token_bytes = TokenBytes(tokenizer)
         self._with_control = tokenizer
         self._plain = _twin(tokenizer)
+        _check_sound(self._with_control, self._plain)
 
     def difference(self, other: HFTokenizer) -> str | None:
         """The first id that stands for one thing here and for another there, in words; None where all that both have
@@ -99,6 +109,17 @@ def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -
         return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
     except TypeError:
         raise RequestError("The text holds half a surrogate pair, which is no character.") from None
+
+
+def _check_sound(*tokenizers: Tokenizer) -> None:
+    """The library takes parts that it then panics over, whatever the text, and a panic is no Exception."""
+    try:
+        for tokenizer in tokenizers:
+            tokenizer.encode_batch(["Hello, world 1"], add_special_tokens=True)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"The tokenizer cannot encode so much as a greeting: {error}.", _REMEDY) from error
 
 
 def _mark_special(tokenizer: Tokenizer, texts: Iterable[str | None]) -> None:

@@ -120,7 +120,7 @@ def test_windows() -> None:
         ({"architectures": []}, "architectures must be a list of strings"),
         ({"max_position_embeddings": None}, "config.json has no max_position_embeddings"),
         ({"rope_theta": -1}, "rope_theta must be a positive number"),
-        ({"rope_parameters": {"rope_theta": 1}}, "rope_parameters.rope_theta must be above 1, not 1"),
+        ({"rope_parameters": {"rope_theta": 1}}, "rope_theta must be above 1 and at most 1e+15, not 1"),
         ({"rope_parameters": [1]}, "rope_parameters must be an object"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters must be one rope for all layers"),
         (
@@ -129,15 +129,21 @@ def test_windows() -> None:
         ),
         ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.type must be one of"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no rope_scaling.factor"),
-        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor must be a positive number"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor must be at least 1, not 0.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor must be a number from 1"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "rope_scaling.factor must be a number from 1 to 1000000, not 0.5",
+        ),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "config.json has no rope_scaling.low_freq_factor"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "rope_scaling.high_freq_factor must be at least"),
         (
             {"rope_scaling": LONG | {"long_factor": [1.0]}},
             "rope_scaling.long_factor must be a number for each of 8 pairs",
         ),
-        ({"rope_scaling": LONG | {"short_factor": [0] * 8}}, "rope_scaling.short_factor must be a list of positive"),
+        (
+            {"rope_scaling": LONG | {"short_factor": [0] * 8}},
+            "rope_scaling.short_factor must be a list of numbers from",
+        ),
         ({"rope_scaling": LONG | {"long_mscale": 1.2}}, "rope_scaling.long_mscale must be absent"),
         ({"dual_chunk_attention_config": {"chunk_size": 64}}, "has no dual_chunk_attention_config.local_size"),
         (

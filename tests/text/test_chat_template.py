@@ -163,6 +163,9 @@ def test_a_refusal_of_the_template_is_shown() -> None:
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{% for i in range(1000000) %}{% endfor %}",
+        "{{ lipsum(n=10**9) }}",
+        "{{ '{0.__class__.__mro__[1]}'.format('') }}",
+        "{{ cycler.__init__.__globals__ }}{{ cycler.__init__.__globals__.os }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% include 'secret' %}",
     ],
@@ -180,15 +183,87 @@ def test_output_and_time_are_bounded() -> None:
             ChatTemplate(loop, **bound).render(USER)
 
 
+GROWING = "{% set ns = namespace(x='a', l=['a']) %}{% for i in range(99) %}STEP{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{% set x = f(n - 1) %}{% set y = f(n - 1) %}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set a = range(99999) | list %}{{ a | select('in', a) | list | length }}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ 10 ** 10 * [0] }}",
+        "{% set ns = namespace(x=3) %}{% for i in range(90) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        GROWING.replace("STEP", "{% set ns.x = ns.x ~ ns.x %}"),
+        GROWING.replace("STEP", "{% set ns.x = ns.x + ns.x %}"),
+        GROWING.replace("STEP", "{% set ns.x = ns.x.replace('a', 'aa') %}"),
+        GROWING.replace("STEP", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+        GROWING.replace("STEP", "{% set ns.l = ns.l + ns.l %}"),
+        GROWING.replace("STEP", "{% set ns.l = ns.l + ['x' * 9999999] %}"),
+        *(
+            GROWING.replace("STEP", "{% set ns.l = [ns.l, ns.l] %}") + use
+            for use in (
+                "{{ ns.l }}",
+                "{{ ns.l | tojson }}",
+                "{{ ns.l ~ '' }}",
+                "{{ ns.l | trim }}",
+                "{{ '%s' % ns.l }}",
+            )
+        ),
+        "{{ 'x' | center(10 ** 10) }}",
+        "{{ 'x'.ljust(10 ** 10) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' | format(9999999999, 1) }}",
+        "{{ '{:>9999999999}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 9999999999) }}",
+        "{{ messages | tojson(indent=10 ** 10) }}",
+        "{{ range(99999) | join('x' * 9999999) }}",
+        "{{ [['x'] * 99999] * 99999 | sum(start=[]) }}",
+    ],
+)
+def test_templates_take_neither_all_time_nor_all_memory(source: str) -> None:
+    template = ChatTemplate(source, max_seconds=0.1)  # nothing of it is evaluated here
+    with pytest.raises(RequestError, match="too much for the chat template"):
+        template.render(USER)
+
+
+def test_what_real_templates_do_is_within_limits() -> None:
+    source = (
+        "{% macro show(m) %}{{ m.role | upper }}: {{ m.content | replace('<think>', '') | trim }}{% endmacro %}"
+        "{% for m in messages[1:] if m.role == 'user' %}{{ loop.index }}/{{ loop.length }} {{ show(m) }}"
+        "{% set shout %}{{ m.content }}!{% endset %}{{ shout ~ '%s' % 1 ~ '-' * 3 ~ '{:>3}'.format(7) }}"
+        "{{ ['a', m.content.split('>')[-1][:4]] | join(', ') }}{% endfor %}{{ tools | tojson(indent=2) }}"
+        "{{ messages | map(attribute='role') | unique | list }}{{ [1, 2] | sum }}"
+    )
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "<think>hello " + "y" * 10**6}]
+    text = ChatTemplate(source).render(messages, tools=[{"a": 1}])
+    assert text.startswith("1/1 USER: hello yyy")
+    assert text.endswith("y!1---  7a, hell[\n  {\n    \"a\": 1\n  }\n]['system', 'user']3")
+
+
 def test_a_template_of_its_own_for_tools() -> None:
     template = ChatTemplate("plain", tool_source="with {{ tools[0].name }}")
     assert template.render(USER) == template.render(USER, tools=[]) == "plain"
     assert template.render(USER, tools=[{"name": "f"}]) == "with f"
 
 
-def test_malformed_templates_are_refused_at_the_start() -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+        "{{ " + "9" * 5000 + " }}",
+        "{{ 1" + " + 1" * 5000 + " }}",
+    ],
+    ids=["syntax", "brackets", "loops", "digits", "sums"],
+)
+def test_malformed_templates_are_refused_at_the_start(source: str) -> None:
     with pytest.raises(CheckpointError, match=r"x\.jinja is not a valid Jinja template"):
-        ChatTemplate("{% if %}", name="x.jinja")
+        ChatTemplate(source, name="x.jinja")
 
 
 @pytest.mark.parametrize(

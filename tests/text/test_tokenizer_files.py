@@ -200,3 +200,35 @@ def test_other_decoders_are_refused(decoder: decoders.Decoder | None) -> None:
     tokenizer.decoder = decoder
     with pytest.raises(CheckpointError, match="decoder"):
         HFTokenizer(tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            },
+        ),
+    ],
+)
+def test_a_tokenizer_that_no_text_gets_through_is_refused(folder: Path, part: str, value: Any) -> None:
+    """The library reads such files, and panics over texts."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {part: value}))
+    with pytest.raises(CheckpointError, match=r"tokenizer.*Fetch|tokenizer\.json is no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_control_token_of_a_million_characters_is_refused(folder: Path) -> None:
+    """All its parts would be looked for in what requests say."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [{**content["added_tokens"][0], "id": 4000, "content": "x" * 10**6, "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="a control token of 1000000 characters, and blade takes 1024 at most"):
+        load_tokenizer(folder)

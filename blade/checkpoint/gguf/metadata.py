@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,9 +32,10 @@ class Metadata(CheckedValues):
     def has(self, key: str) -> bool:
         return self._full(key) in self.values
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """Finite and above 0, with the seven digits that a float32 holds: 1e-06, not 9.99999997e-07."""
-        return float(f"{super(Metadata, self).number(key, default):.7g}")  # a dataclass with slots: no bare super()
+    def number(self, key: str, default: float | None = None, minimum: float = 0.0, maximum: float = math.inf) -> float:
+        """As it says, with the seven digits that a float32 holds: 1e-06, not 9.99999997e-07."""
+        value = super(Metadata, self).number(key, default, minimum, maximum)  # a dataclass with slots: no bare super()
+        return float(f"{value:.7g}")
 
     def array(self, key: str, kind: type) -> list[Any]:
         """Empty when absent. GGUF's arrays are of one kind, so the first item tells that of all."""
