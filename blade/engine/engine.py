@@ -79,6 +79,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[int, OutputStream] = {}
         self._closed = False  # nothing is taken in any more
+        self._ended = False  # the thread has said its last word
         self._stall_reported: float | None = None  # start of the step whose stall is in the log
         self._num_submitted = 0  # not yet seen by the engine thread; counts towards the queue's bound
         self._stats = EngineStats(blocks_total=blocks.num_blocks, blocks_free=blocks.num_blocks)
@@ -129,7 +130,7 @@ class Engine:
             self._stall_reported = busy_since
             log.error("a step has taken longer than %g s; where every thread is:", self.config.stall_seconds)
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-        return self._thread.is_alive() and not stalled
+        return self._thread.is_alive() and not self._ended and not stalled
 
     def stop(self) -> None:
         """Finish every sequence with "abort" after the step under way, and end the thread. Returns at once."""
@@ -167,7 +168,7 @@ class Engine:
 
     def _close(self, reason: FinishReason, error: Exception | None) -> None:
         """The engine thread's last word: also for those whose Submit it has not seen."""
-        self._closed = True
+        self._closed = self._ended = True
         for stream in {id(stream): stream for stream in self._streams.values()}.values():
             stream.end(reason, error)
         self._streams.clear()
