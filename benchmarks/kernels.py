@@ -37,6 +37,7 @@ from blade_native.simd.attention import SimdAttention
 from blade_native.simd.library import load
 from blade_native.simd.limits import peak_flops, read_bandwidth, uncached_bytes
 from blade_native.simd.ops import SimdOps
+from blade_rtn.int4 import nest_int4
 
 LINEARS = {"qkv": (1152, 896), "o": (896, 896), "gate_up": (9728, 896), "down": (896, 4864), "lm_head": (151936, 896)}
 KV_BYTES = 128 << 20  # of layers that take turns, so that no cache of a core holds them
@@ -83,12 +84,15 @@ def rotate(calls: list[Callable[[], object]]) -> Call:
 
 
 def quantized(name: str, n: int, k: int) -> QuantizedWeight:
-    """Random weights in a format of FORMATS. int4 has codes of scales and minima, and what they count, per channel."""
+    """Random weights in a format of FORMATS. int4 is nested in bytes, as `--quantize int4` makes it of floats."""
+    if name == "int4":
+        with torch.inference_mode(False):  # threads of their own round
+            return nest_int4(torch.randn(n, k), FORMATS[name][1])
     if name == "fp8":
         q = (torch.randn(n, k) * 64).to(torch.float8_e4m3fn)
         return Float8Weight(q, torch.rand(-(-n // 128), -(-k // 128)) / 1000, (128, 128))
     bits, group = FORMATS[name]
-    groups, blocks = k // group, 1 if name == "int4" else k // (256 if k % 256 == 0 else 128)
+    groups, blocks = k // group, k // (256 if k % 256 == 0 else 128)
     q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     if name in ("int8", "q8_0", "q4_0"):
         return GroupedWeight(bits, group, q, torch.rand(n, groups).half() / 100)
