@@ -124,7 +124,6 @@ INLINE F load_nibbles(const void* p, bool high) {
     W w = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm512_cvtepi32_ps(high ? _mm512_srli_epi32(w, 4) : _mm512_and_si512(w, _mm512_set1_epi32(15)));
 }
-INLINE I add_ints(I x, I y) { return _mm512_add_epi32(x, y); }
 INLINE W mul_shorts(W x, W y) { return _mm512_mullo_epi16(x, y); }  // the low halves of the products
 INLINE W add_bytes(W x, W y) { return _mm512_add_epi8(x, y); }
 INLINE W even_bytes(W w) { return _mm512_and_si512(w, _mm512_set1_epi16(0xff)); }
