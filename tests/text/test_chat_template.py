@@ -266,6 +266,12 @@ def test_malformed_templates_are_refused_at_the_start(source: str) -> None:
         ChatTemplate(source, name="x.jinja")
 
 
+def test_templates_that_would_take_long_to_compile_are_refused() -> None:
+    for sources in (("{{ a }}" * 10_000, None), ("x" * 40_000, "y" * 40_000)):
+        with pytest.raises(CheckpointError, match=r"x\.jinja has \d+ characters.*--chat-template"):
+            ChatTemplate(sources[0], tool_source=sources[1], name="x.jinja")
+
+
 @pytest.mark.parametrize(
     ("files", "text"),
     [
