@@ -63,9 +63,10 @@ fuzz-gguf num="2000" *cases:
 fuzz-files num="2000" *cases:
     PYTHONPATH=tests python tests/formats/file_mutations.py {{ num }} {{ cases }}
 
-# GGUF files with each key of the metadata at odd values (all of them; num: every so manieth)
-fuzz-values num="1" *cases:
-    PYTHONPATH=tests python tests/models/gguf_values.py {{ num }} {{ cases }}
+# GGUF files, and JSON files beside the weights, with each key at odd values (all of them; num: every so manieth)
+fuzz-values num="1":
+    PYTHONPATH=tests python tests/models/gguf_values.py {{ num }}
+    PYTHONPATH=tests python tests/formats/file_values.py {{ num }}
 
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:

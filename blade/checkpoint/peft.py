@@ -31,6 +31,7 @@ Number = TypeVar("Number", int, float)
 log = logging.getLogger("blade.lora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 1024
+MOST_SCALE = 1e6  # far beyond any, and far within what float32 holds
 KINDS = ("gate_up_proj", "down_proj")  # of the parameters that all experts of a layer are in
 UNSERVED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "kasa_config", "arrow_config")
 _NAME = re.compile(
@@ -161,7 +162,7 @@ def _scale(path: Path, prefix: str, rank: int, config: AdapterConfig) -> float:
             "Fetch both files again.",
         )
     scale = config.scale(prefix, rank) if 1 <= rank <= MOST_RANK else math.nan
-    if not math.isfinite(scale):
+    if not abs(scale) <= MOST_SCALE:
         raise CheckpointError(f"{path}: the scale of {prefix!r}, of rank {rank}, is {scale}.")
     return scale
 

@@ -27,8 +27,7 @@ def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None, P
     tokenizer, unusual = _read_tokenizer(folder)
     special_tokens = read_special_tokens(folder)
     bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
-    config = read_json(folder / "tokenizer_config.json")
-    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
+    add_bos, add_eos = _flags(folder / "tokenizer_config.json", "add_bos_token", "add_eos_token")
     if add_bos is not None or add_eos is not None:  # that outweighs tokenizer.json, as in transformers
         surround(tokenizer, bos if add_bos else None, eos if add_eos else None)
     return tokenizer, _eos_token_ids(folder, tokenizer, eos), bos, unusual
@@ -90,10 +89,25 @@ def _convert(folder: Path, names: tuple[str, ...]) -> Tokenizer:
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
     """{"bos_token": "<s>", ...}; in the files a value is a string or an object with `content`."""
-    merged = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-    named = {name: value for name, value in merged.items() if name.endswith("_token")}
+    return {**_special_tokens(folder / "special_tokens_map.json"), **_special_tokens(folder / "tokenizer_config.json")}
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """Without those that are null or no texts; of BOS and EOS texts depend on it that they are."""
+    named = {name: value for name, value in read_json(path).items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    for name in ("bos_token", "eos_token"):
+        if named.get(name) is not None and not isinstance(texts[name], str):
+            raise CheckpointError(f"{path}: {name} is {named[name]!r:.60}, neither a text nor null.", _REMEDY)
     return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _flags(path: Path, *names: str) -> list[bool | None]:
+    values = read_json(path)
+    for name in names:
+        if not isinstance(values.get(name), bool | None):
+            raise CheckpointError(f"{path}: {name} is {values[name]!r:.60}, neither true nor false.", _REMEDY)
+    return [values.get(name) for name in names]
 
 
 def _eos_token_ids(folder: Path, tokenizer: Tokenizer, eos: str | None) -> tuple[int, ...]:

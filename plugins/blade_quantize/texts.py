@@ -79,6 +79,7 @@ def _texts(source: str, lines: list[str]) -> Iterator[str]:
             continue
         try:
             entry = json.loads(line)
+            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):

@@ -45,7 +45,7 @@ def start(folder: Path) -> None:
     """All that a start does, and a step."""
     assembly = assembled(folder)
     check_shapes(assembly)
-    logits(assembly)
+    logits(replace(assembly, max_context=min(assembly.max_context, MAX_CONTEXT)))
 
 
 def load(folder: Path) -> None:

@@ -135,6 +135,7 @@ A, B = torch.zeros(8, 16), torch.zeros(32, 8)
             "pattern 'd.*' in rank_pattern is not served where experts are",
         ),
         ({"A": A, "B": B}, {"rank_pattern": {"experts.down_proj": 1}}, "each is of rank 1"),
+        ({"A": A, "B": B}, {"lora_alpha": 1e308}, "the scale of .*, of rank [0-9]+, is [0-9.]+e\\+307"),
         ({"A": A, "B": B}, {"r": 0}, "the scale of 'model.layers.0.mlp.experts.gate_up_proj', of rank 0, is nan"),
         (
             {"A": A[:, :8], "B": B},

@@ -113,6 +113,8 @@ def test_windows() -> None:
         ({"intermediate_size": 96.0}, "intermediate_size must be"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of the 4 attention heads, not 3"),
         ({"num_attention_heads": 128}, "head_dim must be"),
+        ({"num_attention_heads": 2**31 - 1}, "num_attention_heads must be an integer from 1 to 1048576"),
+        ({"head_dim": 2**31 - 1}, "head_dim must be an integer from 1 to 262144"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, not 'gelu'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, not nan"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be"),

@@ -141,6 +141,7 @@ def bad_lines(line: str) -> Callable[[Path], dict[str, Any]]:
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no JSON": (bad_lines("text"), "line 2 is no JSON object with a text"),
     "no text": (bad_lines('{"content": "x"}'), "line 2 is no JSON object with a text"),
+    "half a pair": (bad_lines('{"text": "\\ud800"}'), "line 2 is no JSON object with a text"),
     "no object": (bad_lines('["x"]'), "line 2 is no JSON object with a text"),
     "no file": (lambda path: {"algo": "gptq", "calibration": path / "none"}, "none cannot be read: No such file"),
     "no texts": (lambda path: {"algo": "gptq", "calibration": Path(os.devnull)}, "holds no texts"),

@@ -185,6 +185,9 @@ def test_unusable_folders_are_named(tmp_path: Path, files: dict[str, str], names
         ("generation_config.json", "{", "generation_config.json is not a JSON object"),
         ("generation_config.json", '{"eos_token_id": ["7"]}', "generation_config.json: eos_token_id"),
         ("generation_config.json", '{"eos_token_id": 1099511627776}', "generation_config.json: eos_token_id"),
+        ("tokenizer_config.json", '{"add_bos_token": "no"}', "tokenizer_config.json: add_bos_token is 'no'"),
+        ("tokenizer_config.json", '{"eos_token": ["</s>"]}', "tokenizer_config.json: eos_token is"),
+        ("special_tokens_map.json", '{"bos_token": {"content": 7}}', "special_tokens_map.json: bos_token is"),
         ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<none>"}', "'<none>'"),
     ],
 )
