@@ -47,7 +47,10 @@ def test_layers_may_attend_to_all() -> None:
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"head_dim": 127}, "head_dim must be even"),
+        (
+            {"head_dim": 127, "rope_scaling": {"partial_rotary_factor": 126.5 / 127}},
+            "text_config.head_dim must be even",
+        ),
         ({"no_rope_layers": [1, 0]}, "text_config.no_rope_layers"),
         ({"num_experts_per_tok": 17}, "text_config.num_experts_per_tok"),
         ({"layer_types": ["sliding_attention"] * 48}, "text_config.layer_types"),
