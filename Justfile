@@ -1,6 +1,6 @@
 # What a contributor runs. `just` alone lists it.
 
-fault_suites := "tests/native_cuda/test_faults.py:MATMUL tests/native_cuda/test_attention_faults.py:DECODE tests/native_cuda/test_attention_faults.py:PREFILL tests/native_cuda/test_attention_faults.py:TREES tests/native_cuda/test_attention_faults.py:STORE tests/native_cuda/test_attention_mode_faults.py:PAGES tests/native_cuda/test_attention_mode_faults.py:CODES tests/native_cuda/test_attention_mode_faults.py:OUTPUTS tests/native_cuda/test_faults_ops.py:ROWS tests/native_cuda/test_faults_ops.py:LINEAR tests/native_cuda/test_faults_ops.py:SELECT tests/native_cuda/test_faults_ops.py:DELTA"
+fault_suites := "tests/native_cuda/test_faults.py:MATMUL tests/native_cuda/test_attention_faults.py:DECODE tests/native_cuda/test_attention_faults.py:PREFILL tests/native_cuda/test_attention_faults.py:TREES tests/native_cuda/test_attention_faults.py:STORE tests/native_cuda/test_attention_dual_chunk_faults.py:DECODE tests/native_cuda/test_attention_dual_chunk_faults.py:PREFILL tests/native_cuda/test_attention_dual_chunk_faults.py:STORE tests/native_cuda/test_attention_mode_faults.py:PAGES tests/native_cuda/test_attention_mode_faults.py:CODES tests/native_cuda/test_attention_mode_faults.py:OUTPUTS tests/native_cuda/test_faults_ops.py:ROWS tests/native_cuda/test_faults_ops.py:LINEAR tests/native_cuda/test_faults_ops.py:SELECT tests/native_cuda/test_faults_ops.py:DELTA"
 sanitized := "-m pytest tests/native_cuda -k 'not fault and not nvrtc' -p no:cacheprovider --capture=sys -o timeout=3600"
 
 _default:

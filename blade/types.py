@@ -212,6 +212,7 @@ class KVSpec:
     block_size: int = 16  # tokens per block
     storage: str | None = None  # what K and V are rounded to: one of the attention's kv_storages. None: kept in dtype
     trees: bool = False  # whether steps over it may have drafts that are trees
+    dual_chunks: bool = False  # whether all that attends to it does so in dual chunks
 
 
 @dataclass(slots=True, frozen=True)

@@ -52,6 +52,7 @@ class Assembly:
             block_size=self.config.engine.block_size,
             storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
             trees=self.drafts_trees,
+            dual_chunks=model.dual_chunks is not None and self.max_context > model.dual_chunks.num_undivided,
         )
 
     @property
