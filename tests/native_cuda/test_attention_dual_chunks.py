@@ -37,7 +37,7 @@ from .attention_world import (
 
 CHUNKS = [DualChunks(48, 64), DualChunks(13, 25), DualChunks(1, 1), DualChunks(256, 511)]
 PLAIN, SIMT = Shape(BF16, None, 64), Shape(F32, None, 64)
-RELATED = [Shape(F16, INT8, 128), Shape(BF16, FP8, 256), Shape(BF16, "int4_affine", 96), Shape(F32, "mix_i8i4", 80)]
+RELATED = [Shape(F16, INT8, 128), Shape(BF16, FP8, 128), Shape(BF16, "int4_affine", 96), Shape(F32, "mix_i8i4", 80)]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_trees(kernels: AttentionKernels, shape: Shape, chunks: DualChunks) -> N
 
 @pytest.mark.parametrize("shape", [PLAIN, SIMT, RELATED[0], RELATED[3]], ids=str)
 def test_results_are_those_of_the_torch_twin(kernels: AttentionKernels, shape: Shape) -> None:
-    """Over several steps: a prompt in two parts, a verification across a border, a decode, of a rotary part of heads."""
+    """A prompt in two parts, a verification across a border, a decode, of a rotary part of heads."""
     w = world(kernels, shape, (6, 2), [120, 70], CHUNKS[0], rotary_dim=32)
     twin = PagedAttention(torch.device("cpu"))
     (twin_kv,) = twin.allocate(w.spec, int(w.whole.block_tables.max()) + 1)
@@ -195,7 +195,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_the_device(kernels: Attention
 def test_captured_decodes_replay_with_other_lengths(
     kernels: AttentionKernels, shape: Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replay finds other lengths and positions, in other chunks than those it was captured with, and padding."""
+    """A replay finds other lengths and positions than those it was captured with, and padding."""
     kept, partials, attend = [], attention_module._partials, attention_module.CudaAttention._attend
 
     def keep(attention: object, q: Tensor, *args: object) -> Tensor:
@@ -241,7 +241,7 @@ def test_kernels_are_there_at_start_where_the_spec_says_so(kernels: AttentionKer
 
 
 def test_what_the_kernels_do_not_have_is_served_by_torch_or_refused(kernels: AttentionKernels) -> None:
-    wide = replace(kv_spec(Shape(F16, "int4_affine", 256), 1, (4, 2), 16), dual_chunks=True)
+    wide = replace(kv_spec(Shape(F16, None, 256), 1, (4, 2), 16), dual_chunks=True)
     (layer_kv,) = attention(kernels).allocate(wide, 1)
     assert not isinstance(layer_kv, LayerKV)
     w = world(kernels, PLAIN, (4, 2), [70], CHUNKS[1])

@@ -46,14 +46,10 @@ def shape_of(spec: KVSpec) -> Shape | None:
         and spec.num_heads % spec.num_kv_heads == 0
         and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
         and spec.storage in (None, *MODES)
-        and (spec.head_dim <= 128 or spec.storage not in _too_wide(spec))
+        # Beside heads of 256 neither sums for middles nor what dual chunks take would fit into registers.
+        and (spec.head_dim <= 128 or not (spec.storage == "int8_affine" or spec.dual_chunks))
     )
     return Shape(dtype, spec.storage, spec.head_dim) if covered else None
-
-
-def _too_wide(spec: KVSpec) -> tuple[str, ...]:
-    """Storages in which heads of 256 would not fit into registers, for they keep sums for middles."""
-    return ("int8_affine", "int4_affine") if spec.dual_chunks else ("int8_affine",)
 
 
 def layer_block_bytes(spec: KVSpec, shape: Shape) -> int:
@@ -99,9 +95,9 @@ class LayerKV:
 
 
 class CudaAttention:
-    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes, and heads of
-    256 in "int8_affine" (in dual chunks "int4_affine" too), are allocated and served by `base`. The cache is rounded to any of kv_codes.py's modes;
-    "fp8_e4m3" has no scales here.
+    """Kernels for head dimensions 64, 80, 96, 128, 256 and blocks of 16, 32, 64 tokens; other shapes, and heads of 256
+    in "int8_affine" or in dual chunks, are allocated and served by `base`. The cache is rounded to any of kv_codes.py's
+    modes; "fp8_e4m3" has no scales here.
 
     A row's result depends neither on the batch beside it nor on the device. Nothing waits for the device. A captured
     step of decodes may be replayed with any lengths up to those it was captured with; a sequence of length 0 gets 0.
@@ -183,7 +179,9 @@ class CudaAttention:
         queries = q.new_empty((3, *q.shape))
         shifts = torch.empty(queries.shape[:3], device=q.device) if layer_kv.shape.related else None
         arguments |= {"queries": queries, "shifts": shifts, "farthest": chunks.farthest}
-        _store(layer_kv.attending(DUAL).store, plan, layer_kv, 3 * num_heads, arguments)
+        store = layer_kv.attending(DUAL).store
+        assert store is not None  # see Shape.expressions
+        _store(store, plan, layer_kv, 3 * num_heads, arguments)
         more = {
             "ancestors": batch.ancestors,
             "shifts": shifts,

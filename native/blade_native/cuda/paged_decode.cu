@@ -12,11 +12,11 @@ struct DecodeRing {
 // check: paged_decode{, _trees, _dual}<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 69632 | blocks 2 | blocks@86,89,120 1
 // check: paged_decode{_trees, , _dual}<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 69632 | blocks 2 | blocks@86,89,120 1
 // check: paged_decode{_dual, , _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 37888 | blocks 2
-// check: paged_decode{, _trees, _dual}<__nv_bfloat16, __nv_bfloat16, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
-// check: paged_decode{_trees, , _dual}<__half, __half, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
-// check: paged_decode{, _trees, _dual}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 64 | registers 255 | shared 51712 | blocks 3 | blocks@86,89,120 1
+// check: paged_decode{, _trees}<__nv_bfloat16, __nv_bfloat16, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
+// check: paged_decode{_trees, }<__half, __half, 256> | threads 64 | registers 255 | shared 83968 | blocks 1
+// check: paged_decode{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 64 | registers 255 | shared 51712 | blocks 3 | blocks@86,89,120 1
 // check: paged_decode{, _trees, _dual}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {128, 64, 80, 96}> | threads 128 | registers 168 | shared 38912 | blocks 2
-// check: paged_decode{, _trees, _dual}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 64 | registers 255 | shared 52224 | blocks 3 | blocks@86,89,120 1
+// check: paged_decode{, _trees}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 64 | registers 255 | shared 52224 | blocks 3 | blocks@86,89,120 1
 template <class T, class S, int D, class Args>
 __device__ __forceinline__ void decode(const Args& args) {
   using Rows = MmaRows<T, S, D, 16>;

@@ -14,12 +14,11 @@ struct PrefillRing {
 // check: paged_prefill{, _trees, _dual}<__nv_bfloat16, __nv_bfloat16, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
 // check: paged_prefill{_trees, , _dual}<__half, __half, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 69632 | blocks 2 | blocks@86,89,120 1
 // check: paged_prefill{_dual, , _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
-// check: paged_prefill{, _trees, _dual}<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
-// check: paged_prefill{_trees, , _dual}<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
-// check: paged_prefill{, _trees, _dual}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill{, _trees}<__nv_bfloat16, __nv_bfloat16, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill{_trees, }<__half, __half, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
+// check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {signed char, __nv_fp8_e4m3}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
 // check: paged_prefill{, _trees, _dual}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {128, 64, 80, 96}> | threads 128 | registers 255 | shared 35328 | blocks 2
 // check: paged_prefill{, _trees}<{__nv_bfloat16, __half}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
-// check: paged_prefill_dual<{__nv_bfloat16, __half}, {kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 128 | registers 255 | shared 100864 | blocks 1
 template <class T, class S, int D, class Args>
 __device__ __forceinline__ void prefill(const Args& args) {
   constexpr int WARPS = PrefillRing<S, D>::WARPS, KEYS = PrefillRing<S, D>::KEYS, STAGES = PrefillRing<S, D>::STAGES;
@@ -98,10 +97,6 @@ __device__ __forceinline__ void prefill(const Args& args) {
         const int first = begin + tile * KEYS;
         if (first >= any_to || first + KEYS <= any_from || num_rows <= 0) continue;
         const bool masked = first < all_from || first + KEYS > min(all_to, end);
-        if constexpr (DUAL<Args> && D > 128) {  // there are no registers to remember them
-          if (masked)
-            for (int h = 0; h < 2; ++h) sights[h] = find_sight(args, seq, first_row + rows.g + 8 * h, behind);
-        }
         rows.template attend<TREES<Args>>(stage, first, masked, sights, first_position, args.scale_log2);
       }
       ptx::cp_async_wait<0>();
