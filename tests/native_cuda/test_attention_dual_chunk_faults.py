@@ -31,7 +31,7 @@ def run(launcher: Launcher, source: Path, kv_lens: list[int], owed: list[int], t
 
 def run_decode(launcher: Launcher, source: Path) -> None:
     """Two chunks of keys; a tree and a verification across a border of positions."""
-    run(launcher, source, [300, 91, 90], [1, 6, 4], [-1, 0, -1, 2, 3])
+    run(launcher, source, [300, 47, 90], [1, 6, 4], [-1, 0, -1, 2, 3])
 
 
 def run_prefill(launcher: Launcher, source: Path) -> None:

@@ -179,9 +179,7 @@ class CudaAttention:
         queries = q.new_empty((3, *q.shape))
         shifts = torch.empty(queries.shape[:3], device=q.device) if layer_kv.shape.related else None
         arguments |= {"queries": queries, "shifts": shifts, "farthest": chunks.farthest}
-        store = layer_kv.attending(DUAL).store
-        assert store is not None  # see Shape.expressions
-        _store(store, plan, layer_kv, 3 * num_heads, arguments)
+        _store(cast("Kernel", layer_kv.attending(DUAL).store), plan, layer_kv, 3 * num_heads, arguments)
         more = {
             "ancestors": batch.ancestors,
             "shifts": shifts,
