@@ -100,7 +100,7 @@ def runnable_levels(cxx: str) -> list[str]:
 
 
 def can_compile(cxx: str, level: str) -> bool:
-    """Whether the compiler and its assembler know the level: AMX came to them (GCC 11, binutils 2.35) after all others."""
+    """Whether the compiler and its assembler know the level, which those that are older than AMX need not."""
     if level != "amx":
         return True
     with tempfile.TemporaryDirectory() as scratch:

@@ -305,8 +305,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Library:
         level = next(level for level in runnable if build.is_current(level))
         if level != runnable[0]:
             log.warning(
-                "The CPU kernels were compiled on a machine without %s, which this one has, or by a compiler that does not "
-                "know it. Build them here: python -m blade_native.simd.build",
+                "The CPU kernels were compiled on a machine without %s, which this one has, or by a compiler that does "
+                "not know it. Build them here: python -m blade_native.simd.build",
                 runnable[0],
             )
     if level not in runnable:
