@@ -1,8 +1,8 @@
 """The AVX-512 and AMX kernels for tests on a machine without: ``python -m blade_native.simd.emulated [level ...]``.
 
 The same sources, with plain C++ in place of the tile instructions (cpu/emulated/amx.h) and, where the machine lacks
-AVX-512, SIMDe in place of its intrinsics (cpu/emulated/avx512.h), compiled for AVX2. That needs SIMDe's headers, Debian's
-libsimde-dev. What the compiler would make of real AVX-512 is not tested by it, nor is the inline assembly.
+AVX-512, SIMDe in place of its intrinsics (cpu/emulated/avx512.h), compiled for AVX2. That needs SIMDe's headers,
+Debian's libsimde-dev. What the compiler would make of real AVX-512 is not tested by it, nor is the inline assembly.
 """
 
 from __future__ import annotations
