@@ -34,8 +34,13 @@ docs:
 
 # The AVX-512 kernels on a machine without AVX-512, through SIMDe (many minutes; Debian: libsimde-dev)
 avx512-check:
-    python -m blade_native.simd.emulated
+    python -m blade_native.simd.emulated avx512bf16 avx512vnni avx512
     BLADE_CPU_EMULATE=1 pytest tests/native_cpu -k avx512 -o timeout=3600
+
+# The AMX kernels on a machine without AMX, whose instructions plain C++ stands in for (minutes; without AVX-512 as above)
+amx-check:
+    python -m blade_native.simd.emulated amx
+    BLADE_CPU_EMULATE=1 pytest tests/native_cpu -k amx -o timeout=3600
 
 # The CUDA kernels without a device: limits on all architectures, sanitizers, injected faults (many minutes)
 cuda-check:

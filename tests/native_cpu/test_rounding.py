@@ -27,7 +27,7 @@ def weights_of(kind: str) -> Tensor:
 
 
 def twin_of(ops: SimdOps, bits: int) -> Callable[[Tensor, int], GroupedWeight]:
-    nests = ops.library.level in ("avx512vnni", "avx512bf16")
+    nests = ops.library.level in ("avx512vnni", "avx512bf16", "amx")
     return quantize_int8 if bits == 8 else nest_int4 if nests else quantize_int4
 
 

@@ -41,7 +41,14 @@ constexpr bool NESTS = true;  // an instruction multiplies bytes as fast as it w
 #else
 constexpr bool NESTS = false;
 #endif
-#ifdef __AVX512BF16__
+#ifdef __AMX_TILE__
+constexpr bool AMX = true;  // tile instructions multiply integers of 8 bits, and bf16 (amx_tile.h)
+#else
+constexpr bool AMX = false;
+#endif
+constexpr int AMX_ROWS = 32;   // of a tile of activations: two registers of sixteen
+constexpr int AMX_WORDS = 16;  // of K, that a register holds
+#if defined(__AVX512BF16__) || defined(__AMX_TILE__)
 constexpr bool WIDENS_BF16 = false;
 #else
 constexpr bool WIDENS_BF16 = true;  // no instruction multiplies bf16: both operands become floats

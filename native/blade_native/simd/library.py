@@ -16,7 +16,7 @@ from blade_native.simd.memory import Regions
 
 log = logging.getLogger("blade.native")
 
-MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")  # as blade_machine_level counts them
+MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")  # as blade_machine_level counts them
 
 
 class Unavailable(ConfigError):
@@ -290,9 +290,8 @@ def open_library(level: str) -> ctypes.CDLL:
 def runnable_levels() -> list[str]:
     """Levels this machine can run, best first."""
     portable = open_library("portable")
-    levels = list(reversed(MACHINE_LEVELS[: portable.blade_machine_level() + 1]))
-    best = MACHINE_LEVELS[portable.blade_best_level()]
-    return [best, *(level for level in levels if level != best)]
+    runnable = range(portable.blade_machine_level() + 1)
+    return [MACHINE_LEVELS[i] for i in sorted(runnable, key=portable.blade_level_rank, reverse=True)]
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Library:
@@ -306,8 +305,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Library:
         level = next(level for level in runnable if build.is_current(level))
         if level != runnable[0]:
             log.warning(
-                "The CPU kernels were compiled on a machine without %s, which this one has. Build them here: "
-                "python -m blade_native.simd.build",
+                "The CPU kernels were compiled on a machine without %s, which this one has, or by a compiler that does "
+                "not know it. Build them here: python -m blade_native.simd.build",
                 runnable[0],
             )
     if level not in runnable:
