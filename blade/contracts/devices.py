@@ -61,9 +61,9 @@ class Ops(Protocol):
         ...
 
     def round_weight(self, weight: Tensor, bits: int, group: int) -> GroupedWeight | None:
-        """A plain matrix [N, K] on the device, of any float dtype, rounded to 4 or 8 bits in groups of a row as
-        ``--quantize int4`` and ``int8`` do it, faster; None where there is no kernel for that. 8 bits: symmetric, the
-        largest number of a group decides its float16 scale. 4 bits: the scale and minimum of least squared error, in
+        """A plain matrix [N, K] on the device, of any float dtype, rounded to 4, 6 or 8 bits in groups of a row as
+        ``--quantize int4`` and ``int8`` do it, faster; None where there is no kernel for that. 6 and 8 bits: symmetric,
+        the largest number of a group decides its float16 scale. 4 bits: the scale and minimum of least squared error, in
         8-bit codes that count a float16 of each row."""
         ...
 

@@ -9,7 +9,7 @@ constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and 
 constexpr int TALL_TILE_ROWS = 12;
 constexpr int WIDE_TILE_ROWS = 12;
 constexpr int STREAM_ROWS = 16;  // of a single tile: while a second one works nothing would be fetched from memory
-constexpr int wide_stream_rows(int bits) { return bits == 8 || bits == 5 ? 8 : 0; }
+constexpr int wide_stream_rows(int bits) { return bits == 8 || bits == 6 || bits == 5 ? 8 : 0; }
 #elif defined(__AVX2__)
 constexpr int MAX_TILE_ROWS = 4;
 constexpr int TALL_TILE_ROWS = 6;  // of floats: twelve sums, two weights and an activation fit as well
