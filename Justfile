@@ -68,6 +68,10 @@ fuzz-gguf num="2000" *cases:
 fuzz-files num="2000" *cases:
     PYTHONPATH=tests python tests/formats/file_mutations.py {{ num }} {{ cases }}
 
+# GGUF files with each key of the metadata at odd values (all of them; num: every so manieth)
+fuzz-values num="1" *cases:
+    PYTHONPATH=tests python tests/models/gguf_values.py {{ num }} {{ cases }}
+
 # Load a running or freshly started server: `just bench --serve "--plugin qwen"`
 bench *args:
     python benchmarks/load.py {{ args }}

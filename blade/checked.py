@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from typing import Any, NoReturn, TypeGuard
 
 MAX_INTEGER = 2**31 - 1
+MAX_WIDTH = 2**20  # of all heads together: so few channels that a list of them costs nothing
+MAX_EXPERTS = 2**14  # of a layer, likewise
 MAX_LAYERS = 1024  # of a model: so few that lists of what each of them is cost nothing
 
 

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from blade import BladeError
 
 LONGEST = 900  # characters of a sentence
+SECONDS = 5.0  # of computing, for a file that is small
 
 
 def check_sentence(text: str) -> None:
@@ -34,6 +36,7 @@ def fuzz(
     for i in range(num):
         torch.manual_seed(i)
         write(folder, random.Random(f"{case} {seed} {i}"))
+        begun = time.process_time()
         try:
             with torch.inference_mode():
                 read(folder)
@@ -45,6 +48,8 @@ def fuzz(
             raise
         else:
             outcomes["read"] += 1
+        if (seconds := time.process_time() - begun) > SECONDS:
+            raise AssertionError(f"{case}, mutation {i} of seed {seed}, in {folder}, takes {seconds:.1f} s")
     shutil.rmtree(folder)
     return outcomes
 

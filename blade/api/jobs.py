@@ -56,7 +56,7 @@ async def completion_job(server: ServerContext, http: HTTPRequest) -> Job:
     if request.echo and num_logprobs is not None:
         raise RequestError("echo together with logprobs is not supported by this version.", param="echo")
     sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
-    prompts = await completion_prompts(request, len(body), server.tokenizer)
+    prompts = await completion_prompts(request, server.tokenizer)
     echo = [_echo(request, prompt, i, server) for i, prompt in enumerate(prompts)] if request.echo else []
     return _job(server, http, request, sampling, prompts, echo, adapter, arrival)
 
@@ -70,8 +70,8 @@ async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
     num_logprobs = params.chat_logprobs(request)
     sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
     has_parser = server.tool_parser is not None
-    prompt = await chat_prompt(request, len(body), server.chat_template, server.tokenizer, has_parser)
-    prediction = await predicted(request, len(body), server.tokenizer, server.engine.limits.max_context)
+    prompt = await chat_prompt(request, server.chat_template, server.tokenizer, has_parser)
+    prediction = await predicted(request, server.tokenizer, server.engine.limits.max_context)
     job = _job(server, http, request, sampling, [prompt], [], adapter, arrival)
     for seq in job.seqs:
         seq.prediction_ids = prediction

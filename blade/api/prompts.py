@@ -1,9 +1,10 @@
-"""From what a request says to prompt ids. Long texts are worked on in a thread: the loop has others to serve."""
+"""From what a request says to prompt ids. That is worked out in a thread, for the loop has others to serve: long texts
+take long, and so may short ones by a template or a tokenizer that strangers wrote. The thread costs some 50 us."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,25 +12,18 @@ from blade.api.wire import MAX_PROMPTS, NOT_YET
 from blade.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from blade.api.wire import ChatRequest, CompletionRequest, Message, ToolCall
     from blade.contracts import Tokenizer
     from blade.text.chat_template import ChatTemplate
 
-LONG_TEXT = 4096  # bytes: about 2 ms of tokenising
-
 RESERVED_OPTIONS = {"self", "tokenizer", "messages", "tools", "add_generation_prompt"}  # of render_ids
 
-R = TypeVar("R")
 
-
-async def completion_prompts(request: CompletionRequest, size: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """One list of ids per prompt; raises RequestError for an empty one. Ids that were given are not checked here.
-    `size` is that of the request in bytes."""
+async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+    """One list of ids per prompt; raises RequestError for an empty one. Ids that were given are not checked here."""
     texts, prompts = _split_prompt(request.prompt)
     if texts:
-        prompts = await _run(size, lambda: [tokenizer.encode(text) for text in texts])
+        prompts = await asyncio.to_thread(lambda: [tokenizer.encode(text) for text in texts])
     for index, prompt in enumerate(prompts):
         if not prompt:
             path = f"prompt[{index}]" if len(prompts) > 1 else "prompt"
@@ -52,9 +46,9 @@ def _split_prompt(prompt: str | list[Any]) -> tuple[list[str], list[list[int]]]:
 
 
 async def chat_prompt(
-    request: ChatRequest, size: int, template: ChatTemplate | None, tokenizer: Tokenizer, has_tool_parser: bool
+    request: ChatRequest, template: ChatTemplate | None, tokenizer: Tokenizer, has_tool_parser: bool
 ) -> list[int]:
-    """Ids of the rendered conversation, up to where the reply goes on. `size` is that of the request in bytes."""
+    """Ids of the rendered conversation, up to where the reply goes on."""
     if template is None:
         raise RequestError(
             "The model has no chat template.", "messages", "Use /v1/completions, or start with --chat-template FILE."
@@ -63,17 +57,17 @@ async def chat_prompt(
     if taken := (request.chat_template_kwargs or {}).keys() & RESERVED_OPTIONS:
         raise RequestError(f"{min(taken)} is not for a request to set.", param="chat_template_kwargs")
     try:
-        return await _run(size, lambda: _render(request, template, tokenizer))
+        return await asyncio.to_thread(_render, request, template, tokenizer)
     except RecursionError:
         raise RequestError("messages or tools are nested too deeply.", param="messages") from None
 
 
-async def predicted(request: ChatRequest, size: int, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
+async def predicted(request: ChatRequest, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     """Ids of what the client expects the reply to be, [] where it says nothing of that."""
     if request.prediction is None:
         return []
     text = request.prediction.text
-    ids = await _run(size, lambda: tokenizer.encode(text, add_special_tokens=False))
+    ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
     if len(ids) > max_tokens:
         raise RequestError(
             f"prediction has {len(ids)} tokens, the context {max_tokens}.", "prediction", "Predict less, or nothing."
@@ -121,7 +115,3 @@ def _template_call(call: ToolCall, path: str) -> dict[str, Any]:
         field = f"{path}.function.arguments"
         raise RequestError(f"{field} is not a JSON object.", param=field) from None
     return {"type": "function", "id": call.id, "function": {"name": call.function.name, "arguments": arguments}}
-
-
-async def _run(size: int, work: Callable[[], R]) -> R:
-    return await asyncio.to_thread(work) if size > LONG_TEXT else work()

@@ -56,12 +56,11 @@ class DecoderConfig(ModelConfig):
         keys = config if isinstance(config, Keys) else Keys(config)
         if keys.text("hidden_act", "silu") != "silu":
             keys.refuse("hidden_act", "silu")
-        num_heads = keys.integer("num_attention_heads")
+        hidden_size = keys.integer("hidden_size")
+        num_heads, head_dim = keys.heads("num_attention_heads", "head_dim", hidden_size)
         num_kv_heads = keys.integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             keys.refuse("num_key_value_heads", f"a divisor of the {num_heads} attention heads")
-        hidden_size = keys.integer("hidden_size")
-        head_dim = keys.integer("head_dim", hidden_size // num_heads)
         num_layers = keys.num_layers()
         rope = read_rope(keys, head_dim)
         dual_chunks, sharpened_after = read_dual_chunks(keys)

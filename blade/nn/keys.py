@@ -6,7 +6,7 @@ import math
 import reprlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blade.checked import MAX_LAYERS, CheckedValues, is_number
+from blade.checked import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, CheckedValues, is_number
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,6 +26,15 @@ class Keys(CheckedValues):
     def num_layers(self) -> int:
         """`num_hidden_layers`, at most MAX_LAYERS."""
         return self.integer("num_hidden_layers", maximum=MAX_LAYERS)
+
+    def num_experts(self, key: str) -> int:
+        """At most MAX_EXPERTS."""
+        return self.integer(key, maximum=MAX_EXPERTS)
+
+    def heads(self, num: str, dim: str, width: int | None = None) -> tuple[int, int]:
+        """How many, and channels of one, at most MAX_WIDTH together; without `dim` an equal share of `width`."""
+        num_heads = self.integer(num, maximum=MAX_WIDTH)
+        return num_heads, self.integer(dim, width and width // num_heads, maximum=MAX_WIDTH // num_heads)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)

@@ -32,7 +32,7 @@ class MixtureConfig:
         num_layers, step = keys.num_layers(), keys.integer("decoder_sparse_step", 1)
         dense = keys.integers("mlp_only_layers", [])
         key = "num_experts" if keys.has("num_experts") else "num_local_experts"  # as transformers 5 writes Qwen3's
-        num_experts, num_active = keys.integer(key), keys.integer("num_experts_per_tok")
+        num_experts, num_active = keys.num_experts(key), keys.integer("num_experts_per_tok")
         if num_active > num_experts:
             keys.refuse("num_experts_per_tok", f"at most the {num_experts} experts there are")
         return cls(

@@ -9,7 +9,7 @@ Nothing of that is evaluated when a template is compiled.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -22,7 +22,7 @@ from jinja2.tests import TESTS
 from jinja2.utils import _PassArg
 from jinja2.visitor import NodeTransformer
 
-from blade.text.chat_sizes import TooMuch, check, check_binop, check_filter, check_method, printable, size
+from blade.text.chat_sizes import SLOW, TooMuch, check, check_binop, check_filter, check_method, printable, size
 
 ALLOWANCE = "the allowance"  # among the variables of a rendering; no template can name it
 
@@ -126,7 +126,8 @@ def _limited(function: Callable[..., Any], name: str = "") -> Callable[..., Any]
 
     @wraps(function)
     def call(context: Context, *args: Any, **kwargs: Any) -> Any:
-        if name == "join" and size(args[0]) == 0:  # maybe something that is not there yet
+        if (name == "join" and size(args[0]) == 0) or (name in SLOW and isinstance(args[0], Iterator)):
+            # maybe something that is not there yet
             args = (_collected(context, args[0]), *args[1:])
         if name:
             check_filter(name, args, kwargs)

@@ -12,6 +12,8 @@ from jinja2 import TemplateError
 
 MOST = 1 << 24  # characters of a text, or items of a list and of those within it
 MOST_BITS = 1 << 12  # of an integer
+MOST_SLOW = 1 << 20  # of what is given to a filter that takes long for each item, or longer the more of them there are
+SLOW = {"wordwrap", "urlize", "sort", "dictsort", "unique", "groupby"}
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{5})")  # in a format of the operator %
 _GROWING = {"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "indent", "wordwrap", "batch", "slice"}
 _OF_ITEMS = {
@@ -60,6 +62,8 @@ def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def check_filter(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if name in SLOW:
+        check(size(args[0]), MOST_SLOW)
     if name not in _OF_ITEMS:
         for each in (*args, *kwargs.values()):
             printable(each)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from blade.contracts import Tokenizer
 
+MOST_SOURCE = 1 << 16  # characters: those of real models have 20,000 at most, and compiling takes 10 to 30 us for each
 ROLES = frozenset(["system", "developer", "user", "assistant", "tool", "function"])
+_REMEDY = "Pass --chat-template with a file that is a template for this model."
 _RESERVED = frozenset(["messages", "tools", "documents", "add_generation_prompt"])
 
 Messages = Sequence[Mapping[str, Any]]
@@ -63,6 +65,10 @@ class ChatTemplate:
         Rendering stops at max_chars of output, and after max_seconds of computing.
         """
         self._source = source + (tool_source or "")
+        if len(self._source) > MOST_SOURCE:
+            raise CheckpointError(
+                f"{name} has {len(self._source)} characters, of which blade takes {MOST_SOURCE} at most.", _REMEDY
+            )
         self._special_tokens = dict(special_tokens or {})
         self._max_chars, self._max_seconds = max_chars, max_seconds
         self._guard: tuple[Tokenizer, ControlGuard] | None = None
@@ -72,9 +78,7 @@ class ChatTemplate:
             self._tool_template = environment.from_string(tool_source) if tool_source else self._template
             names = {name for text in (source, tool_source or "") for name in _variables(environment, text)}
         except Exception as error:  # Jinja's own, and Python's of what it makes of templates: nested too deeply
-            raise CheckpointError(
-                f"{name} is not a valid Jinja template.", "Pass --chat-template with a file that is one."
-            ) from error
+            raise CheckpointError(f"{name} is not a valid Jinja template.", _REMEDY) from error
         self.options = frozenset(n for n in names - _RESERVED if not n.endswith("_token"))
         """Names of the arguments a request may set."""
 

@@ -6,6 +6,7 @@ Two kinds are known: "gpt2", byte-level BPE with its merges (Qwen, Llama 3, Smol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import IntEnum
 from functools import cached_property
@@ -17,8 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from blade.errors import CheckpointError
 from blade.text.post_processor import surround
 from blade.text.pretokenizers import PRETOKENIZERS, Pretokenizer
+from blade.text.token_bytes import byte_alphabet
 
 _REMEDY = "Pass --tokenizer-dir with a folder that holds the model's own tokenizer.json."
+MOST_CUTS = 1 << 27  # of all tokens, the squares of their lengths: so much is read to find every way to cut them in two
 # Control tokens that end a turn or a text. A file names one or two of them; a model may sample any it has.
 _END_TOKENS = frozenset(
     [
@@ -45,24 +48,41 @@ class GGUFVocabulary:
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
         self._metadata = metadata
-        self.tokens: list[str] = self.array("tokens")
+        self.tokens: list[str] = self.array("tokens", str)
 
     @cached_property
     def special_types(self) -> dict[int, int]:
         """Id -> type of the few tokens that are not normal."""
-        types = self.get("token_type") or []
-        if types and len(types) != len(self.tokens):
-            raise CheckpointError(f"{self.path}: tokenizer.ggml.token_type and tokenizer.ggml.tokens differ in length.")
+        types = self.per_token("token_type", int) if self.get("token_type") else []
+        if odd := next((kind for kind in types if not 0 <= kind <= max(TokenType)), None):
+            raise self.error("token_type", f"has a token of the type {odd}")
         return {i: kind for i, kind in enumerate(types) if kind != 1}
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{name}", default)
 
-    def array(self, name: str) -> list[Any]:
-        value = self.get(name)
-        if not isinstance(value, list):
-            raise CheckpointError(f"{self.path} has no list tokenizer.ggml.{name}.", _REMEDY)
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise self.error(name, f"is {value!r:.60}, neither true nor false")
         return value
+
+    def array(self, name: str, kind: type) -> list[Any]:
+        """GGUF's arrays are of one kind, so the first item tells that of all."""
+        value = self.get(name)
+        if not isinstance(value, list) or (value and type(value[0]) is not kind):
+            raise CheckpointError(f"{self.path} has no list tokenizer.ggml.{name} of {kind.__name__}.", _REMEDY)
+        return value
+
+    def per_token(self, name: str, kind: type) -> list[Any]:
+        """An item for each token."""
+        value = self.array(name, kind)
+        if len(value) != len(self.tokens):
+            raise self.error(name, f"has {len(value)} items, and tokenizer.ggml.tokens {len(self.tokens)}")
+        return value
+
+    def error(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: tokenizer.ggml.{name} {what}.", _REMEDY)
 
     def of_type(self, *kinds: TokenType) -> list[int]:
         return [i for i, kind in self.special_types.items() if kind in kinds]
@@ -72,15 +92,23 @@ class GGUFVocabulary:
         num_tokens = len(self.tokens)
         while num_tokens and self.special_types.get(num_tokens - 1) == TokenType.UNUSED:
             num_tokens -= 1
-        return dict(zip(self.tokens, range(num_tokens), strict=False))
+        vocab = dict(zip(self.tokens, range(num_tokens), strict=False))
+        if len(vocab) < num_tokens:
+            twice = next(i for i, token in enumerate(self.tokens) if vocab[token] != i)
+            raise self.error(
+                "tokens", f"has {self.tokens[twice]!r:.60} twice, as {twice} and {vocab[self.tokens[twice]]}"
+            )
+        return vocab
 
     def token(self, name: str) -> tuple[str, int] | None:
         """(text, id) of the token that tokenizer.ggml.<name>_token_id names."""
         token_id = self.get(f"{name}_token_id")
         if token_id is None:
             return None
-        if not isinstance(token_id, int) or not 0 <= token_id < len(self.tokens):
-            raise CheckpointError(f"{self.path}: tokenizer.ggml.{name}_token_id {token_id} is not in the vocabulary.")
+        if type(token_id) is not int or not 0 <= token_id < len(self.tokens):
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.{name}_token_id {token_id!r:.60} is not in the vocabulary.", _REMEDY
+            )
         return self.tokens[token_id], token_id
 
     def special_tokens(self) -> dict[str, str]:
@@ -115,8 +143,15 @@ def build_gguf_tokenizer(vocabulary: GGUFVocabulary) -> Tokenizer:
 def _byte_level(vocabulary: GGUFVocabulary) -> tuple[Tokenizer, bool]:
     """(tokenizer, whether such models begin with BOS unless told)."""
     pre = _pretokenizer(vocabulary)
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.array("merges")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary.vocab(), merges=merges, ignore_merges=pre.ignore_merges))
+    vocab, merges = vocabulary.vocab(), [tuple(merge.split(" ")) for merge in vocabulary.array("merges", str)]
+    if lacking := next(
+        (char for char, byte in byte_alphabet().items() if 32 <= byte < 127 and char not in vocab), None
+    ):
+        raise vocabulary.error("tokens", f"lacks {lacking!r}, so that texts with it would be encoded without it")
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise vocabulary.error("merges", f"has {' '.join(merge)!r:.60}, which joins no two tokens to a third")
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre.build()
@@ -142,7 +177,7 @@ def _sentencepiece(vocabulary: GGUFVocabulary) -> tuple[Tokenizer, bool]:
             byte_fallback=bool(vocabulary.of_type(TokenType.BYTE)),
         )
     )
-    prefix = bool(vocabulary.get("add_space_prefix", True))
+    prefix = vocabulary.flag("add_space_prefix", True)
     # A space goes before the text and, as in llama.cpp, before what follows a control token.
     spaces = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
@@ -155,11 +190,18 @@ def _sentencepiece(vocabulary: GGUFVocabulary) -> tuple[Tokenizer, bool]:
 def score_merges(vocabulary: GGUFVocabulary) -> list[tuple[str, str]]:
     """The merges that do what SentencePiece does with scores: of all adjacent pairs that spell a token, join the one
     with the highest score. Between two spellings of one token the longer left part goes first, as in transformers."""
+    scores = vocabulary.per_token("scores", float)
+    if not all(map(math.isfinite, scores)):
+        raise vocabulary.error("scores", "has one that is no finite number")
     mergeable = {
         token: score
-        for i, (token, score) in enumerate(zip(vocabulary.tokens, vocabulary.array("scores"), strict=True))
+        for i, (token, score) in enumerate(zip(vocabulary.tokens, scores, strict=True))
         if vocabulary.special_types.get(i) in (None, TokenType.USER_DEFINED)
     }
+    if sum(len(token) ** 2 for token in mergeable) > MOST_CUTS:
+        raise vocabulary.error(
+            "tokens", f"has tokens of up to {max(map(len, mergeable))} characters, which are too long"
+        )
     merges = [
         (-score, -cut, -len(token), token)
         for token, score in mergeable.items()
@@ -178,6 +220,6 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: GGUFVocabulary) -> None:
 
 
 def _add_post_processor(tokenizer: Tokenizer, vocabulary: GGUFVocabulary, add_bos: bool) -> None:
-    bos = vocabulary.token("bos") if vocabulary.get("add_bos_token", add_bos) else None
-    eos = vocabulary.token("eos") if vocabulary.get("add_eos_token", False) else None
+    bos = vocabulary.token("bos") if vocabulary.flag("add_bos_token", add_bos) else None
+    eos = vocabulary.token("eos") if vocabulary.flag("add_eos_token", False) else None
     surround(tokenizer, bos and bos[0], eos and eos[0])

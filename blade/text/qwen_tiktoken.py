@@ -21,6 +21,7 @@ from blade.text.token_bytes import byte_alphabet
 if TYPE_CHECKING:
     from pathlib import Path
 
+MOST_CUTS = 1 << 27  # of all tokens, the squares of their lengths: so much is read to find every way to cut them in two
 NAME = "qwen.tiktoken"
 END_TOKENS = ("<|endoftext|>", "<|im_end|>")
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))  # after all
@@ -41,6 +42,8 @@ def read_qwen_tiktoken(path: Path) -> Tokenizer:
     vocab = {token: rank for rank, token in enumerate(tokens)}
     if len(vocab) < len(tokens) or not vocab.keys() >= byte_alphabet().keys():
         raise CheckpointError(f"{path} has a token twice, or lacks one of the 256 bytes.", _REMEDY)
+    if sum(len(token) ** 2 for token in tokens) > MOST_CUTS:
+        raise CheckpointError(f"{path} has tokens of up to {max(map(len, tokens))} bytes, which are too long.", _REMEDY)
     cuts = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
     merges = [cut for cut in cuts if cut[0] in vocab and cut[1] in vocab]
     # tiktoken takes a word that is a token for that, however it is to be had.

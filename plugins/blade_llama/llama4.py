@@ -69,6 +69,8 @@ class Llama4:
             normalized=keys.flag("use_qk_norm", True),
             temperature=temperature if keys.flag("attn_temperature_tuning", True) else None,
         )
+        if found.head_dim % 2:
+            keys.refuse("head_dim", "even: neighbouring channels turn together")
         if isinstance(found.rope, YarnRope | LongRope) and found.normalized:
             keys.refuse(
                 "rope_scaling" if keys.has("rope_scaling") else "rope_parameters", "of a kind that changes no lengths"
@@ -94,7 +96,7 @@ def _rotary_layers(keys: Keys, num_layers: int) -> frozenset[int]:
 
 def _mixture(keys: Keys, num_layers: int) -> MixtureConfig:
     step = keys.integer("interleave_moe_layer_step", 1)
-    num_experts, num_active = keys.integer("num_local_experts"), keys.integer("num_experts_per_tok", 1)
+    num_experts, num_active = keys.num_experts("num_local_experts"), keys.integer("num_experts_per_tok", 1)
     if num_active > num_experts:
         keys.refuse("num_experts_per_tok", f"at most the {num_experts} experts there are")
     inner = keys.integer("intermediate_size")

@@ -29,14 +29,15 @@ class DeltaConfig:
 
     @classmethod
     def read(cls, keys: Keys) -> DeltaConfig:
-        num_k_heads, num_v_heads = keys.integer("linear_num_key_heads"), keys.integer("linear_num_value_heads")
+        num_k_heads, key_dim = keys.heads("linear_num_key_heads", "linear_key_head_dim")
+        num_v_heads, value_dim = keys.heads("linear_num_value_heads", "linear_value_head_dim")
         if num_v_heads % num_k_heads:
             keys.refuse("linear_num_value_heads", f"a multiple of the {num_k_heads} key heads")
         return cls(
             num_k_heads=num_k_heads,
             num_v_heads=num_v_heads,
-            key_dim=keys.integer("linear_key_head_dim"),
-            value_dim=keys.integer("linear_value_head_dim"),
+            key_dim=key_dim,
+            value_dim=value_dim,
             window=keys.integer("linear_conv_kernel_dim", minimum=2),
         )
 

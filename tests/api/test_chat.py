@@ -1,10 +1,12 @@
 """Conversations: messages to the template, tools and reasoning out of the reply."""
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
 
-from .fakes import Client, FakeEngine, chat, run
+from .fakes import ByteTokenizer, Client, FakeEngine, FakeTemplate, chat, run
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -170,3 +172,55 @@ def test_a_malformed_prediction_is_refused(prediction: Any) -> None:
     assert chat(prediction=prediction).status == 400
     long = chat(prediction={"type": "content", "content": "a" * 600})
     assert (long.status, long.json["error"]["param"]) == (400, "prediction")
+
+
+class SlowTemplate(FakeTemplate):
+    """Renders for as long as it takes until `done`; a second at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.done, self.waited = threading.Event(), threading.Event(), False
+
+    def render_ids(self, tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
+        self.begun.set()
+        self.waited = self.done.wait(1)
+        return super().render_ids(tokenizer, messages, **kwargs)
+
+
+def test_a_slow_template_delays_no_other_stream() -> None:
+    async def work() -> None:
+        template = SlowTemplate()
+        client = Client(FakeEngine("x" * 50, pace=0.001), chat_template=template)
+        slow = asyncio.create_task(client.chat())
+        while not template.begun.is_set():
+            await asyncio.sleep(0.001)
+        other = await client.complete(max_tokens=50, stream=True)
+        assert len(other.events) >= 50
+        template.done.set()
+        assert (await slow).status == 200
+        assert template.waited
+
+    run(work())
+
+
+class SlowTokenizer(ByteTokenizer):
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.threads.append(threading.current_thread())
+        return super().encode(text)
+
+
+def test_nothing_waits_for_a_tokenizer() -> None:
+    """Short texts may take long too, where strangers wrote the tokenizer."""
+
+    async def work() -> None:
+        client = Client()
+        client.server.tokenizer = tokenizer = SlowTokenizer()
+        await client.complete(prompt="x")
+        await client.chat(prediction={"type": "content", "content": "x"})
+        assert len(tokenizer.threads) == 3
+        assert threading.current_thread() not in tokenizer.threads
+
+    run(work())

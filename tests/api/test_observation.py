@@ -1,6 +1,5 @@
 """What the server says of itself."""
 
-import asyncio
 import re
 from typing import Any
 
@@ -120,27 +119,3 @@ def test_the_description_is_complete(dialect: str) -> None:
     assert {"type": "number", "minimum": 0, "maximum": 2} in completion["properties"]["temperature"]["anyOf"]
     assert "security" not in document["paths"]["/health"]["get"]
     assert document["paths"]["/mine"]["get"]["security"] == [{"key": []}]
-
-
-def test_nothing_waits_for_long_texts() -> None:
-    """While a long prompt is tokenised, the loop goes on."""
-
-    async def work() -> None:
-        client = Client()
-        encode = client.server.tokenizer.encode
-        threads = []
-
-        def watched(text: str, add_special_tokens: bool = True) -> list[int]:
-            try:
-                asyncio.get_running_loop()
-                threads.append("loop")
-            except RuntimeError:
-                threads.append("other")
-            return encode(text, add_special_tokens)
-
-        client.server.tokenizer.encode = watched  # type: ignore[method-assign]
-        await client.complete(prompt="x" * 5000)
-        await client.complete(prompt="x")
-        assert threads == ["other", "loop"]
-
-    run(work())

@@ -44,6 +44,14 @@ class Tensor:
     data: bytes
 
 
+@dataclass(frozen=True)
+class Raw:
+    """A value of the metadata that no Python object stands for: GGUF's number of the type, and the bytes."""
+
+    kind: int
+    data: bytes
+
+
 @dataclass
 class Content:
     """Of a GGUF file."""
@@ -63,12 +71,12 @@ def content_of(case: str) -> Content:
     return in_blocks(GGMLType[case])
 
 
-def in_blocks(kind: GGMLType) -> Content:
+def in_blocks(kind: GGMLType, vocab_size: int = 40) -> Content:
     """A Llama of one layer, its matrices of random blocks."""
     rng = random.Random(kind)
     matrices = dict.fromkeys(("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), (WIDTH, WIDTH))
     matrices |= {"attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH)}
-    shapes = {"token_embd": (40, WIDTH)} | {f"blk.0.{name}": shape for name, shape in matrices.items()}
+    shapes = {"token_embd": (vocab_size, WIDTH)} | {f"blk.0.{name}": shape for name, shape in matrices.items()}
     tensors = {
         f"{name}.weight": Tensor(kind, shape, rng.randbytes(prod(shape) // kind.block_size * kind.block_bytes))
         for name, shape in shapes.items()
@@ -101,6 +109,8 @@ def text(value: str) -> bytes:
 
 def packed_value(value: Any) -> tuple[int, bytes]:
     """GGUF's number of the type, and the bytes."""
+    if isinstance(value, Raw):
+        return value.kind, value.data
     if isinstance(value, list):
         items = [packed_value(item) for item in value]
         return 9, struct.pack("<IQ", items[0][0] if items else 4, len(items)) + b"".join(packed for _, packed in items)

@@ -222,6 +222,11 @@ GROWING = "{% set ns = namespace(x='a', l=['a']) %}{% for i in range(99) %}STEP{
         "{{ messages | tojson(indent=10 ** 10) }}",
         "{{ range(99999) | join('x' * 9999999) }}",
         "{{ [['x'] * 99999] * 99999 | sum(start=[]) }}",
+        "{{ ('x' * 9999999) | wordwrap }}",
+        "{{ ('x' * 9999999) | urlize }}",
+        "{{ ('xy' * 4999999) | list | sort }}",
+        "{{ ('xy' * 4999999) | list | unique | list }}",
+        "{{ ('xy' * 4999999) | list | map(attribute='x') | sort }}",
     ],
 )
 def test_templates_take_neither_all_time_nor_all_memory(source: str) -> None:
@@ -237,11 +242,12 @@ def test_what_real_templates_do_is_within_limits() -> None:
         "{% set shout %}{{ m.content }}!{% endset %}{{ shout ~ '%s' % 1 ~ '-' * 3 ~ '{:>3}'.format(7) }}"
         "{{ ['a', m.content.split('>')[-1][:4]] | join(', ') }}{% endfor %}{{ tools | tojson(indent=2) }}"
         "{{ messages | map(attribute='role') | unique | list }}{{ [1, 2] | sum }}"
+        "{{ messages | sort(attribute='role') | map(attribute='role') | sort | join }}{{ {'b': 1} | dictsort }}"
     )
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "<think>hello " + "y" * 10**6}]
     text = ChatTemplate(source).render(messages, tools=[{"a": 1}])
     assert text.startswith("1/1 USER: hello yyy")
-    assert text.endswith("y!1---  7a, hell[\n  {\n    \"a\": 1\n  }\n]['system', 'user']3")
+    assert text.endswith("y!1---  7a, hell[\n  {\n    \"a\": 1\n  }\n]['system', 'user']3systemuser[('b', 1)]")
 
 
 def test_a_template_of_its_own_for_tools() -> None:
@@ -264,6 +270,12 @@ def test_a_template_of_its_own_for_tools() -> None:
 def test_malformed_templates_are_refused_at_the_start(source: str) -> None:
     with pytest.raises(CheckpointError, match=r"x\.jinja is not a valid Jinja template"):
         ChatTemplate(source, name="x.jinja")
+
+
+def test_templates_that_would_take_long_to_compile_are_refused() -> None:
+    for sources in (("{{ a }}" * 10_000, None), ("x" * 40_000, "y" * 40_000)):
+        with pytest.raises(CheckpointError, match=r"x\.jinja has \d+ characters.*--chat-template"):
+            ChatTemplate(sources[0], tool_source=sources[1], name="x.jinja")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ TEXTS = [
     "<tool_call>{}</tool_call> <|nothing|>",
 ]
 PATH = Path("tiny.gguf")
+UNNAMED = {"token_type": None, "bos_token_id": None, "eos_token_id": None}
 
 
 def load(metadata: dict[str, Any]) -> HFTokenizer:
@@ -174,18 +175,37 @@ def test_sentencepiece_adds_bos_and_a_space_unless_told() -> None:
         (byte_level_metadata(model=["gpt2"]), r"tokenizer.ggml.model \['gpt2'\]"),
         (byte_level_metadata(tokens=None), "tokenizer.ggml.tokens"),
         (byte_level_metadata(merges=None), "tokenizer.ggml.merges"),
-        (byte_level_metadata(merges=["a b c"]), "malformed"),
-        (byte_level_metadata(merges=["nosuch token"]), "malformed"),
-        (byte_level_metadata(merges=[7]), "malformed"),
+        (byte_level_metadata(merges=["a b c"]), "tokenizer.ggml.merges has 'a b c'"),
+        (byte_level_metadata(merges=["nosuch token"]), "tokenizer.ggml.merges has 'nosuch token'"),
+        (byte_level_metadata(merges=["h i"]), "tokenizer.ggml.merges has 'h i'"),
+        (byte_level_metadata(merges=[7]), "no list tokenizer.ggml.merges of str"),
+        (byte_level_metadata(token_type=[0.5]), "no list tokenizer.ggml.token_type of int"),
+        (byte_level_metadata(token_type=[99] * 275), "token_type has a token of the type 99"),
+        (byte_level_metadata(tokens=["a", "b"] * 130, **UNNAMED), "tokenizer.ggml.tokens has 'a' twice"),
+        (byte_level_metadata(tokens=["a", "b"], merges=[], **UNNAMED), "tokenizer.ggml.tokens lacks"),
+        (byte_level_metadata(bos_token_id=True), "bos_token_id True"),
+        (byte_level_metadata(add_bos_token="no"), "add_bos_token is 'no'"),
+        (byte_level_metadata(add_eos_token=float("nan")), "add_eos_token is nan"),
+        (sentencepiece_metadata(add_space_prefix=[]), r"add_space_prefix is \[\]"),
+        (sentencepiece_metadata(scores=[float("nan")] * 284), "scores has one that is no finite number"),
         (byte_level_metadata(token_type=[1, 2]), "token_type"),
         (byte_level_metadata(eos_token_id=10**9), "eos_token_id"),
         (byte_level_metadata(bos_token_id="1"), "bos_token_id"),
-        (sentencepiece_metadata(scores=[0.0]), "malformed"),
+        (sentencepiece_metadata(scores=[0.0]), "tokenizer.ggml.scores has 1 items"),
         (sentencepiece_metadata(scores=None), "tokenizer.ggml.scores"),
     ],
 )
 def test_bad_metadata_is_named(metadata: dict[str, Any], names: str) -> None:
     with pytest.raises(CheckpointError, match=names):
+        load(metadata)
+
+
+def test_tokens_that_would_take_minutes_to_cut_are_refused() -> None:
+    tokens = ["<unk>", *("a" * n for n in range(1, 1000))]
+    metadata = sentencepiece_metadata(
+        tokens=tokens, token_type=[2] + [1] * 999, scores=[0.0] * 1000, bos_token_id=None, eos_token_id=None
+    )
+    with pytest.raises(CheckpointError, match=r"tokens of up to 999 characters.*--tokenizer-dir"):
         load(metadata)
 
 

@@ -32,7 +32,7 @@ _CONTROL = 3  # of tokenizer.ggml.token_type
 def check_architecture(metadata: Metadata) -> None:
     if metadata.arch not in ARCHITECTURES:
         raise CheckpointError(
-            f"{metadata.path} holds a model of architecture {metadata.arch!r}, which blade does not know.",
+            f"{metadata.path} holds a model of architecture {metadata.arch!r:.60}, which blade does not know.",
             f"Known in GGUF files are {', '.join(ARCHITECTURES)}.",
         )
 
@@ -41,6 +41,15 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
     names = set(weights.names())
     if "model.embed_tokens.weight" not in names:
         raise CheckpointError(f"{metadata.path} has no tensor token_embd.weight.")
+    num_tokens, num_rows = (
+        len(metadata.array("tokenizer.ggml.tokens", str)),
+        weights.shape("model.embed_tokens.weight")[0],
+    )
+    if num_tokens > num_rows:
+        raise CheckpointError(
+            f"{metadata.path}: tokenizer.ggml.tokens has {num_tokens} tokens, and token_embd.weight {num_rows} rows.",
+            "Fetch the file again, or another of the model.",
+        )
     if metadata.arch not in _NORMALIZED and any(name.endswith(".mlp.gate.weight") for name in names):
         raise CheckpointError(f"{metadata.path} holds experts, which blade does not know of {metadata.arch!r} models.")
     hidden_size, num_heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
@@ -48,7 +57,7 @@ def make_config(metadata: Metadata, weights: GGUFWeights) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[metadata.arch]],
         "model_type": metadata.arch,
-        "vocab_size": weights.shape("model.embed_tokens.weight")[0],
+        "vocab_size": num_rows,
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers(metadata),
         "num_attention_heads": num_heads,

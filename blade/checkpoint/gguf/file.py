@@ -150,7 +150,9 @@ def read_gguf_parts(path: Path) -> list[GGUFFile]:
     """The file, or all files it was split into (NAME-00001-of-0000N.gguf); the first one holds the metadata."""
     first = read_gguf(path)
     num_parts = first.metadata.get("split.count", 1)
-    if num_parts in (0, 1):
+    if type(num_parts) is not int or not 0 <= num_parts < 100_000:
+        raise CheckpointError(f"{path}: split.count must be an integer from 0 to 99999, not {num_parts!r:.60}.")
+    if num_parts < 2:
         return [first]
     match = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", path.name)
     if match is None or int(match[2]) != num_parts:
