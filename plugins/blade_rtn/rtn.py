@@ -24,7 +24,10 @@ INT4_GROUP = 32
 INT8_GROUPS = (64, 32)  # the first that divides a row
 TABLES = {"lm_head", "embed_tokens", "wte"}  # whose errors reach every logit
 # Small, and they decide.
-GATES = {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "block_inject_weight"}
+GATES = {
+    "gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "block_inject_weight",
+    "index_qk_proj",
+}  # fmt: skip
 
 
 class Int8(GroupedQuantization):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from blade import Batch, KVCache, KVSpec
-from blade.contracts import Attention
+from blade.contracts import Attention, SlotAttention
 from blade_native.cuda.attention_kernels import (
     HADAMARD_WARPS,
     HEAD_DIMS,
@@ -25,6 +25,7 @@ from blade_native.cuda.attention_kernels import (
 from blade_native.cuda.attention_plan import Plan, Split
 from blade_native.kv_codes import MODES, block_bytes
 from blade_native.simd.check import check, check_heads
+from blade_native.slots import attend_slots
 
 ALL, ORIGINS, REST = range(3)  # phases of kv_store.cu
 LOG2E = 1.4426950408889634
@@ -43,6 +44,7 @@ def shape_of(spec: KVSpec) -> Shape | None:
         and spec.num_heads // spec.num_kv_heads <= SPLIT_ROWS
         and spec.storage in (None, *MODES)
         and (spec.head_dim <= 128 or spec.storage != "int8_affine")  # sums for middles would not fit into registers
+        and not (spec.selected and spec.storage)  # torch gathers single tokens, and does not read what is rounded here
     )
     return Shape(dtype, spec.storage, spec.head_dim) if covered else None
 
@@ -82,6 +84,10 @@ class LayerKV:
         self.origins = None if origins is None else origins.view(shape.origins)
         scaled = shape.related and shape.origins is torch.int8
         self.origin_scales = torch.zeros(heads, device=device) if scaled else None
+
+    def gather_tokens(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """slots [N] int64 -> [N, 2, KV, D], of keys and values that are not rounded."""
+        return self.kv[slots // self.spec.block_size, :, :, slots % self.spec.block_size]
 
     def attending(self, trees: bool) -> Attending:
         """Those for trees are compiled now where the spec did not announce them."""
@@ -216,6 +222,12 @@ class CudaAttention:
             num_groups = -(-num_heads // HADAMARD_WARPS)
             layer_kv.kernels.hadamard((num_groups,), (32 * HADAMARD_WARPS,), x=out, num_heads=num_heads)
         return out
+
+    def attend_slots(self, q: Tensor, batch: Batch, layer_kv: Any, scale: float, slots: Tensor) -> Tensor:
+        """See contracts.SlotAttention; in torch."""
+        if not isinstance(layer_kv, LayerKV):
+            return cast("SlotAttention", self.base).attend_slots(q, batch, layer_kv, scale, slots)
+        return attend_slots(q, slots, layer_kv.gather_tokens, scale)
 
     def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:
         if self._plan is None or self._plan.batch is not batch or self._plan.group != layer_kv.group:
