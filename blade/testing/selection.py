@@ -109,7 +109,7 @@ def _check_selected(world: _World, rows: list[Tensor], q: Tensor, found: Tensor)
             in_order = sorted(set(chosen)) == chosen and all(0 <= g < num for g in chosen)
             require(in_order, "select_keys: groups come twice, or in another order than their tokens")
             require(len(chosen) == min(num, most), f"select_keys chose {len(chosen)} groups of {num}, not {most}")
-            require(found[row, len(seen) :].eq(-1).all().item(), "select_keys: there are slots behind a -1")
+            require(bool(found[row, len(seen) :].eq(-1).all()), "select_keys: there are slots behind a -1")
             if num <= most:
                 continue
             turned = rotate(q[row : row + 1], world.cos_sin[position : position + 1]).to(q.dtype)[0].float()

@@ -12,6 +12,7 @@ from stepper import Stepper, all_together, one_by_one
 from test_hybrid_engine import WAYS, generate, greedy, opened, written
 
 from blade import CheckpointError
+from blade.assembly import Assembly
 from blade.nn import Loader
 from blade.nn.lora import Adapters
 from blade.testing import TensorWeights
@@ -21,7 +22,6 @@ from blade_qwen.ngrams import multipliers, ranges
 from blade_qwen.qwen4_exp import Qwen4Exp
 
 if TYPE_CHECKING:
-    from blade.assembly import Assembly
     from blade.contracts import Model
 
 NGRAMS = "model.layers.2.ple.ple_embedding"
@@ -170,12 +170,14 @@ def test_tokens_of_chosen_keys_do_not_depend_on_the_way(
 
 
 def test_tokens_of_chosen_keys_outlive_preemption(
-    loaded_sparse: tuple[Assembly, Model], expected_sparse: list[tuple[list[int], list[int]]]
+    loaded_sparse: tuple[Assembly, Model],
+    expected_sparse: list[tuple[list[int], list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    plan = Assembly.plan_memory  # states leave room for so few sequences that there would be blocks for all
+    monkeypatch.setattr(Assembly, "plan_memory", lambda assembly: replace(plan(assembly), num_blocks=14))
     prompts = [prompt for prompt, _ in expected_sparse] * 3
-    said, stats = generate(
-        loaded_sparse, prompts, 1, kv_cache_memory=1_000_000, prefix_cache=False, max_batch_tokens=64
-    )
+    said, stats = generate(loaded_sparse, prompts, 1, prefix_cache=False)
     assert said == [[ids for _, ids in expected_sparse] * 3]
     assert stats.preemptions > 0
 
@@ -197,7 +199,7 @@ def test_chosen_keys_may_be_rounded(sparse: Reference, storage: str) -> None:
     )
     exact = torch.cat(sparse.logits)
     assert 1e-4 < float((whole - exact).std() / exact.std()) < 0.3
-    assert float((whole - cut).abs().max()) < 1e-4
+    assert float((whole - cut).abs().max()) < 0.01  # another order of sums may round to another number
 
 
 @pytest.mark.parametrize(

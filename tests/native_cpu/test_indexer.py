@@ -1,5 +1,4 @@
-"""Choosing keys, and attention to those alone: against the torch twins, and to the last bit where steps are cut in other
-ways."""
+"""Choosing keys, and attention to those alone: by the torch twins, and to the last bit however steps are cut."""
 
 from __future__ import annotations
 
