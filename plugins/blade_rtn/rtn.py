@@ -25,7 +25,10 @@ GROUPS = (64, 32)  # of symmetric integers: the first that divides a row
 TABLE_BITS = 6  # beside matrices of 4
 TABLES = {"lm_head", "embed_tokens", "wte"}  # whose errors reach every logit
 # Small, and they decide.
-GATES = {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "block_inject_weight"}
+GATES = {
+    "gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "block_inject_weight",
+    "index_qk_proj",
+}  # fmt: skip
 
 
 class Int8(GroupedQuantization):

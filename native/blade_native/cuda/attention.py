@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blade import Batch, DualChunks, KVCache, KVSpec
-from blade.contracts import Attention, DualChunkAttention
+from blade.contracts import Attention, DualChunkAttention, SlotAttention
 from blade_native.cuda.attention_kernels import (
     DUAL,
     HADAMARD_WARPS,
@@ -29,6 +29,7 @@ from blade_native.cuda.attention_plan import Plan, Split
 from blade_native.cuda.launch import Kernel
 from blade_native.kv_codes import MODES, block_bytes
 from blade_native.simd.check import check, check_heads
+from blade_native.slots import attend_slots
 
 ALL, ORIGINS, REST = range(3)  # phases of kv_store.cu
 LOG2E = 1.4426950408889634
@@ -48,6 +49,7 @@ def shape_of(spec: KVSpec) -> Shape | None:
         and spec.storage in (None, *MODES)
         # Beside heads of 256 neither sums for middles nor what dual chunks take would fit into registers.
         and (spec.head_dim <= 128 or not (spec.storage == "int8_affine" or spec.dual_chunks))
+        and not (spec.selected and spec.storage)  # torch gathers single tokens, and does not read what is rounded here
     )
     return Shape(dtype, spec.storage, spec.head_dim) if covered else None
 
@@ -88,6 +90,10 @@ class LayerKV:
         self.origins = None if origins is None else origins.view(shape.origins)
         scaled = shape.related and shape.origins is torch.int8
         self.origin_scales = torch.zeros(heads, device=device) if scaled else None
+
+    def gather_tokens(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """slots [N] int64 -> [N, 2, KV, D], of keys and values that are not rounded."""
+        return self.kv[slots // self.spec.block_size, :, :, slots % self.spec.block_size]
 
     def attending(self, steps: str) -> Attending:
         """But for those of usual steps they are compiled now where the spec did not announce them."""
@@ -230,6 +236,12 @@ class CudaAttention:
             num_groups = -(-num_heads // HADAMARD_WARPS)
             layer_kv.kernels.hadamard((num_groups,), (32 * HADAMARD_WARPS,), x=out, num_heads=num_heads)
         return out
+
+    def attend_slots(self, q: Tensor, batch: Batch, layer_kv: Any, scale: float, slots: Tensor) -> Tensor:
+        """See contracts.SlotAttention; in torch."""
+        if not isinstance(layer_kv, LayerKV):
+            return cast("SlotAttention", self.base).attend_slots(q, batch, layer_kv, scale, slots)
+        return attend_slots(q, slots, layer_kv.gather_tokens, scale)
 
     def _plan_for(self, batch: Batch, layer_kv: LayerKV) -> Plan:
         if self._plan is None or self._plan.batch is not batch or self._plan.group != layer_kv.group:

@@ -189,6 +189,18 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
         "dtype": INT, "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "normalize": INT, "sigmoid": INT,
         "ids": PTR, "weights": PTR,
     },
+    "keep_index_keys": {
+        "dtype": INT, "step": PTR, "k": PTR, "k_stride": LONG, "d": LONG, "weight": PTR, "eps": c_float,
+        "cos_sin": PTR, "rotary_dim": LONG, "group": LONG, "block_size": LONG, "kept": PTR,
+    },
+    "select_keys": {
+        "dtype": INT, "step": PTR, "q": PTR, "q_stride": LONG, "num_heads": LONG, "d": LONG, "cos_sin": PTR,
+        "rotary_dim": LONG, "kept": PTR, "group": LONG, "budget": LONG, "block_size": LONG, "slots": PTR,
+    },
+    "attend_slots": {
+        "kv": PTR, "q": PTR, "q_stride": LONG, "scale": c_float, "slots": PTR, "num_tokens": LONG, "width": LONG,
+        "out": PTR,
+    },
 }  # fmt: skip
 
 
@@ -245,6 +257,9 @@ class Library:
     short_conv: Kernel
     gated_delta: Kernel
     gated_rms_norm: Kernel
+    keep_index_keys: Kernel
+    select_keys: Kernel
+    attend_slots: Kernel
 
     def __init__(self, level: str) -> None:
         self.level = level
