@@ -1,4 +1,4 @@
-"""Symmetric integers: w = scale * (q - half), a float16 scale for each group of a row (Dettmers et al. 2022, in groups)."""
+"""Symmetric integers: w = scale * (q - half), a float16 scale for each group of a row (Dettmers et al. 2022)."""
 
 from __future__ import annotations
 
