@@ -174,11 +174,12 @@ def test_tokens_of_chosen_keys_outlive_preemption(
     expected_sparse: list[tuple[list[int], list[int]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = Assembly.plan_memory  # states leave room for so few sequences that there would be blocks for all
-    monkeypatch.setattr(Assembly, "plan_memory", lambda assembly: replace(plan(assembly), num_blocks=14))
-    prompts = [prompt for prompt, _ in expected_sparse] * 3
-    said, stats = generate(loaded_sparse, prompts, 1, prefix_cache=False)
-    assert said == [[ids for _, ids in expected_sparse] * 3]
+    """Of nine blocks 90 tokens leave room for 40, and not for those that both go on with."""
+    plan = Assembly.plan_memory
+    monkeypatch.setattr(Assembly, "plan_memory", lambda assembly: replace(plan(assembly), num_blocks=9))
+    expected = [expected_sparse[i] for i in (0, 2, 3)] * 4
+    said, stats = generate(loaded_sparse, [prompt for prompt, _ in expected], 1, prefix_cache=False)
+    assert said == [[ids for _, ids in expected]]
     assert stats.preemptions > 0
 
 
