@@ -222,7 +222,7 @@ def _architecture(
     if name is None:
         served = sorted(name for name in registry if not hasattr(registry.create(name), "drafter"))
         raise CheckpointError(
-            f"{checkpoint.name} is a {', '.join(names) or 'model of no stated architecture'}, "
+            f"{checkpoint.name} is a {', '.join(names)[:200] or 'model of no stated architecture'}, "
             "which no loaded plugin serves.",
             f"Served: {', '.join(served)}.",
         )

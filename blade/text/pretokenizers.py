@@ -55,3 +55,14 @@ PRETOKENIZERS = {
     "smaug-bpe": Pretokenizer((_WORDS % _THREE_DIGITS,)),
     "tekken": Pretokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
 }
+
+_ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (  # of Llama 4 too
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_ENDS}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_ENDS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+KNOWN_PATTERNS = frozenset(pattern for each in PRETOKENIZERS.values() for pattern in each.patterns) | {
+    *(_GPT4O, r"\s?\p{L}+", r"\s?\p{P}+"),
+}
+"""Regular expressions that take time in proportion to a text."""

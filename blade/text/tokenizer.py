@@ -13,7 +13,7 @@ from blade.errors import CheckpointError, RequestError
 from blade.text.token_bytes import TokenBytes
 from blade.text.unused import unused_chars
 
-_REMEDY = "Fetch the model's tokenizer anew, or pass --tokenizer-dir with a folder that holds a sound one."
+REMEDY = "Fetch the model's tokenizer anew, or pass --tokenizer-dir with a folder that holds a sound one."
 MOST_CONTROL = 1024  # characters of a control token: all its parts are looked for in what requests say
 
 
@@ -22,7 +22,12 @@ def load_tokenizer(path: Path, gguf_metadata: Mapping[str, Any] | None = None) -
     if gguf_metadata is None:
         from blade.text.tokenizer_files import read_folder
 
-        return HFTokenizer(*read_folder(path))
+        tokenizer, eos_token_ids, bos, unusual = read_folder(path)
+        if unusual is None:
+            return HFTokenizer(tokenizer, eos_token_ids, bos)
+        from blade.text.tokenizer_process import ProcessTokenizer
+
+        return ProcessTokenizer(tokenizer, eos_token_ids, bos, unusual)
     from blade.text.gguf_tokenizer import GGUFVocabulary, build_gguf_tokenizer
 
     vocabulary = GGUFVocabulary(path, gguf_metadata)
@@ -46,7 +51,7 @@ class HFTokenizer:
         if (longest := max(map(len, self.control_tokens), default=0)) > MOST_CONTROL:
             raise CheckpointError(
                 f"The tokenizer has a control token of {longest} characters, and blade takes {MOST_CONTROL} at most.",
-                _REMEDY,
+                REMEDY,
             )
         self._control_bytes = {i: text.encode() for text, i in self.control_tokens.items()}
         self._token_bytes = TokenBytes(tokenizer)
@@ -119,7 +124,7 @@ def _check_sound(*tokenizers: Tokenizer) -> None:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"The tokenizer cannot encode so much as a greeting: {error}.", _REMEDY) from error
+        raise CheckpointError(f"The tokenizer cannot encode so much as a greeting: {error}.", REMEDY) from error
 
 
 def _mark_special(tokenizer: Tokenizer, texts: Iterable[str | None]) -> None:

@@ -12,20 +12,26 @@ from blade.errors import CheckpointError
 from blade.files import is_file, read_file
 from blade.text import qwen_tiktoken
 from blade.text.post_processor import surround
+from blade.text.usual_tokenizers import is_usual
 
 _REMEDY = "Pass --tokenizer-dir with a folder that holds the model's tokenizer.json."
 
 
-def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None]:
-    """(tokenizer, end-of-sequence ids, BOS) of a folder in Hugging Face's layout."""
-    tokenizer = _read_tokenizer(folder)
+Parts = dict[str, Any]
+"""Of a tokenizer.json: its normalizer and pre_tokenizer."""
+
+
+def read_folder(folder: Path) -> tuple[Tokenizer, tuple[int, ...], str | None, Parts | None]:
+    """(tokenizer, end-of-sequence ids, BOS, None) of a folder in Hugging Face's layout. Where the tokenizer is unusual
+    (blade.text.usual_tokenizers) it is without the parts that come last."""
+    tokenizer, unusual = _read_tokenizer(folder)
     special_tokens = read_special_tokens(folder)
     bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
     config = read_json(folder / "tokenizer_config.json")
     add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
     if add_bos is not None or add_eos is not None:  # that outweighs tokenizer.json, as in transformers
         surround(tokenizer, bos if add_bos else None, eos if add_eos else None)
-    return tokenizer, _eos_token_ids(folder, tokenizer, eos), bos
+    return tokenizer, _eos_token_ids(folder, tokenizer, eos), bos, unusual
 
 
 def tokenizer_names(folder: Path) -> tuple[str, ...]:
@@ -44,12 +50,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a JSON object.") from error
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
+def _read_tokenizer(folder: Path) -> tuple[Tokenizer, Parts | None]:
     path, names = folder / "tokenizer.json", tokenizer_names(folder)
     if path.name not in names:
-        return _convert(folder, names)
+        return _convert(folder, names), None
+    state, parts = read_json(path), None
     try:
-        return Tokenizer.from_file(str(path))
+        if not is_usual(state):
+            parts = {name: state.pop(name, None) for name in ("normalizer", "pre_tokenizer")}
+        return Tokenizer.from_str(msgspec.json.encode(state).decode()), parts
     except Exception as error:  # the library raises nothing more precise
         raise CheckpointError(f"{path} is no tokenizer that the installed tokenizers library can read.") from error
 
