@@ -1,4 +1,4 @@
-"""Tokenizers whose files have rules of their own: encoded elsewhere, to the same ids, and stopped where they take long."""
+"""Tokenizers whose files have rules of their own: encoded elsewhere, to the same ids, stopped where they take long."""
 
 from __future__ import annotations
 
