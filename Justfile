@@ -1,6 +1,6 @@
 # What a contributor runs. `just` alone lists it.
 
-fault_suites := "tests/native_cuda/test_faults.py:MATMUL tests/native_cuda/test_attention_faults.py:DECODE tests/native_cuda/test_attention_faults.py:PREFILL tests/native_cuda/test_attention_faults.py:TREES tests/native_cuda/test_attention_faults.py:STORE tests/native_cuda/test_attention_mode_faults.py:PAGES tests/native_cuda/test_attention_mode_faults.py:CODES tests/native_cuda/test_attention_mode_faults.py:OUTPUTS tests/native_cuda/test_faults_ops.py:ROWS tests/native_cuda/test_faults_ops.py:LINEAR tests/native_cuda/test_faults_ops.py:SELECT tests/native_cuda/test_faults_ops.py:DELTA"
+fault_suites := "tests/native_cuda/test_faults.py:MATMUL tests/native_cuda/test_attention_faults.py:DECODE tests/native_cuda/test_attention_faults.py:PREFILL tests/native_cuda/test_attention_faults.py:TREES tests/native_cuda/test_attention_faults.py:STORE tests/native_cuda/test_attention_dual_chunk_faults.py:DECODE tests/native_cuda/test_attention_dual_chunk_faults.py:PREFILL tests/native_cuda/test_attention_dual_chunk_faults.py:STORE tests/native_cuda/test_attention_mode_faults.py:PAGES tests/native_cuda/test_attention_mode_faults.py:CODES tests/native_cuda/test_attention_mode_faults.py:OUTPUTS tests/native_cuda/test_faults_ops.py:ROWS tests/native_cuda/test_faults_ops.py:LINEAR tests/native_cuda/test_faults_ops.py:SELECT tests/native_cuda/test_faults_ops.py:DELTA"
 sanitized := "-m pytest tests/native_cuda -k 'not fault and not nvrtc' -p no:cacheprovider --capture=sys -o timeout=3600"
 
 _default:
@@ -34,8 +34,13 @@ docs:
 
 # The AVX-512 kernels on a machine without AVX-512, through SIMDe (many minutes; Debian: libsimde-dev)
 avx512-check:
-    python -m blade_native.simd.emulated
+    python -m blade_native.simd.emulated avx512bf16 avx512vnni avx512
     BLADE_CPU_EMULATE=1 pytest tests/native_cpu -k avx512 -o timeout=3600
+
+# The AMX kernels on a machine without AMX, whose instructions plain C++ stands in for (minutes; without AVX-512 as above)
+amx-check:
+    python -m blade_native.simd.emulated amx
+    BLADE_CPU_EMULATE=1 pytest tests/native_cpu -k amx -o timeout=3600
 
 # The CUDA kernels without a device: limits on all architectures, sanitizers, injected faults (many minutes)
 cuda-check:

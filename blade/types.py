@@ -212,6 +212,8 @@ class KVSpec:
     block_size: int = 16  # tokens per block
     storage: str | None = None  # what K and V are rounded to: one of the attention's kv_storages. None: kept in dtype
     trees: bool = False  # whether steps over it may have drafts that are trees
+    dual_chunks: bool = False  # whether all that attends to it does so in dual chunks
+    selected: bool = False  # whether queries may see some of the keys alone (contracts.SlotAttention)
 
 
 @dataclass(slots=True, frozen=True)
@@ -316,6 +318,21 @@ class DualChunks(NamedTuple):
         return self.farthest + 1
 
 
+class KeySelection(NamedTuple):
+    """Attention that chooses the keys a query sees, by small keys and queries of its own (Qwen4-Exp). Tokens are chosen
+    in groups of consecutive ones, counted from a sequence's first; those after the last whole group are always seen."""
+
+    num_heads: int  # of the small queries
+    head_dim: int  # of the small queries and keys: numbers that are kept per token beside K and V, in the run's dtype
+    group: int  # tokens
+    budget: int  # tokens of whole groups that are seen, a multiple of `group`
+
+    @property
+    def most_keys(self) -> int:
+        """That a query sees; all there are within so many tokens."""
+        return self.budget + self.group - 1
+
+
 @dataclass(slots=True, frozen=True)
 class ModelConfig:
     """What the core must know of a model before its weights are loaded. Families subclass it with what they need."""
@@ -330,6 +347,7 @@ class ModelConfig:
     state: StateSpec | None = field(default=None, kw_only=True)  # of its recurrent layers; None: all have KV
     attention_chunk: int | None = field(default=None, kw_only=True)  # positions that some layers attend within
     dual_chunks: DualChunks | None = field(default=None, kw_only=True)  # that attention needs beyond the first of them
+    key_selection: KeySelection | None = field(default=None, kw_only=True)  # of all layers with KV, beyond `most_keys`
 
     @property
     def num_kv_layers(self) -> int:

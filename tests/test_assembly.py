@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from blade import Config, ConfigError, DualChunks, EngineConfig, ModelConfig, ModelOptions
+from blade import Config, ConfigError, DualChunks, EngineConfig, KeySelection, ModelConfig, ModelOptions
 from blade.assembly.choosing import _check_kv_cache, _max_context
 from blade_native.attention import PagedAttention
 from blade_native.cuda.attention import CudaAttention
@@ -47,9 +47,19 @@ def test_chunks_of_positions_need_an_attention_that_has_them(caplog: pytest.LogC
 
 def test_dual_chunks_need_an_attention_that_has_them(caplog: pytest.LogCaptureFixture) -> None:
     model = ModelConfig("X", 10, 4096, 1, 1, 1, 16, dual_chunks=DualChunks(500, 512))
-    assert _max_context(Config(), model, PagedAttention(OPS.device)) == 4096
+    for attention in (PagedAttention(OPS.device), CudaAttention.__new__(CudaAttention)):
+        assert _max_context(Config(), model, attention) == 4096
     assert not caplog.text
     with caplog.at_level(logging.WARNING, "blade.assembly"):
-        for attention in (Plain(), CudaAttention.__new__(CudaAttention)):
-            assert _max_context(Config(), model, attention) == 513  # type: ignore[arg-type]
+        assert _max_context(Config(), model, Plain()) == 513  # type: ignore[arg-type]
     assert "limited to the one chunk that --attention paged can do, of 513 tokens" in caplog.text
+
+
+def test_chosen_keys_need_an_attention_that_sees_them_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelConfig("X", 10, 4096, 1, 1, 1, 16, key_selection=KeySelection(4, 16, group=4, budget=512))
+    for attention in (PagedAttention(OPS.device), CudaAttention.__new__(CudaAttention)):
+        assert _max_context(Config(), model, attention) == 4096
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING, "blade.assembly"):
+        assert _max_context(Config(), model, Plain()) == 515  # type: ignore[arg-type]
+    assert "limited to the attention to all keys that --attention paged can do, of 515 tokens" in caplog.text

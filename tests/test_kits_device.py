@@ -99,6 +99,32 @@ class UnshiftedLogprobs(TorchOps):
         return log_sums, values - log_sums[:, None], ids
 
 
+class KeepsRawKeys(TorchOps):
+    """Forgets that a group's last token stands for all of it."""
+
+    def keep_index_keys(self, k: Any, weight: Any, eps: Any, cos_sin: Any, batch: Any, kept: Any, group: int) -> None:
+        kept.flatten(0, 1).index_copy_(0, batch.slots, k)
+
+
+class TurnsByTheLast(TorchOps):
+    """Rotates a group by its last position instead of its first."""
+
+    def keep_index_keys(self, k: Any, weight: Any, eps: Any, cos_sin: Any, batch: Any, kept: Any, group: int) -> None:
+        super().keep_index_keys(k, weight, eps, cos_sin.roll(1 - group, 0), batch, kept, group)
+
+
+class UnturnedQueries(TorchOps):
+    def select_keys(self, q: Any, cos_sin: Any, batch: Any, kept: Any, selection: Any) -> Any:
+        return super().select_keys(q, cos_sin[:1].expand_as(cos_sin), batch, kept, selection)
+
+
+class LastKeys(TorchOps):
+    """Chooses those that fit worst."""
+
+    def select_keys(self, q: Any, cos_sin: Any, batch: Any, kept: Any, selection: Any) -> Any:
+        return super().select_keys(-q, cos_sin, batch, kept, selection)
+
+
 def test_the_torch_ops_pass() -> None:
     check_ops(TorchOps(), [torch.float32, torch.bfloat16])
 
@@ -121,6 +147,10 @@ def test_the_torch_ops_pass() -> None:
         UngatedNorm,
         NarrowLogprobs,
         UnshiftedLogprobs,
+        KeepsRawKeys,
+        TurnsByTheLast,
+        UnturnedQueries,
+        LastKeys,
     ],
 )
 def test_a_broken_op_is_caught(ops: type[TorchOps]) -> None:
@@ -171,6 +201,18 @@ class NothingClamped(PagedAttention):
         return super().attend_dual_chunks(q, k, v, cos_sin, batch, layer_kv, scale, chunks)
 
 
+class SlotsOfAnother(PagedAttention):
+    """Takes what lies in a slot behind the last for seen."""
+
+    def attend_slots(self, q: Any, batch: Any, layer_kv: Any, scale: float, slots: Any) -> Any:
+        return super().attend_slots(q, batch, layer_kv, scale, slots.clamp(min=0))
+
+
+class MissesTheLastSlot(PagedAttention):
+    def attend_slots(self, q: Any, batch: Any, layer_kv: Any, scale: float, slots: Any) -> Any:
+        return super().attend_slots(q, batch, layer_kv, scale, slots[:, :-3])
+
+
 class OwnTokensOnly(PagedAttention):
     def attend(self, q: Any, k: Any, v: Any, batch: Any, layer_kv: Any, scale: float, window: int | None) -> Any:
         groups = q.shape[1] // k.shape[1]
@@ -216,6 +258,8 @@ def test_paged_attention_passes(dtype: torch.dtype) -> None:
         NoChunks,
         NoDualChunks,
         NothingClamped,
+        SlotsOfAnother,
+        MissesTheLastSlot,
         OwnTokensOnly,
         Contiguous,
         OneLayer,

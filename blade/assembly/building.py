@@ -77,7 +77,7 @@ def build_engine(
     from blade.engine.blocks import BlockPool
     from blade.engine.engine import Engine
     from blade.engine.runner import ModelRunner
-    from blade.engine.state_cache import with_states
+    from blade.engine.state_cache import with_index_keys, with_states
     from blade.engine.states import PER_SEQUENCE, StatePool
 
     plugins, config = assembly.plugins, assembly.config.engine
@@ -85,13 +85,10 @@ def build_engine(
     if states is not None:
         config = replace(config, max_num_seqs=min(config.max_num_seqs, memory.num_states // PER_SEQUENCE))
     secret = secrets.randbits(64)
-    kv = with_states(
-        assembly.attention.allocate(assembly.kv_spec, memory.num_blocks),
-        assembly.model_config,
-        memory.num_states,
-        assembly.dtype,
-        assembly.ops.device,
-    )
+    model_config, placed = assembly.model_config, (assembly.dtype, assembly.ops.device)
+    kv = assembly.attention.allocate(assembly.kv_spec, memory.num_blocks)
+    kv = with_index_keys(kv, model_config, config.block_size, memory.num_blocks, *placed)
+    kv = with_states(kv, model_config, memory.num_states, *placed)
     drafters = _drafters(assembly, draft, memory, secret)
     hidden = _hidden(assembly, model, drafters)
     tree_drafters = [drafter for drafter in drafters if drafter.tree_size]
@@ -102,7 +99,7 @@ def build_engine(
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, config.prefix_cache, states)
     scheduler = plugins.registry("register_schedulers").create(config.scheduler, blocks, config)
-    limits = Limits(assembly.model_config.vocab_size, assembly.max_context, config.max_num_seqs)
+    limits = Limits(model_config.vocab_size, assembly.max_context, config.max_num_seqs)
     speculator = _speculator(assembly, executor, blocks, limits, drafters, hidden) if drafters else None
     return Engine(executor, scheduler, blocks, config, limits, speculator)
 

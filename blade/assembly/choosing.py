@@ -301,18 +301,20 @@ def _check_trees(config: Config, plugins: Plugins, attention: Attention, ops: Op
 
 def _max_context(config: Config, model_config: ModelConfig, attention: Attention) -> int:
     asked, own, whose = config.model.max_model_len, model_config.max_context, "the model's own context"
-    chunk = _only_chunk(model_config, attention)
-    if chunk is not None and chunk < own:
-        own, whose = chunk, f"the one chunk that --attention {config.engine.attention} can do"
+    limit, what = _limited(model_config, attention)
+    if limit is not None and limit < own:
+        own, whose = limit, f"{what} that --attention {config.engine.attention} can do"
         log.warning("The context is limited to %s, of %d tokens.", whose, own)
     if asked is not None and asked > own:
         raise ConfigError(f"--max-model-len {asked} is beyond {whose} of {own}.", f"Use at most {own}.")
     return asked or own
 
 
-def _only_chunk(model_config: ModelConfig, attention: Attention) -> int | None:
-    """Tokens of the first chunk, where that is all the attention can do of this model; None: it can do all."""
-    dual = model_config.dual_chunks
+def _limited(model_config: ModelConfig, attention: Attention) -> tuple[int | None, str]:
+    """Tokens that are all the attention can do of this model, and what they are; None: it can do all."""
+    dual, selection = model_config.dual_chunks, model_config.key_selection
+    if selection is not None and not hasattr(attention, "attend_slots"):
+        return selection.most_keys, "the attention to all keys"
     if dual is not None and not hasattr(attention, "attend_dual_chunks"):
-        return dual.num_undivided
-    return None if getattr(attention, "chunked", False) else model_config.attention_chunk
+        return dual.num_undivided, "the one chunk"
+    return None if getattr(attention, "chunked", False) else model_config.attention_chunk, "the one chunk"

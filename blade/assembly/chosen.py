@@ -52,6 +52,8 @@ class Assembly:
             block_size=self.config.engine.block_size,
             storage=None if self.config.engine.kv_cache_quant == "none" else self.config.engine.kv_cache_quant,
             trees=self.drafts_trees,
+            dual_chunks=model.dual_chunks is not None and self.max_context > model.dual_chunks.num_undivided,
+            selected=model.key_selection is not None,
         )
 
     @property
@@ -88,8 +90,12 @@ class Assembly:
 
     @property
     def block_bytes(self) -> int:
-        """Of a block of the KV cache over all layers; the draft model has as many blocks of its own."""
-        return self.attention.block_bytes(self.kv_spec) + (self.draft.block_bytes if self.draft else 0)
+        """Of a block of the KV cache over all layers, with the keys that others are chosen by; the draft model has as
+        many blocks of its own."""
+        from blade.engine.state_cache import index_bytes
+
+        index = self.config.engine.block_size * index_bytes(self.model_config, self.dtype)
+        return self.attention.block_bytes(self.kv_spec) + index + (self.draft.block_bytes if self.draft else 0)
 
     @property
     def state_bytes(self) -> int:

@@ -12,6 +12,7 @@ from blade.contracts.devices import (
     Ops,
     Overlapping,
     Runner,
+    SlotAttention,
 )
 from blade.contracts.heads import (
     NORMED,
@@ -62,6 +63,7 @@ __all__ = [
     "Runner",
     "Scheduler",
     "Server",
+    "SlotAttention",
     "Stream",
     "Tokenizer",
     "ToolParser",

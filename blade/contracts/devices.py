@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DualChunks,
         GGMLBlocks,
         GroupedWeight,
+        KeySelection,
         KVCache,
         KVSpec,
         QuantizedWeight,
@@ -61,10 +62,10 @@ class Ops(Protocol):
         ...
 
     def round_weight(self, weight: Tensor, bits: int, group: int) -> GroupedWeight | None:
-        """A plain matrix [N, K] on the device, of any float dtype, rounded to 4 or 8 bits in groups of a row as
-        ``--quantize int4`` and ``int8`` do it, faster; None where there is no kernel for that. 8 bits: symmetric, the
-        largest number of a group decides its float16 scale. 4 bits: the scale and minimum of least squared error, in
-        8-bit codes that count a float16 of each row."""
+        """A plain matrix [N, K] on the device, of any float dtype, rounded to 4, 6 or 8 bits in groups of a row as
+        ``--quantize int4`` and ``int8`` do it, faster; None where there is no kernel for that. 6 and 8 bits: symmetric,
+        the largest number of a group decides its float16 scale. 4 bits: the scale and minimum of least squared error,
+        in 8-bit codes that count a float16 of each row."""
         ...
 
     def experts(self, gate_up: Seq[Linear], down: Seq[Linear]) -> Experts:
@@ -155,6 +156,25 @@ class Ops(Protocol):
         weight [D]."""
         ...
 
+    def keep_index_keys(
+        self, k: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, batch: Batch, kept: Tensor, group: int
+    ) -> None:
+        """What keys are to be chosen by: k [T, D] (whose tokens may lie apart), weight [D], kept [num_blocks,
+        block_size, D], all in one dtype; cos_sin [max_context, rotary_dim] float32, rotary_dim at most D. A token's k
+        is kept at its slot. The last of `group` tokens of a sequence, counted from its first, keeps in place of it what
+        stands for the whole group: rms_norm of the mean of their k, rotated as Attention.rope_and_store does it by the
+        group's first position; mean and norm are rounded to the dtype. Tokens that come again are kept again. No draft
+        of the batch is a tree."""
+        ...
+
+    def select_keys(self, q: Tensor, cos_sin: Tensor, batch: Batch, kept: Tensor, selection: KeySelection) -> Tensor:
+        """The slots of the keys that each token sees, in the order of their positions, -1 behind the last: q [T,
+        num_heads, D] in kept's dtype (whose tokens may lie apart) -> [T, selection.most_keys] int32. Of the whole
+        groups up to its own position a token sees those budget / group for which the sum over heads of max(0, q . the
+        group's key) is largest, q rotated at the token's position and sums in float32, the earlier of equal ones; and
+        the tokens after these groups, itself included. No draft of the batch is a tree."""
+        ...
+
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [R, V] float32 -> the largest [R] and its id [R] int64, the first of equal ones. Of a row
         that holds NaN or +infinity the value is not finite and the id any."""
@@ -241,6 +261,17 @@ class DualChunkAttention(Attention, Protocol):
         """In place of rope_and_store and attend, with the same arguments: a query sees all of its context, but meets
         keys by their distance in chunks (see DualChunks). What is stored is one key per token, as ever. cos_sin has
         chunks.num_undivided rows at least. Returns [T, H * D]."""
+        ...
+
+
+class SlotAttention(Attention, Protocol):
+    """What an attention has beside whose queries can see some keys alone. With another the context of a model that
+    chooses them (KeySelection) ends where they would be fewer than all."""
+
+    def attend_slots(self, q: Tensor, batch: Batch, layer_kv: Any, scale: float, slots: Tensor) -> Tensor:
+        """In place of attend, after rope_and_store: each query of q [T, H, D] sees the keys stored at its slots [T, N]
+        int32, one at least, all of its own sequence, -1 behind the last of them, and no others. Nobody else's KV has
+        an effect, whatever it is. layer_kv was allocated for a spec that said `selected`. Returns [T, H * D]."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The tensors that recurrent layers keep their states in, and their place among the layers' KV."""
+"""What models keep beside K and V: the states of recurrent layers, and the keys that attention chooses others by."""
 
 from __future__ import annotations
 
@@ -19,6 +19,24 @@ def state_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
         return 0
     sizes = (prod(tensor.shape) * _dtype(tensor, dtype).itemsize for tensor in config.state.tensors)
     return len(config.state.layers) * sum(sizes)
+
+
+def index_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of a token over all layers with KV, in a run of `dtype`; 0 for a model that does not choose keys."""
+    selection = config.key_selection
+    return config.num_kv_layers * selection.head_dim * dtype.itemsize if selection else 0
+
+
+def with_index_keys(
+    kv: Seq[Any], config: ModelConfig, block_size: int, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """`kv` of the layers with attention; of a model that chooses keys each together with those it chooses them by,
+    [num_blocks, block_size, head_dim]."""
+    selection = config.key_selection
+    if selection is None:
+        return kv
+    shape = num_blocks, block_size, selection.head_dim
+    return [(layer_kv, torch.zeros(shape, dtype=dtype, device=device)) for layer_kv in kv]
 
 
 def with_states(kv: Seq[Any], config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blade.nn import default_recurrence
+from blade.nn import default_recurrence, default_selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blade.contracts import Experts, Linear, Model
-    from blade.types import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
+    from blade.types import Batch, CaptureOptions, GGMLBlocks, GroupedWeight, KeySelection, KVCache, QuantizedWeight
 
 
 class DefaultOps:
@@ -92,6 +92,14 @@ class DefaultOps:
 
     def gated_rms_norm(self, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         return default_recurrence.gated_rms_norm(x, gate, weight, eps)
+
+    def keep_index_keys(
+        self, k: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, batch: Batch, kept: Tensor, group: int
+    ) -> None:
+        default_selection.keep_index_keys(k, weight, eps, cos_sin, batch, kept, group)
+
+    def select_keys(self, q: Tensor, cos_sin: Tensor, batch: Batch, kept: Tensor, selection: KeySelection) -> Tensor:
+        return default_selection.select_keys(q, cos_sin, batch, kept, selection)
 
     def draw(
         self, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from blade.contracts import Attention, DualChunkAttention, Ops
+from blade.contracts import Attention, DualChunkAttention, Ops, SlotAttention
 from blade.engine.trees import ancestors, depths
 from blade.errors import ConfigError
 from blade.testing.require import require
@@ -53,7 +53,7 @@ class _Case:
         return torch.tensor([*range(start), *end])
 
     def rotated(self, raw: Seq[Tensor]) -> list[Tensor]:
-        return [_rotate(x, self.cos_sin[self.positions(i)]) for i, x in enumerate(raw)]
+        return [rotate(x, self.cos_sin[self.positions(i)]) for i, x in enumerate(raw)]
 
     def hidden(self, seq: int) -> Tensor:
         """Which of its L tokens each of the step's cannot see, whatever the positions, [Q, L] bool."""
@@ -69,8 +69,9 @@ class _Case:
 
 def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
     """Prefill, chunks, decodes and mixes of them; head ratios, windows, chunks of positions where the attention is
-    `chunked`, dual chunks where it has them, drafts that are trees where it knows `trees`; partial rotary; shared and
-    permuted blocks; in the dtype and in every storage that the attention names, which has to make a cache smaller."""
+    `chunked`, dual chunks and chosen keys where it has them, drafts that are trees where it knows `trees`; partial
+    rotary; shared and permuted blocks; in the dtype and in every storage that the attention names, which has to make a
+    cache smaller."""
     import torch
 
     attention = factory(ops)
@@ -90,6 +91,7 @@ def check_attention(factory: Callable[[Ops], Attention], ops: Ops, dtypes: Itera
                     case = _make_case(spec, spans, head_dim // (1 + seed % 2), dtype, seed)
                     _check_case(attention, case, ops)
                     _check_dual_chunks(attention, case, ops, _DUAL_CHUNKS[seed % 2])
+                    _check_slots(attention, case, ops)
                 if getattr(attention, "trees", False):
                     case = _make_case(spec, _TREE_SPANS, head_dim // (1 + seed % 2), dtype, seed)
                     _check_case(attention, replace(case, trees=_TREES), ops)
@@ -188,6 +190,35 @@ def _check_dual_chunks(attention: Attention, case: _Case, ops: Ops, chunks: Dual
     require_close(what, out, _attend_dual_chunks(case, scale, chunks), dtype, _limit(case.spec, dtype))
 
 
+def _check_slots(attention: Attention, case: _Case, ops: Ops) -> None:
+    import torch
+
+    if not hasattr(attention, "attend_slots"):
+        return
+    case = replace(case, spec=replace(case.spec, selected=True))
+    chooser, dtype, scale = cast("SlotAttention", attention), case.q[0].dtype, case.spec.head_dim**-0.5
+    kv = attention.allocate(case.spec, case.num_blocks)
+    _spoil(attention, case, kv, ops)
+    past = [(case.shared if i == 1 else 0, start) for i, (start, _) in enumerate(case.spans)]
+    if any(stop > start for start, stop in past):
+        _store(attention, case, past, _batch(case, past, ops), kv[1], ops)
+    batch = _batch(case, case.spans, ops)
+    q, _, _ = _store(attention, case, case.spans, batch, kv[1], ops)
+    generator, unseen, lists = torch.Generator().manual_seed(len(q)), [], []
+    for seq, table in enumerate(case.tables):
+        seen = ~case.hidden(seq)
+        seen &= torch.rand(seen.shape, generator=generator) < 0.4
+        seen[:, 0] |= ~seen.any(dim=1)
+        unseen.append(~seen)
+        size = case.spec.block_size
+        lists += [[table[i // size] * size + i % size for i in row.nonzero().flatten().tolist()] for row in seen]
+    width = max(map(len, lists)) + 2
+    slots = torch.tensor([own + [-1] * (width - len(own)) for own in lists], dtype=torch.int32)
+    out = chooser.attend_slots(q, batch, kv[1], scale, ops.to_device(slots))
+    what = "attention to chosen keys" + f" in {case.spec.storage}" * bool(case.spec.storage)
+    require_close(what, out, _attend(case, scale, None, None, unseen), dtype, _limit(case.spec, dtype))
+
+
 def _spoil(attention: Attention, case: _Case, kv: Any, ops: Ops) -> None:
     """Fill every slot of these layers with what must never be seen again."""
     import torch
@@ -263,7 +294,7 @@ def make_batch(tables: list[list[int]], spans: list[tuple[int, int]], block_size
     )
 
 
-def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """x [L, H, D] by cos_sin [L, rotary_dim], in float32; halves of the first rotary_dim channels pair up."""
     import torch
 
@@ -273,8 +304,11 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:].float()], dim=-1)
 
 
-def _attend(case: _Case, scale: float, window: int | None, chunk: int | None) -> Tensor:
-    """Softmax attention of the step's tokens, one sequence after the other, in float32: [T, H * D]."""
+def _attend(
+    case: _Case, scale: float, window: int | None, chunk: int | None, unseen: Seq[Tensor] | None = None
+) -> Tensor:
+    """Softmax attention of the step's tokens, one sequence after the other, in float32: [T, H * D]. `unseen`: further
+    keys that they do not see, [Q, K] bool each."""
     import torch
 
     outs = []
@@ -287,6 +321,8 @@ def _attend(case: _Case, scale: float, window: int | None, chunk: int | None) ->
         keys = case.positions(seq)
         queries = keys[start:, None]
         hidden = case.hidden(seq) | (queries - keys >= (window or len(keys)))  # [Q, K]
+        if unseen is not None:
+            hidden |= unseen[seq]
         if chunk is not None:
             hidden |= keys // chunk != queries // chunk
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
@@ -302,12 +338,12 @@ def _attend_dual_chunks(case: _Case, scale: float, chunks: DualChunks) -> Tensor
     for seq, (raw_q, raw_k, raw_v, (start, _)) in enumerate(zip(case.q, case.k, case.v, case.spans, strict=True)):
         keys = case.positions(seq)
         queries = keys[start:]
-        k = _rotate(raw_k, case.cos_sin[keys % chunks.length]).to(dtype).float().repeat_interleave(groups, dim=1)
+        k = rotate(raw_k, case.cos_sin[keys % chunks.length]).to(dtype).float().repeat_interleave(groups, dim=1)
         behind = queries[:, None] // chunks.length - keys // chunks.length
         scores = torch.full((case.spec.num_heads, len(queries), len(keys)), -torch.inf)
         for distance in range(int(behind.max()) + 1):
             turned = (queries % chunks.length + distance * chunks.length).clamp(max=chunks.farthest)
-            q = _rotate(raw_q[start:], case.cos_sin[turned]).to(dtype).float()
+            q = rotate(raw_q[start:], case.cos_sin[turned]).to(dtype).float()
             scores = torch.where(behind == distance, torch.einsum("qhd,khd->hqk", q, k) * scale, scores)
         weights = scores.masked_fill(case.hidden(seq), -torch.inf).softmax(dim=-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, raw_v.float().repeat_interleave(groups, 1)).flatten(1))

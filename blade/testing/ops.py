@@ -10,6 +10,7 @@ from blade.testing.draw import check_draw
 from blade.testing.logprobs import check_logprobs
 from blade.testing.recurrence import check_recurrence
 from blade.testing.require import require
+from blade.testing.selection import check_selection
 from blade.testing.tolerance import require_close
 from blade.types import Batch, CaptureOptions, KVCache
 
@@ -46,6 +47,7 @@ def check_ops(ops: Ops, dtypes: Iterable[torch.dtype] | None = None) -> None:
         _check_capture(ops, torch.randn(40, 64, generator=generator).to(dtype))
         _check_experts(ops, dtype, generator)
         check_recurrence(ops, dtype, generator)
+        check_selection(ops, dtype, generator)
     _check_argmax(ops)
     check_draw(ops)
     check_logprobs(ops)

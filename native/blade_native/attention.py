@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from blade_native import dual_chunks, tiles
 from blade_native.kv_cache import Firsts, make
 from blade_native.kv_codes import MODES, block_bytes
+from blade_native.slots import attend_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +104,10 @@ class PagedAttention:
         self._store(rotate(k, *rotations[0]), v, batch, layer_kv)
         queries = [rotate(q, *rotation) for rotation in rotations]
         return dual_chunks.attend(queries, batch, layer_kv, k.shape[1], scale, chunks)
+
+    def attend_slots(self, q: Tensor, batch: Batch, layer_kv: DenseKV, scale: float, slots: Tensor) -> Tensor:
+        """See contracts.SlotAttention."""
+        return layer_kv.outputs(attend_slots(layer_kv.queries(q), slots, layer_kv.gather_tokens, scale))
 
     def _plan_for(self, batch: Batch) -> Plan:
         if self._plan is None or self._plan.batch is not batch:

@@ -65,6 +65,10 @@ class DenseKV:
         """[len(blocks), block_size, 2, KV, D] in `dtype`, which is the cache's own."""
         return self.kv.index_select(0, blocks)
 
+    def gather_tokens(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """As gather, of single tokens: slots [N] -> [N, 2, KV, D]."""
+        return self.kv.flatten(0, 1).index_select(0, slots)
+
 
 class RoundedHeads:
     """Of tokens, or of sequences: codes [*shape, bytes] uint8 and numbers [*shape, scales and middles]."""
@@ -86,7 +90,14 @@ class RoundedHeads:
 
     def gather(self, at: Tensor) -> Tensor:
         """[len(at), ..., D] float32, at places along the first dimension."""
-        codes, numbers = self.codes.index_select(0, at), self.numbers.index_select(0, at)
+        return self._widened(self.codes.index_select(0, at), self.numbers.index_select(0, at))
+
+    def gather_tokens(self, at: Tensor) -> Tensor:
+        """[len(at), KV, D] float32, at places along the dimensions before KV."""
+        codes, numbers = self.codes.flatten(0, -3), self.numbers.flatten(0, -3)
+        return self._widened(codes.index_select(0, at), numbers.index_select(0, at))
+
+    def _widened(self, codes: Tensor, numbers: Tensor) -> Tensor:
         if self.kept.bits == 4:
             nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).view(torch.int8)
             signed = (nibbles ^ 8) - 8
@@ -134,3 +145,6 @@ class RoundedKV(DenseKV):
 
     def gather(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.stack((self.keys.gather(blocks), self.values.gather(blocks)), dim=2).to(dtype)
+
+    def gather_tokens(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.stack((self.keys.gather_tokens(slots), self.values.gather_tokens(slots)), dim=1).to(dtype)

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from blade_quantize.shards import ShardWriter
     from blade_quantize.stack import Stack
 
-DECIDERS = {"gate", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "block_inject_weight"}
+DECIDERS = {
+    "gate", "router", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "block_inject_weight",
+    "index_qk_proj",
+}  # fmt: skip
 """Matrices that are small and decide much: they stay plain."""
 KERNEL_GROUP = GROUPS[-1]  # the least of integers: rows with one scale that do not divide so would be served plain
 

@@ -1,12 +1,11 @@
 """Qwen4-Exp: Qwen3.5's layers with experts between hyper-connections, some with embeddings of n-grams.
 
-Its layers of attention choose which keys a query sees, blocks of them by a score, as many as a budget allows. Within
-the context that the budget covers, which is what blade serves, all are chosen, and what would choose is not loaded.
+Its layers of attention choose which keys a query sees. Where the budget covers the whole context all are chosen, and
+what would choose is not loaded.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from blade.nn import Keys, Mixture, MixtureConfig, SelectedWeights, SelfAttentio
 from blade_qwen.delta_net import DeltaNet
 from blade_qwen.hybrid import FULL, RECURRENT, HybridConfig
 from blade_qwen.hyper_connection import HyperConnection, StreamReader, StreamsConfig
+from blade_qwen.indexed_attention import IndexedAttention, read_selection
 from blade_qwen.ngram_config import NgramConfig
 from blade_qwen.ngram_embedding import NgramEmbedding
 from blade_qwen.ngram_shards import JoinedShards
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from blade import Batch, KVCache
     from blade.contracts import Loader, Weights
-
-log = logging.getLogger("blade.models")
 
 INDEXED = "indexed_attention"  # transformers' name of what published files call full_attention
 INDEXER = ".self_attn.indexer."
@@ -62,13 +60,15 @@ class Qwen4Exp:
             ngrams=NgramConfig.read(keys),
             sigmoid_gate=_gate(keys) == "sigmoid",
         )
-        return replace(found, max_context=_max_context(keys, found.max_context), state=_state(keys, found))
+        return replace(found, key_selection=read_selection(keys, found), state=_state(keys, found))
 
     def build(self, config: Qwen4ExpConfig, loader: Loader) -> Qwen4ExpDecoder:
         nested = loader.has("model.language_model.hyper_connection_mixer.hc_norm.weight")
         return Qwen4ExpDecoder(replace(config, prefix="model.language_model") if nested else config, loader)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
+        if self.configure(config).key_selection is not None:
+            return SplitExperts(JoinedShards(SelectedWeights(weights, APART)))
         indexers = {name[: name.index(INDEXER) + len(INDEXER)] for name in weights.names() if INDEXER in name}
         apart = APART | dict.fromkeys(sorted(indexers), "sparse attention's indexers")
         return SplitExperts(JoinedShards(SelectedWeights(weights, apart)))
@@ -79,22 +79,6 @@ def _gate(keys: Keys) -> str:
     if gate not in ("silu", "sigmoid"):
         keys.refuse("output_gate_type", "silu or sigmoid")
     return gate
-
-
-def _max_context(keys: Keys, trained: int) -> int:
-    """Tokens within which all keys are chosen: as many whole blocks as the budget has, and an unfinished one."""
-    budget, block = keys.integer("indexer_budget"), keys.integer("indexer_compress_ratio")
-    if budget % block:
-        keys.refuse("indexer_budget", f"a multiple of indexer_compress_ratio, {block}")
-    covered = budget + block - 1
-    if covered < trained:
-        log.warning(
-            "The context is limited to %d tokens, of %d: with more, attention leaves some out (config.json: "
-            "indexer_budget), which blade cannot do.",
-            covered,
-            trained,
-        )
-    return min(trained, covered)
 
 
 def _state(keys: Keys, config: Qwen4ExpConfig) -> StateSpec:
@@ -126,6 +110,8 @@ class Qwen4ExpLayer:
         if self.is_recurrent:
             kind = SigmoidDeltaNet if config.sigmoid_gate else DeltaNet
             self.token_mixer: TokenMixer = kind(f"{name}.linear_attn", config, config.delta, loader)
+        elif config.key_selection is not None:
+            self.token_mixer = IndexedAttention(f"{name}.self_attn", config, config.key_selection, loader)
         else:
             self.token_mixer = SelfAttention(f"{name}.self_attn", config, None, loader)
         self.around_channels = HyperConnection(f"{name}.mlp_hyper_connection", streams, config, loader)

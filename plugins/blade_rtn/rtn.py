@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from blade.nn import GroupedQuantization, Matrix
 from blade_rtn.int4 import quantize_int4
-from blade_rtn.int8 import quantize_int8
+from blade_rtn.symmetric import quantize_symmetric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("blade.rtn")
 
 INT4_GROUP = 32
-INT8_GROUPS = (64, 32)  # the first that divides a row
+GROUPS = (64, 32)  # of symmetric integers: the first that divides a row
+TABLE_BITS = 6  # beside matrices of 4
 TABLES = {"lm_head", "embed_tokens", "wte"}  # whose errors reach every logit
 # Small, and they decide.
-GATES = {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "block_inject_weight"}
+GATES = {
+    "gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "block_inject_weight",
+    "index_qk_proj",
+}  # fmt: skip
 
 
 class Int8(GroupedQuantization):
@@ -37,7 +41,7 @@ class Int8(GroupedQuantization):
         shape = weights.shape(f"{prefix}.weight")
         if len(shape) != 2 or prefix.rpartition(".")[2] in GATES:
             return None
-        if shape[1] % INT8_GROUPS[-1]:
+        if shape[1] % GROUPS[-1]:
             self._tell(prefix, shape[1])
             return None
         return Matrix(shape, self._bytes(prefix, *shape))
@@ -53,16 +57,19 @@ class Int8(GroupedQuantization):
 
     def rounded(self, prefix: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
         """By the op set's kernel, where it has one, or else on its device."""
+        return self._symmetric(prefix, weights, ops, 8)
+
+    def _symmetric(self, prefix: str, weights: Weights, ops: Ops | None, bits: int) -> GroupedWeight:
         weight = self._numbers(prefix, weights, ops)
-        group = int8_group(weight.shape[1])
-        return (ops and ops.round_weight(weight, 8, group)) or quantize_int8(weight, group)
+        group = group_of(weight.shape[1])
+        return (ops and ops.round_weight(weight, bits, group)) or quantize_symmetric(weight, bits, group)
 
     def _numbers(self, prefix: str, weights: Weights, ops: Ops | None) -> Tensor:
         weight = weights.get(f"{prefix}.weight")
         return weight if ops is None else weight.to(ops.device)
 
     def _bytes(self, prefix: str, n: int, k: int) -> int:
-        return n * k + 2 * n * k // int8_group(k)
+        return symmetric_bytes(n, k, 8)
 
     def _tell(self, prefix: str, k: int) -> None:
         """Once for the same matrix of all layers."""
@@ -73,20 +80,26 @@ class Int8(GroupedQuantization):
 
 
 class Int4(Int8):
-    """4 bits; 8 for the output head and the embedding."""
+    """4 bits; 6 for the output head and the embedding."""
 
     def rounded(self, prefix: str, weights: Weights, ops: Ops | None) -> GroupedWeight:
         if is_table(prefix):
-            return super().rounded(prefix, weights, ops)
+            return self._symmetric(prefix, weights, ops, TABLE_BITS)
         weight = self._numbers(prefix, weights, ops)
         return (ops and ops.round_weight(weight, 4, INT4_GROUP)) or quantize_int4(weight, INT4_GROUP)
 
     def _bytes(self, prefix: str, n: int, k: int) -> int:
-        return super()._bytes(prefix, n, k) if is_table(prefix) else n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n
+        if is_table(prefix):
+            return symmetric_bytes(n, k, TABLE_BITS)
+        return n * k // 2 + 2 * n * k // INT4_GROUP + 4 * n
 
 
-def int8_group(k: int) -> int:
-    return next(group for group in INT8_GROUPS if k % group == 0)
+def group_of(k: int) -> int:
+    return next(group for group in GROUPS if k % group == 0)
+
+
+def symmetric_bytes(n: int, k: int, bits: int) -> int:
+    return n * k * bits // 8 + 2 * n * k // group_of(k)
 
 
 def is_table(prefix: str) -> bool:

@@ -36,7 +36,19 @@ ROPES: list[Any] = [
     {"rope_type": "longrope", "short_factor": [1.0], "long_factor": []}, {"full_attention": {"rope_type": "default"}},
     {"rope_theta": 0}, {"rope_theta": 1e300}, {"partial_rotary_factor": 1e-9},
 ]  # fmt: skip
-METHODS = ["gptq", "awq", "auto-round", "compressed-tensors", "fp8", "bitsandbytes", "modelopt", "torchao", "hqq", "x"]
+METHODS = [
+    "gptq",
+    "awq",
+    "auto-round",
+    "compressed-tensors",
+    "fp8",
+    "bitsandbytes",
+    "modelopt",
+    "torchao",
+    "hqq",
+    "mlx",
+    "x",
+]
 SETTINGS: list[Any] = [
     {}, {"bits": 4, "group_size": 0}, {"bits": 2**40}, {"config_groups": []}, {"quant_type": {"default": 1}}
 ]  # fmt: skip

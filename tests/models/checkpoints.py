@@ -50,6 +50,7 @@ VISION = {
 SHARED = {"shared_expert_intermediate_size": 80}
 STREAMS = {"hc_count": 3, "hc_lowrank": 32}
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_compress_ratio": 8}
+SPARSE = {"indexer_n_heads": 8, "indexer_budget": 24, "indexer_compress_ratio": 4}  # of many heads one always fits
 NGRAMS = {"ple_layer_ids": [3, 1], "heads_per_ngram": 2, "ngram_vocab_size_base": 101, "split_ngram_parts": 4}
 EXP = MIXTURE | SHARED | DELTA | STREAMS | INDEXER | {"indexer_budget": 128, "eos_token_id": [24, 9]}
 
@@ -92,6 +93,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5 moe fused": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
     "qwen4 exp": ("Qwen4Exp", EXP),
     "qwen4 exp ngrams": ("Qwen4Exp", EXP | NGRAMS | {"output_gate_type": "sigmoid"}),
+    "qwen4 exp sparse": ("Qwen4Exp", EXP | NGRAMS | SPARSE),
+    "qwen4 exp sparse wide": ("Qwen4Exp", EXP | SPARSE | {"indexer_compress_ratio": 24, "indexer_head_dim": 48}),
     "qwen4 exp long ngrams vision": (
         "Qwen4Exp",
         EXP | NGRAMS | {"ngram_size": 4, "ple_embed_dim": 36, "ple_conv_kernel_size": 2, "eos_token_id": 10},

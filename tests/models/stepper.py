@@ -11,7 +11,7 @@ import torch
 import blade_llama
 import blade_qwen
 from blade import CaptureOptions, KVSpec
-from blade.engine.state_cache import with_states
+from blade.engine.state_cache import with_index_keys, with_states
 from blade.nn import Loader
 from blade.nn.shape_check import ShapeCheck
 from blade.plugins import Plugins
@@ -59,8 +59,11 @@ class Stepper:
         self.block_size = block_size
         name = str(dtype).removeprefix("torch.")
         heads = config.num_heads, config.num_kv_heads, config.head_dim
-        spec = KVSpec(config.num_kv_layers, *heads, name, block_size, storage)
+        spec = KVSpec(
+            config.num_kv_layers, *heads, name, block_size, storage, selected=config.key_selection is not None
+        )
         kv, num_slots = attention.allocate(spec, sum(sizes)), 2 * len(self.prompts)
+        kv = with_index_keys(kv, config, block_size, sum(sizes), dtype, self.ops.device)
         self.kv = with_states(kv, config, num_slots, dtype, self.ops.device)
         self.held = [-1] * num_slots  # tokens of prompt slot // 2 that the state in a slot comes after
         longest = max(sizes) * block_size

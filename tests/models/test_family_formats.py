@@ -138,9 +138,9 @@ def test_it_computes_what_is_stored(family: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("family", "tables"), [("qwen1", {"transformer.wte", "lm_head"}), ("qwen3", {"model.embed_tokens"})]
 )
-def test_int4_keeps_the_tables_in_8_bits(family: str, tables: set[str]) -> None:
+def test_int4_keeps_the_tables_in_6_bits(family: str, tables: set[str]) -> None:
     made, _, quantization, prefixes = prepared(family, "int4")
     weights = TensorWeights(made)
     bits = {prefix: quantization.weight(prefix, weights).bits for prefix in prefixes}
-    assert {prefix for prefix, width in bits.items() if width == 8} >= tables
+    assert {prefix for prefix, width in bits.items() if width == 6} >= tables
     assert {width for prefix, width in bits.items() if ".layers." in prefix or ".h." in prefix} == {4}

@@ -106,7 +106,7 @@ def quantised(x: Tensor, group: int) -> Tensor:
 
 def activation_group(ops: SimdOps, weight: GroupedWeight) -> int:
     """That of the weights, but where nested ones become bytes: all that a block has."""
-    if not nests(weight) or ops.library.level not in ("avx512vnni", "avx512bf16"):
+    if not nests(weight) or ops.library.level not in ("avx512vnni", "avx512bf16", "amx"):
         return weight.group
     return weight.q.shape[1] // weight.block_scales.shape[1]
 

@@ -12,9 +12,9 @@ from blade import GroupedWeight
 from blade_native.reference import dequantize
 from blade_native.simd.ops import SimdOps
 from blade_rtn.int4 import nest_int4, quantize_int4
-from blade_rtn.int8 import quantize_int8
+from blade_rtn.symmetric import quantize_symmetric
 
-BITS = (4, 8)
+BITS = (4, 6, 8)
 N, K = 37, 384  # rows that fill no whole item, groups that fill no whole vector
 PARTS = ("q", "scales", "minima", "block_scales", "block_minima")
 
@@ -27,8 +27,10 @@ def weights_of(kind: str) -> Tensor:
 
 
 def twin_of(ops: SimdOps, bits: int) -> Callable[[Tensor, int], GroupedWeight]:
-    nests = ops.library.level in ("avx512vnni", "avx512bf16")
-    return quantize_int8 if bits == 8 else nest_int4 if nests else quantize_int4
+    if bits > 4:
+        return lambda weight, group: quantize_symmetric(weight, bits, group)
+    nests = ops.library.level in ("avx512vnni", "avx512bf16", "amx")
+    return nest_int4 if nests else quantize_int4
 
 
 def error(found: GroupedWeight, weight: Tensor) -> float:

@@ -22,6 +22,7 @@ OF_THE_EMULATOR = (
     "test_faults_ops",
     "test_attention_faults",
     "test_attention_mode_faults",
+    "test_attention_dual_chunk_faults",
 )
 
 

@@ -246,3 +246,24 @@ def test_wrong_input_is_refused(kernels: AttentionKernels) -> None:
         w.attention.rope_and_store(q, k, v, cos_sin(4, 66), batch, w.layer_kv)
     with pytest.raises(ValueError, match="positive"):
         w.attention.attend(q, k, v, batch, w.layer_kv, 0.0, None)
+
+
+def test_chosen_keys(kernels: AttentionKernels) -> None:
+    """In torch, over what the kernels stored; rounded caches are the torch attention's."""
+    shape, kv_lens, query_lens = PLAIN, [40, 17, 1, 150], [3, 1, 1, 20]
+    there = world(kernels, shape, (6, 2), kv_lens)
+    there.store_past(query_lens)
+    expected = there.step(query_lens)
+    batch = there.owed(query_lens)
+    q, k, v = (there.last(xs, query_lens) for xs in (there.q, there.k, there.v))
+    q, k = there.attention.rope_and_store(q, k, v, there.cos_sin, batch, there.layer_kv)
+    ends = [end for length, n in zip(kv_lens, query_lens, strict=True) for end in range(length - n, length)]
+    owners = [i for i, n in enumerate(query_lens) for _ in range(n)]
+    slots = torch.full((len(ends), 151), -1, dtype=torch.int32)
+    for row, (seq, end) in enumerate(zip(owners, ends, strict=True)):
+        slots[row, : end + 1] = there.whole.slots.split(kv_lens)[seq][: end + 1]
+    found = there.attention.attend_slots(q, batch, there.layer_kv, there.scale, slots)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[shape.dtype])
+    rounded = replace(kv_spec(Shape(BF16, INT8, 128), 1, (6, 2), 16), selected=True)
+    assert not isinstance(there.attention.allocate(rounded, 2)[0], attention_module.LayerKV)
+    assert isinstance(there.attention.allocate(replace(rounded, storage=None), 2)[0], attention_module.LayerKV)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from blade_native.cuda import attention_kernels
 from blade_native.cuda.attention_kernels import AttentionKernels, Shape
 from blade_native.cuda.launch import SOURCES, Launcher
 from blade_native.emulator.faults import Fault, Redirected, Suite
@@ -35,7 +36,7 @@ def run_prefill(launcher: Launcher, source: Path) -> None:
 def run_trees(launcher: Launcher, source: Path) -> None:
     """Windows within the trees, and one that begins 74 keys before; chains beside other paths, far behind places."""
     kernels = AttentionKernels(Redirected(launcher, source))
-    kernels.add(SHAPES[:1], trees=True)
+    kernels.add(SHAPES[:1], attention_kernels.TREES)
     parents = [[*range(-1, 15), -1, *range(16, 46)], [-1, -1, *range(28)]]
     trees = dict(enumerate(parents))
     for window in (None, 6, 60):
@@ -109,7 +110,7 @@ STORE = Suite(
     SOURCES / "kv_store.cu",
     run_store,
     [
-        Fault("queries as they are", "  if (RELATED && is_q) x.transform(lane);\n", "", "result"),
+        Fault("queries as they are", "  if (RELATED<S> && is_q) x.transform(lane);\n", "", "result"),
         Fault("keys as they are", "      relate(x, args, head, token, lane);\n", "", "result"),
         Fault("an origin of another sequence", "cu_seqlens[middle] <= token", "cu_seqlens[middle] < token", "result"),
         Fault("no origin for a lone first token", "args.phase != REST) {", "args.phase == ORIGINS) {", "result"),

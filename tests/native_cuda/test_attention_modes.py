@@ -10,7 +10,7 @@ from native_cpu.batches import ragged
 
 from blade_native.attention import PagedAttention
 from blade_native.cuda import attention as attention_module
-from blade_native.cuda.attention_kernels import AttentionKernels, Shape
+from blade_native.cuda.attention_kernels import TREES, AttentionKernels, Shape
 from blade_native.cuda.launch import Launcher
 from blade_native.kv_cache import RoundedKV
 from blade_native.kv_codes import hadamard
@@ -33,7 +33,7 @@ OF_TREES = CORES[2:3]
 def kernels(launcher: Launcher) -> AttentionKernels:
     kernels = AttentionKernels(launcher)
     kernels.add(CORES + SIMT)
-    kernels.add(OF_TREES, trees=True)
+    kernels.add(OF_TREES, TREES)
     return kernels
 
 

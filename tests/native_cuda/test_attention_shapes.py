@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ TYPES = [(dtype, storage) for dtype in (BF16, F16, F32) for storage in (None, *M
 @pytest.mark.parametrize(("dtype", "storage"), TYPES, ids=str)
 def test_all_that_is_launched_is_checked(dtype: torch.dtype, storage: str | None, head_dim: int) -> None:
     """By NVRTC for every architecture, with the launch's threads and at least its shared memory."""
-    shape = shape_of(kv_spec(Shape(dtype, storage, head_dim), 1, (2, 1), 16))
+    spec = kv_spec(Shape(dtype, storage, head_dim), 1, (2, 1), 16)
+    shape = shape_of(spec)
     if shape is None:
         assert (storage, head_dim) == ("int8_affine", 256)  # left to torch
         return
@@ -47,10 +49,14 @@ def test_all_that_is_launched_is_checked(dtype: torch.dtype, storage: str | None
         "hadamard.cu": 32 * HADAMARD_WARPS,
     }
     shared = {"paged_decode.cu": shape.decode_shared_bytes, "paged_prefill.cu": shape.prefill_shared_bytes}
-    plain, trees = shape.expressions(), shape.expressions(trees=True)
-    for source, names in plain.items():
+    others = [shape.expressions(attention_kernels.TREES)]
+    if shape_of(replace(spec, dual_chunks=True)):
+        others.append(shape.expressions(attention_kernels.DUAL))
+    else:
+        assert head_dim == 256  # left to torch
+    for source, names in shape.expressions().items():
         declared = {check.expression: check.limits for check in checks(inline(SOURCES / source))}
-        for name in names + trees.get(source, []):
+        for name in names + [name for other in others for name in other.get(source, [])]:
             if source == "paged_merge.cu":  # the same machine code for every storage
                 name = f"merge_chunks<{CUDA_NAMES[dtype]}, signed char, {head_dim}>"
             assert threads[source] == declared[name].threads

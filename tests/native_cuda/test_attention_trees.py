@@ -44,7 +44,7 @@ TREES = {i: parents(QUERY_LENS[i] - 1, i) for i in (2, 3, 4)}
 @pytest.fixture(scope="module")
 def kernels(launcher: Launcher) -> AttentionKernels:
     kernels = AttentionKernels(launcher)
-    kernels.add(SHAPES, trees=True)
+    kernels.add(SHAPES, attention_kernels.TREES)
     kernels.add(SHAPES)
     return kernels
 
@@ -114,10 +114,10 @@ def test_only_steps_with_trees_have_their_kernels(kernels: AttentionKernels, lau
 
 
 def test_kernels_for_trees_are_there_at_start_where_the_spec_says_so(kernels: AttentionKernels) -> None:
-    kernels._trees.clear()
+    kernels._others.clear()
     for trees in (False, True):
         attention(kernels).allocate(replace(kv_spec(PLAIN, 1, (8, 1), 16), trees=trees), 1)
-        assert list(kernels._trees) == [PLAIN] * trees
+        assert list(kernels._others) == [(PLAIN, attention_kernels.TREES)] * trees
 
 
 def test_ancestors_that_are_not_are_refused(kernels: AttentionKernels) -> None:

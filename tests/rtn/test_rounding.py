@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blade import GroupedWeight
 from blade.nn import dequantize
 from blade.nn.tensors import num_params
 from blade.testing import TensorWeights
 from blade_native.simd.grouped import covers
-from blade_rtn import int4, int8
+from blade_rtn import int4, symmetric
 from blade_rtn.int4 import quantize_int4
-from blade_rtn.int8 import quantize_int8
 from blade_rtn.rtn import Int4
+from blade_rtn.symmetric import quantize_symmetric
 
 
 def normal(n: int, k: int) -> torch.Tensor:
@@ -23,15 +24,25 @@ def relative_error(weight: torch.Tensor, found: torch.Tensor) -> float:
     return float((found - weight).norm() / weight.norm())
 
 
+def quantize_int8(weight: torch.Tensor, group: int) -> GroupedWeight:
+    return quantize_symmetric(weight, 8, group)
+
+
+def quantize_int6(weight: torch.Tensor, group: int) -> GroupedWeight:
+    return quantize_symmetric(weight, 6, group)
+
+
 @pytest.mark.parametrize("group", [32, 64])
-def test_8_bits_are_off_by_half_a_step_at_most(group: int) -> None:
+@pytest.mark.parametrize(("bits", "most_off"), [(8, 0.0065), (6, 0.026)])
+def test_symmetric_integers_are_off_by_half_a_step_at_most(bits: int, most_off: float, group: int) -> None:
     weight = normal(70, 192)
-    found = quantize_int8(weight, group)
-    assert (found.bits, found.group, found.scales.shape) == (8, group, (70, 192 // group))
+    found = quantize_symmetric(weight, bits, group)
+    assert (found.bits, found.group, found.scales.shape) == (bits, group, (70, 192 // group))
+    assert int(found.q.max()) < 2**bits
     assert covers(found)
     off = (dequantize(found, torch.float32) - weight).abs().view(70, -1, group)
     assert bool((off <= found.scales.float().unsqueeze(2) * 0.51 + weight.abs().max() / 2000).all())
-    assert 0 < relative_error(weight, dequantize(found, torch.float32)) < 0.0065
+    assert 0 < relative_error(weight, dequantize(found, torch.float32)) < most_off
 
 
 def test_4_bits_come_closer_than_the_range_of_a_group_alone_would() -> None:
@@ -48,17 +59,17 @@ def test_4_bits_come_closer_than_the_range_of_a_group_alone_would() -> None:
     assert relative_error(weight, dequantize(found, torch.float32)) < 0.95 * relative_error(weight, plain)
 
 
-@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int6, quantize_int4])
 def test_rows_do_not_depend_on_chunks_or_dtype(quantize, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(37, 64).bfloat16()
     whole = dequantize(quantize(weight, 32), torch.float32)
     assert dequantize(quantize(weight.float(), 32), torch.float32).equal(whole)
-    for module in (int8, int4):
+    for module in (symmetric, int4):
         monkeypatch.setattr(module, "CHUNK", 64 * 5)
     assert dequantize(quantize(weight, 32), torch.float32).equal(whole)
 
 
-@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int6, quantize_int4])
 def test_zeros_stay_zeros_and_alike_numbers_alike(quantize) -> None:
     weight = torch.zeros(4, 64)
     weight[1] = 0.5

@@ -355,3 +355,49 @@ struct Scratch {
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 };
+
+// Keys to choose by, kept beside the cache: kept [num_blocks * block_size, d] at the step's slots. A token keeps k [T, d]
+// (k_stride elements between tokens) until the last of its `group` consecutive tokens comes, which keeps what stands for
+// them all: their mean, normalised with weight [d], turned by the row of cos_sin [.., rotary_dim] of the group's first
+// position. All of `dtype`; d is a multiple of 16. No draft of the step is a tree.
+struct KeepIndexKeysCall {
+    int32_t dtype;
+    const Step* step;
+    const void* k;
+    int64_t k_stride, d;
+    const void* weight;
+    float eps;
+    const float* cos_sin;
+    int64_t rotary_dim, group, block_size;
+    void* kept;
+    int32_t threads;
+};
+
+// slots [T, budget + group - 1] of the keys that each of the step's queries is to see, in the order of their tokens, and -1
+// behind them: of the whole groups that it could see those budget / group whose kept key makes the largest sum over heads of
+// max(0, q . key), the earlier of equal ones, and the tokens after the last whole group. q [T, num_heads, d], q_stride
+// elements between tokens, is yet to be turned.
+struct SelectKeysCall {
+    int32_t dtype;
+    const Step* step;
+    const void* q;
+    int64_t q_stride, num_heads, d;
+    const float* cos_sin;
+    int64_t rotary_dim;
+    const void* kept;
+    int64_t group, budget, block_size;
+    int32_t* slots;
+    int32_t threads;
+};
+
+// AttendCall of queries that see the keys at slots [num_tokens, width] alone, one at least; -1 behind the last of them.
+struct AttendSlotsCall {
+    const PagedKV* kv;
+    const void* q;
+    int64_t q_stride;
+    float scale;
+    const int32_t* slots;
+    int64_t num_tokens, width;
+    void* out;
+    int32_t threads;
+};

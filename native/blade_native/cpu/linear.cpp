@@ -3,6 +3,7 @@
 // a block; the products of one output are always summed in the order of K, so a row of y is bit-identical whatever rows
 // stand beside it.
 #include "activations.h"
+#include "amx_tile.h"
 #include "linear_job.h"
 #include "parallel.h"
 #include "stream_nested.h"
@@ -16,6 +17,7 @@ constexpr long FEW_AHEAD = 2 * 1024;        // bytes between what is read and wh
 constexpr long FEW_ITEMS = 4;               // of a thread, at least, for others to help it
 constexpr long SLICE_BYTES = 16 * 1024;     // of others: stays in L1 while the tiles of a block use it
 constexpr long BLOCK_BYTES = 192 * 1024;    // activations of a block of rows: stay in L2 over a chunk of panels
+static_assert(SLICE_BYTES % (4 * PANEL * AMX_WORDS) == 0, "slices of bf16 end where AMX's sums of products do");
 constexpr long MOST_CHUNK = 8;              // panels
 constexpr long PACKED_TOGETHER = 16 * 1024;  // activations of so few tiles that threads share one: fewer are not worth it
 constexpr long ITEMS = 8;                   // chunks times blocks of a thread, at least, for others to help it
@@ -45,7 +47,7 @@ Tile find_tile(const Layout& layout, int rows) {
     Tile tile;
     if (layout.format.coding == FLOATS) return tile_of<Float8Tile, Tile, TALL_TILE_ROWS>(rows);
     if (layout.floats) return tile_of<F32Tile, Tile, TALL_TILE_ROWS>(rows);
-    if constexpr (!WIDENS_BF16)
+    if constexpr (!WIDENS_BF16 && !AMX)
         if (bits == 16) return tile_of<BF16Tile, Tile>(rows);
     with_bits(layout.width, [&](auto b) { tile = tile_of<ByteTile<b>::template Rows, Tile>(rows); });
     return tile;
@@ -71,10 +73,18 @@ struct StreamGroups {
     };
 };
 
-// How so few rows take weights straight from memory; null where a slice of them is unpacked, or is float32.
+// Whether rows meet these weights in AMX's registers: bf16 always, and integers where they are not streamed.
+bool meets_amx(const Layout& layout, bool stream) { return AMX && !layout.floats && (layout.format.bits == 16 || !stream); }
+
+// How many rows, at most, take weights straight from memory.
+int stream_rows(const Layout& layout) {
+    if (layout.format.bits == 32) return 0;
+    return meets_amx(layout, true) ? AMX_ROWS : STREAM_ROWS;
+}
+
+// How so few rows do.
 StreamTile find_stream(const Layout& layout, int rows) {
     int bits = layout.format.bits;
-    if (rows > STREAM_ROWS || bits == 32) return nullptr;
     if (bits == 16) return tile_of<StreamBF16, StreamTile, STREAM_ROWS>(rows);
     if (layout.floats) return tile_of<StreamFloat8, StreamTile, STREAM_ROWS>(rows);
     if (layout.format.coding == NESTED) return tile_of<StreamNested, StreamTile, STREAM_ROWS>(rows);
@@ -101,7 +111,8 @@ long places(const Layout& layout, bool stream, long m) {
 
 // Rows that make a single tile are streamed; tall tiles use a weight that has been widened for more rows.
 int most_rows_of(const Layout& layout, long m) {
-    if (layout.format.bits < 32 && m <= STREAM_ROWS) return STREAM_ROWS;
+    if (m <= stream_rows(layout)) return stream_rows(layout);
+    if (meets_amx(layout, false)) return AMX_ROWS;
     bool widened = layout.floats && layout.format.bits < 32;
     return widened && m > FEW_TILES * MAX_TILE_ROWS ? TALL_TILE_ROWS : MAX_TILE_ROWS;
 }
@@ -110,23 +121,24 @@ int most_rows_of(const Layout& layout, long m) {
 // costs little.
 bool is_streamed(const Layout& layout, const Tiling& tiling) {
     int bits = layout.format.bits;
-    return find_stream(layout, tiling.height(tiling.num_tiles - 1)) &&
-           (tiling.num_tiles == 1 || (STREAM_ROWS <= MAX_TILE_ROWS && (bits == 4 || layout.floats)));
+    return tiling.height(tiling.num_tiles - 1) <= stream_rows(layout) &&
+           (tiling.num_tiles == 1 || (!AMX && STREAM_ROWS <= MAX_TILE_ROWS && (bits == 4 || layout.floats)));
 }
 }  // namespace
 
 Job::Job(const LinearCall& c)
     : call(c), linear(*c.linear), layout(linear.format, linear.k),
-      most_rows(most_rows_of(layout, c.m)), tiling{c.m, (c.m + most_rows - 1) / most_rows},
+      most_rows(most_rows_of(layout, c.m)),
+      tiling{c.m, (c.m + most_rows - 1) / most_rows, meets_amx(layout, false) ? AMX_ROWS / 2 : 1},
       num_panels((linear.n + PANEL - 1) / PANEL),
-      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)),
+      few(tiling.num_tiles <= FEW_TILES), stream(few && is_streamed(layout, tiling)), amx(meets_amx(layout, stream)),
       cut(c.threads, num_panels, std::clamp(num_panels / (c.threads * FEW_ITEMS), 1L, places(layout, stream, c.m))) {
     int bits = linear.format.bits;
     unpacked = 4L * PANEL * (layout.floats ? layout.columns : layout.steps);
     row_bytes = layout.floats ? 4 * layout.columns
                 : bits == 16  ? 4
-                              : activation_bytes(layout.steps, words_per_step(layout.width), layout.groups);
-    long slice_bytes = few ? FEW_BYTES : SLICE_BYTES;
+                              : activation_bytes(layout.steps, amx ? 1 : words_per_step(layout.width), layout.groups);
+    long slice_bytes = few && !(amx && bits == 16) ? FEW_BYTES : SLICE_BYTES;
     slice = std::clamp(slice_bytes / (stream ? layout.unit_bytes : unpacked), 1L, layout.units);
     if (stream && tiling.num_tiles == 1) slice = layout.units;
     long part = slice * row_bytes * most_rows;  // of a tile's activations
@@ -224,7 +236,11 @@ void multiply(const Job& job, const Slice& slice, long panel, long from, long to
         float* c = sums + (tile - first_tile) * job.most_rows * PANEL;
         if (from == 0) start_sums(job, panel, rows, c);
         prefetch_lines(next, share);
-        find_tile(job.layout, rows)(slice, job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes, c);
+        const char* activations = job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes;
+        if (job.amx)
+            amx::multiply(slice, rows, activations, c);
+        else
+            find_tile(job.layout, rows)(slice, activations, c);
         if (to == job.layout.units) store_sums(job, panel, job.tiling.start(tile), rows, c);
     }
 }
@@ -241,8 +257,12 @@ void stream(const Job& job, Strided panels, float* sums) {
             Streams streams{{}, {}, panels.num, tile == 0};
             for (long i = 0; i < panels.num; i++)
                 streams.packed[i] = job.panel(panels.at(i)), streams.sums[i] = sums_of(i, tile);
-            find_stream(job.layout, rows)(job.layout, streams, from, std::min(from + job.slice, job.layout.units),
-                                          job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes);
+            const long to = std::min(from + job.slice, job.layout.units);
+            const char* activations = job.tiles + tile * job.tile_bytes() + from * rows * job.row_bytes;
+            if (job.amx)
+                amx::stream_pairs(streams, from, to, rows, activations);
+            else
+                find_stream(job.layout, rows)(job.layout, streams, from, to, activations);
         }
     for (long tile = 0; tile < tiling.num_tiles; tile++)
         for (long i = 0; i < panels.num; i++)
@@ -265,17 +285,24 @@ void multiply_block(const Job& job, long first_tile, Strided panels, char* scrat
 template <class X>
 void pack_rows(const Job& job, long tile, const X* x, long part, long parts) {
     const Format& f = job.layout.format;
-    int rows = job.tiling.height(tile);
-    long k = job.linear.k, first = part * job.layout.units / parts, last = (part + 1) * job.layout.units / parts;
+    const int rows = job.tiling.height(tile), side = job.amx && f.bits == 16 ? AMX_WORDS : 1;
+    const long k = job.linear.k, units = job.layout.units, sides = (units + side - 1) / side;
+    const long first = part * sides / parts * side, last = std::min((part + 1) * sides / parts * side, units);
     char* out = job.tiles + tile * job.tile_bytes();
+    auto groups = [&](auto order) {
+        pack_groups<decltype(order)>(job.layout, x, k, job.linear.order, rows, first, last, out);
+    };
     if (job.layout.floats)
-        pack_floats(x, k, rows, f.coding == FLOATS ? vec::FLOAT8_X : 1, (float*)out, job.layout.units * job.layout.columns);
+        pack_floats(x, k, rows, f.coding == FLOATS ? vec::FLOAT8_X : 1, (float*)out, units * job.layout.columns);
     else if (f.bits == 16)
-        pack_words((const bf16*)x, k, rows, (uint32_t*)out);
+        side > 1 ? pack_words<AMX_WORDS>((const bf16*)x, k, rows, first, last, (uint32_t*)out)
+                 : pack_words<1>((const bf16*)x, k, rows, first, last, (uint32_t*)out);
+    else if (job.amx)
+        groups(ByRows{});
     else if (job.layout.width == 8)
-        pack_groups<ByteDot<8>::WORDS>(job.layout, x, k, job.linear.order, rows, first, last, out);
+        groups(BySteps<ByteDot<8>::WORDS>{});
     else
-        pack_groups<1>(job.layout, x, k, job.linear.order, rows, first, last, out);
+        groups(BySteps<1>{});
 }
 }  // namespace
 
@@ -287,11 +314,12 @@ void pack_tile(const Job& job, long tile, const void* x, long part, long parts) 
 }
 
 long Job::pack_parts() const {
-    bool divided = !layout.floats && layout.format.bits < 16 && tiling.num_tiles < call.threads;
+    bool divided = !layout.floats && tiling.num_tiles < call.threads;
     return divided && call.m * linear.k >= PACKED_TOGETHER ? call.threads : 1;
 }
 
 void multiply_item(const Job& job, long item, char* scratch) {
+    const amx::InUse in_use;
     if (job.stream) return stream(job, job.cut.item(item), (float*)scratch);
     if (job.few) return multiply_block(job, 0, job.cut.item(item), scratch);
     long first = item % job.num_chunks() * job.chunk, num = std::min(job.chunk, job.num_panels - first);
@@ -299,6 +327,7 @@ void multiply_item(const Job& job, long item, char* scratch) {
 }
 
 void multiply_panels(const Job& job, Strided panels, char* scratch) {
+    const amx::InUse in_use;
     for (long i = 0; i < panels.num; i += job.chunk) {
         Strided some{panels.at(i), std::min(job.chunk, panels.num - i), panels.stride};
         if (job.stream)

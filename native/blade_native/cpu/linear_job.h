@@ -6,10 +6,10 @@
 #include "parallel.h"
 #include "tile_shape.h"
 
-// Rows [0, m) cut into tiles whose heights differ by at most one.
+// Rows [0, m) cut into tiles as even as they get of whole steps of rows, but for the end.
 struct Tiling {
-    long m, num_tiles;
-    long start(long tile) const { return tile * m / num_tiles; }
+    long m, num_tiles, step;
+    long start(long tile) const { return std::min(m, tile * ((m + step - 1) / step) / num_tiles * step); }
     int height(long tile) const { return int(start(tile + 1) - start(tile)); }
 };
 
@@ -29,6 +29,7 @@ struct Job {
     Tiling tiling;
     long num_panels;
     bool few, stream;               // tiles: the weights are read once; and straight from memory into registers
+    bool amx;                       // the tiles are amx_tile.h's
     long unpacked, row_bytes;       // bytes of a unit, unpacked for a panel and of one row's activations
     long slice, block, chunk;       // units of K per slice, tiles per block, panels handed to a thread at once, at most
     Cut cut;                        // of the panels into items, where tiles are few

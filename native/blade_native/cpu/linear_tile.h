@@ -75,16 +75,16 @@ void float8_tile(const Slice& slice, const char* activations, float* c) {
 }
 
 // What one unit of a tile's rows looks like: {[R] scales, [R] starts of the sum, [groups][R] factors of the offsets,
-// [steps][R][WORDS] words of int8 activations}. x ~ scale * q, factor = scale * sum of q, or that sum for nested weights.
-template <int R, int WORDS>
+// [steps][R][WORDS] words of int8 activations, or [R][steps] for AMX}. x ~ scale * q, factor = scale * sum of q, or that sum
+// for nested weights.
 struct ActivationGroup {
     const float* scales;
     const int32_t* starts;
     const float* factors;
     const uint32_t* words;
-    explicit ActivationGroup(const char* at, int groups = 1)
-        : scales((const float*)at), starts((const int32_t*)at + R), factors((const float*)at + 2 * R),
-          words((const uint32_t*)at + (2 + groups) * R) {}
+    ActivationGroup(const char* at, int rows, int groups = 1)
+        : scales((const float*)at), starts((const int32_t*)at + rows), factors((const float*)at + 2 * rows),
+          words((const uint32_t*)at + (2 + groups) * rows) {}
 };
 INLINE long activation_bytes(int steps, int words, int groups = 1) { return 8 + 4 * (groups + long(steps) * words); }  // of a row
 
@@ -118,6 +118,14 @@ INLINE void dot_group(const uint32_t* w, const uint32_t* x, int steps, vec::I (&
     }
 }
 
+// to += a row's integer sum with sixteen channels, scaled as both are; and their offsets, where there are any, times its factor.
+template <bool OFFSETS>
+INLINE void add_group(vec::I sum, vec::F scale, vec::F offset, vec::F row_scale, vec::F row_factor, float* to) {
+    vec::F scaled = vec::fma(vec::to_float(sum), vec::mul(scale, row_scale), vec::load(to));
+    if constexpr (OFFSETS) scaled = vec::fma(offset, row_factor, scaled);
+    vec::store(to, scaled);
+}
+
 // Calls body(constant) with a group's steps, or 0 for what is too long to be worth code of its own: knowing them keeps the
 // sums of a short group in registers, where no instruction does a whole step, and elsewhere is worth 5 % to weights of few bits.
 template <int BITS, class Body>
@@ -137,7 +145,7 @@ INLINE void byte_units(const Slice slice, const char* activations, float* c) {
     const int steps = STEPS ? STEPS : slice.steps;
     const long group_bytes = R * activation_bytes(steps, WORDS, slice.groups);
     for (long u = 0; u < slice.units; u++) {
-        ActivationGroup<R, WORDS> group(activations + u * group_bytes, slice.groups);
+        const ActivationGroup group(activations + u * group_bytes, R, slice.groups);
         for (int first = 0; first < PANEL; first += NV * vec::LANES) {
             vec::I sums[R][NV];
             UNROLL for (int r = 0; r < R; r++)
@@ -147,13 +155,9 @@ INLINE void byte_units(const Slice slice, const char* activations, float* c) {
                 long at = u * PANEL + first + v * vec::LANES;
                 vec::F scale = vec::load(slice.scales + at);
                 vec::F offset = OFFSETS ? vec::load(slice.offsets + at) : vec::zero();
-                UNROLL for (int r = 0; r < R; r++) {
-                    float* to = c + r * PANEL + first + v * vec::LANES;
-                    vec::F factor = vec::mul(scale, vec::set(group.scales[r]));
-                    vec::F sum = vec::fma(vec::to_float(sums[r][v]), factor, vec::load(to));
-                    if constexpr (OFFSETS) sum = vec::fma(offset, vec::set(group.factors[r]), sum);
-                    vec::store(to, sum);
-                }
+                UNROLL for (int r = 0; r < R; r++)
+                    add_group<OFFSETS>(sums[r][v], scale, offset, vec::set(group.scales[r]), vec::set(group.factors[r]),
+                                       c + r * PANEL + first + v * vec::LANES);
             }
             vec::forget_memory();
         }

@@ -1,6 +1,8 @@
 // What the memory and the arithmetic units give, to hold the kernels against.
+#include <algorithm>
 #include <type_traits>
 
+#include "amx_tile.h"
 #include "api.h"
 #include "linear_tile.h"
 #include "parallel.h"
@@ -87,11 +89,38 @@ int64_t multiply(const char* data, int64_t steps, int threads) {
     });
     return zero ? threads * steps * CHAINS * vec::LANES * Dots::PRODUCTS : -1;
 }
+
+#ifdef __AMX_TILE__
+// The same in AMX's registers, four sums as the linears have them.
+template <class Words>
+int64_t multiply_tiles(const char* data, int64_t steps, int threads) {
+    std::atomic<bool> zero{true};
+    parallel_for(threads, threads, 1, [&](long, int) {
+        const amx::InUse in_use;
+        const int words = AMX_WORDS;
+        alignas(64) uint32_t sums[AMX_ROWS * PANEL];
+        amx::shape(AMX_ROWS, words);
+        amx::load_sums<true>((const float*)data);
+        amx::add_products<Words, true>((const uint32_t*)data, (const uint32_t*)data, words);
+        for (int64_t step = 1; step < steps; step++) {
+            Words::template dot<0, 4, 6>(), Words::template dot<1, 4, 7>();
+            Words::template dot<2, 5, 6>(), Words::template dot<3, 5, 7>();
+        }
+        amx::store_sums<true>(sums);
+        if (std::any_of(sums, sums + AMX_ROWS * PANEL, [](uint32_t sum) { return sum != 0; })) zero = false;
+    });
+    return zero ? threads * steps * AMX_ROWS * PANEL * AMX_WORDS * Words::PER_WORD : -1;
+}
+#endif
 }  // namespace
 
 // Multiplies and adds in registers on all threads: floats of 32 or 16 bits, or integers of 8, by what the linears multiply
 // them with. `data` are 8 KiB of zeros. Returns how many products that were, -1 where `data` were not zeros.
 EXPORT int64_t blade_multiply(const char* data, int bits, int64_t steps, int threads) {
+#ifdef __AMX_TILE__
+    if (bits == 8) return multiply_tiles<amx::Bytes>(data, steps, threads);
+    if (bits == 16) return multiply_tiles<amx::Pairs>(data, steps, threads);
+#endif
     if (bits == 8) return multiply<ByteDots>(data, steps, threads);
     return bits == 16 ? multiply<BF16Dots>(data, steps, threads) : multiply<FloatDots>(data, steps, threads);
 }

@@ -32,13 +32,14 @@ void put_rounded(const float* x, int group, float inverse, float shift, float lo
 
 // The largest number of a group decides its scale.
 template <class E>
-void round_to_8(const E* x, int group, uint8_t* q, uint16_t* scale) {
+void round_symmetric(const E* x, int bits, int group, uint8_t* q, uint16_t* scale) {
+    const int half = 1 << (bits - 1);
     float numbers[MAX_ROUNDED_GROUP], most = 0;
     widen(x, group, numbers);
     for (int i = 0; i < group; i++) most = std::max(most, fabsf(numbers[i]));
-    *scale = vec::to_half(most / 127);
-    put_rounded(numbers, group, inverse_of(vec::half_to_float(*scale)), 0, -128, 127, q);
-    for (int i = 0; i < group; i++) q[i] ^= 128;
+    *scale = vec::to_half(most / (half - 1));
+    put_rounded(numbers, group, inverse_of(vec::half_to_float(*scale)), 0, -half, half - 1, q);
+    for (int i = 0; i < group; i++) q[i] += half;
 }
 
 // Sums over a group that is rounded to q.
@@ -216,7 +217,7 @@ void round_rows(Rounding& r, int threads) {
         long from = item * ROWS, to = std::min(from + ROWS, long(r.n)), groups = r.k / r.group;
         const E* x = (const E*)r.weight + from * r.k;
         for (long g = from * groups; g < to * groups; g++, x += r.group)
-            round_to_8(x, r.group, r.q + g * r.group, (uint16_t*)r.scales + g);
+            round_symmetric(x, r.bits, r.group, r.q + g * r.group, (uint16_t*)r.scales + g);
     });
 }
 }  // namespace

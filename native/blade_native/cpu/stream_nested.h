@@ -10,7 +10,7 @@ constexpr long NESTED_AHEAD = 3072;  // bytes between what is read and what is p
 // A unit's sums [R] of sixteen channels: integers as floats. Numbers become bytes before they are multiplied.
 template <int NIBBLES, int R>
 INLINE void sum_bytes(const Layout layout, const char* unit, int channel,
-                      const ActivationGroup<R, ByteDot<8>::WORDS>& activations, long ahead, vec::F (&out)[R]) {
+                      const ActivationGroup& activations, long ahead, vec::F (&out)[R]) {
     typedef ByteDot<8> Dot;
     const uint32_t *low = (const uint32_t*)(unit + layout.quants) + channel, *x = activations.words;
     const int words = NIBBLES ? NIBBLES : layout.format.group / 8;
@@ -32,7 +32,7 @@ INLINE void sum_bytes(const Layout layout, const char* unit, int channel,
 // The same for 16 NV channels, scaling sums of nibbles: whole numbers of less than 24 bits, which floats hold exactly.
 template <int NIBBLES, int R, int NV>
 INLINE void sum_nibbles(const Layout layout, const char* unit, int channel,
-                        const ActivationGroup<R, ByteDot<8>::WORDS>& activations, long ahead, vec::F (&out)[NV][R]) {
+                        const ActivationGroup& activations, long ahead, vec::F (&out)[NV][R]) {
     typedef ByteDot<8> Dot;
     const uint32_t *low = (const uint32_t*)(unit + layout.quants) + channel, *x = activations.words;
     const int words = NIBBLES ? NIBBLES : layout.format.group / 8;
@@ -68,7 +68,7 @@ INLINE void nested_units(const Layout& layout, const Streams& s, long from, long
     const Layout l = layout;  // no store can change it: it stays in registers
     const long ahead = s.fetch ? NESTED_AHEAD : 0, bytes = R * activation_bytes(l.steps, WORDS, l.groups);
     for (long unit = l.offset_of(from); from < to; from++, unit += l.unit_bytes, activations += bytes) {
-        ActivationGroup<R, WORDS> group(activations, l.groups);
+        const ActivationGroup group(activations, R, l.groups);
         for (long i = 0; i < s.num; i++) prefetch_lines(s.packed[i] + unit + ahead, l.quants);
         for (long i = 0; i < s.num; i++) {
             const char* at = s.packed[i] + unit;

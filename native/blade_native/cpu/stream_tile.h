@@ -168,7 +168,7 @@ INLINE void stream_dot(const Steps<P>& unpacked, const uint32_t* low, const uint
 template <class P, int R>
 INLINE void stream_group(const Format f, const Steps<P> unpacked, const char* numbers, const char* offsets,
                          const char* quants, const BlockUnits& block,
-                         const ActivationGroup<R, ByteDot<P::WIDTH>::WORDS>& group, int steps, long ahead, float* c) {
+                         const ActivationGroup& group, int steps, long ahead, float* c) {
     constexpr int NV = STREAM_VECTORS<R, P::BITS>;
     for (int first = 0; first < PANEL; first += NV * vec::LANES) {
         vec::I sums[R][NV];
@@ -207,7 +207,7 @@ INLINE void stream_units(const Layout l, const Streams s, long from, long to, co
     long unit = l.offset_of(from), left = l.block - from % l.block;  // units of the block
     for (long u = from; u < to; u++, left--, unit += l.unit_bytes, activations += group_bytes) {
         if (left == 0) left = l.block, start_block(unit), unit += l.block_header;
-        ActivationGroup<R, WORDS> group(activations);
+        const ActivationGroup group(activations, R);
         for (long i = 0; i < s.num; i++) {
             const char* at = s.packed[i] + unit;
             __builtin_prefetch(at + ahead, 0, 2);

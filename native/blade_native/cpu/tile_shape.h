@@ -9,7 +9,7 @@ constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators of a panel, 2 weights and 
 constexpr int TALL_TILE_ROWS = 12;
 constexpr int WIDE_TILE_ROWS = 12;
 constexpr int STREAM_ROWS = 16;  // of a single tile: while a second one works nothing would be fetched from memory
-constexpr int wide_stream_rows(int bits) { return bits == 8 || bits == 5 ? 8 : 0; }
+constexpr int wide_stream_rows(int bits) { return bits == 8 || bits == 6 || bits == 5 ? 8 : 0; }
 #elif defined(__AVX2__)
 constexpr int MAX_TILE_ROWS = 4;
 constexpr int TALL_TILE_ROWS = 6;  // of floats: twelve sums, two weights and an activation fit as well
@@ -41,7 +41,14 @@ constexpr bool NESTS = true;  // an instruction multiplies bytes as fast as it w
 #else
 constexpr bool NESTS = false;
 #endif
-#ifdef __AVX512BF16__
+#ifdef __AMX_TILE__
+constexpr bool AMX = true;  // tile instructions multiply integers of 8 bits, and bf16 (amx_tile.h)
+#else
+constexpr bool AMX = false;
+#endif
+constexpr int AMX_ROWS = 32;   // of a tile of activations: two registers of sixteen
+constexpr int AMX_WORDS = 16;  // of K, that a register holds
+#if defined(__AVX512BF16__) || defined(__AMX_TILE__)
 constexpr bool WIDENS_BF16 = false;
 #else
 constexpr bool WIDENS_BF16 = true;  // no instruction multiplies bf16: both operands become floats

@@ -41,6 +41,7 @@ INLINE void store(int16_t* p, F x) {  // whole numbers that fit
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
 }
 INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }

@@ -54,6 +54,7 @@ INLINE void store(int16_t* p, F x) {  // whole numbers that fit
     for (int i = 0; i < LANES; i++) p[i] = int16_t(lanes[i]);
 }
 INLINE F add(F a, F b) { QUARTERS(F, a.v[q] + b.v[q]) }
+INLINE I add(I a, I b) { QUARTERS(I, a.v[q] + b.v[q]) }
 INLINE F sub(F a, F b) { QUARTERS(F, a.v[q] - b.v[q]) }
 INLINE F mul(F a, F b) { QUARTERS(F, a.v[q] * b.v[q]) }
 INLINE F div(F a, F b) { QUARTERS(F, a.v[q] / b.v[q]) }

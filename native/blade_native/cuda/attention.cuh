@@ -39,10 +39,29 @@ struct TreeArgs : AttentionArgs<T, S> {
   const long long* ancestors;  // [T]: which of the tokens of its sequence's step a token sees, bit i the i-th; its own
                                // is the highest. 0: a token of no tree
 };
+
+// Of dual chunk attention (An et al. 2024): each query is there three times, for keys of its own chunk of positions, of
+// the one before it, and of all before that. `reach` is 0; `ancestors` is null where there is no tree.
+template <class T, class S>
+struct DualArgs : TreeArgs<T, S> {  // q [3, T, H, D], side by side
+  const float* shifts;  // [3, T, H]: what scores with q lack for keys that are kept relative to an origin; else null
+  long long behind;     // T * H: heads from a query to the next of its three
+  int length;           // positions of a chunk
+};
+
 template <class Args>
 constexpr bool TREES = false;
 template <class T, class S>
 constexpr bool TREES<TreeArgs<T, S>> = true;
+template <class T, class S>
+constexpr bool TREES<DualArgs<T, S>> = true;
+template <class Args>
+constexpr bool DUAL = false;
+template <class T, class S>
+constexpr bool DUAL<DualArgs<T, S>> = true;
+template <class Args>
+constexpr int NUM_QUERIES = DUAL<Args> ? 3 : 1;  // that a row has
+constexpr int NONE = -1;                              // of them
 
 // One sequence of the batch: where its tokens lie, and how its keys [begin, context) are cut.
 struct Sequence {
@@ -90,6 +109,61 @@ __device__ __forceinline__ Sight find_sight(const Args& args, const Sequence& se
     return {from, start, path};
   }
   return plain;
+}
+
+// Positions [from, to).
+struct Span {
+  int from, to;
+};
+
+// Of the keys that the query at a position sees those `behind` chunks before its own, 2: all before these. Both ends
+// rise with the position.
+__device__ __forceinline__ Span find_span(int position, int length, int behind) {
+  const int own = position - position % length, before = max(own - length, 0);
+  if (behind == 0) return {own, position + 1};
+  return behind == 1 ? Span{before, own} : Span{0, before};
+}
+
+// What a row sees of them; where its path lies follows from the path alone, as the step's first key is at `start`.
+template <class Args>
+__device__ __forceinline__ Sight find_sight(const Args& args, const Sequence& seq, int row, int behind) {
+  if (row >= seq.num_rows) return {0, 0, 0};
+  const int start = seq.context - seq.num_queries, query = row / args.group;
+  unsigned long long path = args.ancestors ? args.ancestors[seq.first_token + query] : 0, seen = 0;
+  const Span span = find_span(start + (path ? __popcll(path) - 1 : query), args.length, behind);
+  if (path == 0) return {span.from, span.to, 0};
+  for (int position = start; path; ++position, path &= path - 1)
+    if (position >= span.from && position < span.to) seen |= path & -path;
+  return {span.from, min(span.to, start), seen};
+}
+
+// Of rows whose queries' positions are from `low` to `high`: keys [any_from, any_to) are seen by any of them, those in
+// [all_from, all_to) by all. In a tree whose keys are at `start` and behind a key may lie after its position.
+struct Common {
+  int any_from, any_to, all_from, all_to;
+};
+
+template <class Args>
+__device__ __forceinline__ Common find_common(const Args& args, int low, int high, int start, bool in_tree, int behind) {
+  const Span first = find_span(low, args.length, behind), last = find_span(high, args.length, behind);
+  return {first.from, in_tree && last.to > start ? high + 1 : last.to, last.from, first.to};
+}
+
+// The head of a row, of the queries for keys so many chunks behind.
+template <int D, class Args>
+__device__ __forceinline__ auto row_query(const Args& args, const Sequence& seq, int kv_head, int row, int behind) {
+  const long long token = seq.first_token + row / args.group;
+  const auto* head = args.q + token * args.q_stride + (kv_head * args.group + row % args.group) * D;
+  if constexpr (DUAL<Args>) head += behind * args.behind * D;
+  return head;
+}
+
+// What its scores lack.
+template <class Args>
+__device__ __forceinline__ float row_shift(const Args& args, const Sequence& seq, int kv_head, int row, int behind) {
+  const long long token = seq.first_token + min(row, seq.num_rows - 1) / args.group;
+  const int num_heads = args.num_kv_heads * args.group;
+  return args.shifts[behind * args.behind + token * num_heads + kv_head * args.group + row % args.group];
 }
 
 // Index of (token, head, chunk) among the partial results.

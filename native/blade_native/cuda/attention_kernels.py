@@ -17,6 +17,7 @@ SPLIT_ROWS, DECODE_ROWS = 64, 16
 SIMT_ROWS = (1, 4)
 STORE_WARPS = SIMT_WARPS = MERGE_WARPS = HADAMARD_WARPS = 4
 PREFILL_WARPS = 4
+PLAIN, TREES, DUAL = "", "_trees", "_dual"  # steps, by the suffix of their kernels: usual ones, see TreeArgs, DualArgs
 
 
 @dataclass(frozen=True)
@@ -99,36 +100,37 @@ class Shape:
         warps, keys, stages = self.prefill_ring
         return self.shared_bytes(warps, stages * self.stage_bytes(keys))
 
-    def expressions(self, trees: bool = False) -> dict[str, list[str]]:
-        """Source -> the kernels this shape takes from it; with `trees` those that steps with trees attend with."""
-        suffix = "_trees" if trees else ""
+    def expressions(self, steps: str = PLAIN) -> dict[str, list[str]]:
+        """Source -> the kernels this shape takes from it; but for usual steps, those that others do not share."""
         if self.tensor_cores:
-            named = {f"paged_{kind}.cu": [f"paged_{kind}{suffix}<{self.types}>"] for kind in ("decode", "prefill")}
+            named = {f"paged_{kind}.cu": [f"paged_{kind}{steps}<{self.types}>"] for kind in ("decode", "prefill")}
         else:
-            named = {"paged_simt.cu": [f"paged_simt{suffix}<{self.types}, {rows}>" for rows in SIMT_ROWS]}
-        if not trees:
-            named["kv_store.cu"] = [f"rope_and_store<{self.types}>"]
+            named = {"paged_simt.cu": [f"paged_simt{steps}<{self.types}, {rows}>" for rows in SIMT_ROWS]}
+        if steps != TREES:
+            named["kv_store.cu"] = [f"rope_and_store{steps}<{self.types}>"]
+        if steps == PLAIN:
             named["paged_merge.cu"] = [f"merge_chunks<{self.types}>"]
-        if not trees and self.transforms_values:
+        if steps == PLAIN and self.transforms_values:
             named["hadamard.cu"] = [f"hadamard<{CUDA_NAMES[self.dtype]}, {self.head_dim}>"]
         return named
 
 
 class Attending:
-    """The kernels that steps of one shape attend with: those with trees of drafts, or the others."""
+    """The kernels that such steps of one shape store (but those with trees) and attend with."""
 
-    def __init__(self, shape: Shape, modules: dict[str, Module], trees: bool) -> None:
+    def __init__(self, shape: Shape, modules: dict[str, Module], steps: str) -> None:
         def named(source: str, shared_bytes: int = 0) -> list[Kernel]:
-            names = shape.expressions(trees).get(source, [])
+            names = shape.expressions(steps).get(source, [])
             return [modules[source].kernel(name, shared_bytes) for name in names]
 
+        self.store = next(iter(named("kv_store.cu")), None)
         self.decode = next(iter(named("paged_decode.cu", shape.decode_shared_bytes)), None)
         self.prefill = next(iter(named("paged_prefill.cu", shape.prefill_shared_bytes)), None)
         self.simt = dict(zip(SIMT_ROWS, named("paged_simt.cu"), strict=False))
 
 
 class ShapeKernels:
-    """The kernels of one shape, but for those that only steps with trees need."""
+    """The kernels of one shape, but for those that only steps with trees or dual chunks need."""
 
     def __init__(self, shape: Shape, modules: dict[str, Module]) -> None:
         def named(source: str) -> Kernel:
@@ -137,7 +139,7 @@ class ShapeKernels:
 
         self.store, self.merge = named("kv_store.cu"), named("paged_merge.cu")
         self.hadamard = named("hadamard.cu") if shape.transforms_values else None
-        self.attending = Attending(shape, modules, trees=False)
+        self.attending = Attending(shape, modules, PLAIN)
 
 
 class AttentionKernels:
@@ -145,16 +147,16 @@ class AttentionKernels:
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
-        self._modules: dict[tuple[Shape, bool], dict[str, Module]] = {}
+        self._modules: dict[tuple[Shape, str], dict[str, Module]] = {}
         self._ready: dict[Shape, ShapeKernels] = {}
-        self._trees: dict[Shape, Attending] = {}
+        self._others: dict[tuple[Shape, str], Attending] = {}
 
-    def add(self, shapes: Iterable[Shape], trees: bool = False) -> None:
+    def add(self, shapes: Iterable[Shape], steps: str = PLAIN) -> None:
         """Announce shapes, which are compiled when they are first asked for (by the emulator's double at once)."""
-        new = [(shape, trees) for shape in dict.fromkeys(shapes) if (shape, trees) not in self._modules]
+        new = [(shape, steps) for shape in dict.fromkeys(shapes) if (shape, steps) not in self._modules]
         wanted: dict[str, list[str]] = {}
         for shape, _ in new:
-            for source, names in shape.expressions(trees).items():
+            for source, names in shape.expressions(steps).items():
                 wanted.setdefault(source, []).extend(names)
         modules = {source: self.launcher.load(source, names) for source, names in wanted.items()}
         self._modules.update(dict.fromkeys(new, modules))
@@ -163,12 +165,12 @@ class AttentionKernels:
         """Compiles where that has not been done: call it while loading."""
         if shape not in self._ready:
             self.add([shape])
-            self._ready[shape] = ShapeKernels(shape, self._modules[shape, False])
+            self._ready[shape] = ShapeKernels(shape, self._modules[shape, PLAIN])
         return self._ready[shape]
 
-    def trees(self, shape: Shape) -> Attending:
-        """As `get`, for steps with trees."""
-        if shape not in self._trees:
-            self.add([shape], trees=True)
-            self._trees[shape] = Attending(shape, self._modules[shape, True], trees=True)
-        return self._trees[shape]
+    def others(self, shape: Shape, steps: str) -> Attending:
+        """As `get`, for steps with trees or dual chunks."""
+        if (shape, steps) not in self._others:
+            self.add([shape], steps)
+            self._others[shape, steps] = Attending(shape, self._modules[shape, steps], steps)
+        return self._others[shape, steps]

@@ -193,6 +193,22 @@ struct Head {
     }
   }
 
+  // Its product with what a head is relative to, known to all lanes.
+  template <class S>
+  __device__ __forceinline__ float dot(const S* origin, float scale, int lane) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+      const int d = (i * 32 + lane) * 2;
+      if (d >= D) continue;
+      const Two<S> stored = *reinterpret_cast<const Two<S>*>(origin + d);
+      sum += x[i].x * (scale * to_float(stored.x)) + x[i].y * (scale * to_float(stored.y));
+    }
+#pragma unroll
+    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, other);
+    return sum;
+  }
+
   template <class S>
   __device__ __forceinline__ void subtract(const S* from, float scale, int lane) {
 #pragma unroll

@@ -13,6 +13,10 @@ constexpr bool SCALED = false;
 template <>
 constexpr bool SCALED<signed char> = true;
 
+// Whether keys are rounded, and kept relative to an origin: see kv_store.cu.
+template <class S>
+constexpr bool RELATED = sizeof(S) == 1;
+
 // Row of a block's first key of kv_head, among the cache's rows of D elements; its values start
 // num_kv_heads * block_size rows later.
 __device__ __forceinline__ long long cache_row(long long block, int kv_head, int num_kv_heads, int block_size) {

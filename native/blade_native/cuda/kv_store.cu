@@ -19,8 +19,20 @@ struct StoreArgs {
   const int* cu_seqlens;       // [B + 1]
   long long q_stride, k_stride, v_stride;  // elements from token to token
   int num_heads, num_kv_heads, rotary_dim, block_size, num_seqs, table_stride;
-  int phase;
+  int phase, length;           // length: positions of a dual chunk
 };
+
+// Of dual chunk attention (An et al. 2024), where positions begin anew in each chunk: q and k stay as they are.
+template <class T, class S>
+struct DualStoreArgs : StoreArgs<T, S> {
+  T* queries;     // [3, T, H, D]: q for keys of its own chunk, of the one before, and of all before that
+  float* shifts;  // [3, T, H]: what scores with these lack for keys that are kept relative to an origin; else null
+  int farthest;   // position that a query turns by at most
+};
+template <class Args>
+constexpr bool DUAL = false;
+template <class T, class S>
+constexpr bool DUAL<DualStoreArgs<T, S>> = true;
 
 // Of a store: all at once, where no token needs the origin that another one of this step makes; or two launches.
 constexpr int ALL = 0, ORIGINS = 1, REST = 2;
@@ -90,20 +102,48 @@ __device__ __forceinline__ void put_in_page(const Head<D>& head, const StoreArgs
   }
 }
 
-// grid (T, (H + 2 KV) / STORE_WARPS rounded up), block (32 * STORE_WARPS): a head a warp, two channels a lane.
-// check: rope_and_store<__nv_bfloat16, {__nv_bfloat16, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
-// check: rope_and_store<__half, {__half, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
-// check: rope_and_store<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
-// check: rope_and_store<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}> | threads 128 | registers 64 | blocks 8
-// check: rope_and_store<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 128 | registers 64 | blocks 8
+// Of a query as it is written: its product with the origin of its sequence, which there is once keys lie in other chunks.
 template <class T, class S, int D>
-__global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreArgs<T, S> args) {
+__device__ __forceinline__ float shift_of(Head<D>& head, const StoreArgs<T, S>& args, int kv_head, long long token,
+                                          int lane) {
+  using Origin = typename OriginOf<S>::Type;
+  if (args.positions[token] < args.length) return 0.f;
+  const long long block = first_block(args.cu_seqlens, args.num_seqs, args.block_tables, args.table_stride, token);
+  const long long at = block * args.num_kv_heads + kv_head;
+#pragma unroll
+  for (int i = 0; i < Head<D>::PER; ++i)
+    head.x[i] = make_float2(to_float(from_float<T>(head.x[i].x)), to_float(from_float<T>(head.x[i].y)));
+  return head.dot(reinterpret_cast<const Origin*>(args.origins) + at * D,
+                  SCALED<Origin> ? args.origin_scales[at] : 1.f, lane);
+}
+
+// In dual chunks: the query of a unit of rope_and_store_dual, and what its scores lack.
+template <class T, class S, int D>
+__device__ __forceinline__ void put_query(Head<D>& head, const DualStoreArgs<T, S>& args, int unit, long long token,
+                                          int lane) {
+  const int behind = unit / args.num_heads, at = unit % args.num_heads;
+  const long long row = (behind * static_cast<long long>(gridDim.x) + token) * args.num_heads + at;
+  head.put(args.queries + row * D, lane);
+  if constexpr (RELATED<S>) {
+    const float shift = shift_of(head, args, at / (args.num_heads / args.num_kv_heads), token, lane);
+    if (lane == 0) args.shifts[row] = shift;
+  }
+}
+
+// grid (T, (H + 2 KV) / STORE_WARPS rounded up; in dual chunks 3 H), block (32 * STORE_WARPS): a head a warp, two channels a lane.
+// check: rope_and_store{, _dual}<__nv_bfloat16, {__nv_bfloat16, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
+// check: rope_and_store{, _dual}<__half, {__half, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
+// check: rope_and_store{, _dual}<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96, 256}> | threads 128 | registers 48 | blocks 10
+// check: rope_and_store{_dual, }<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}> | threads 128 | registers 64 | blocks 8
+// check: rope_and_store{, _dual}<{__nv_bfloat16, __half, float}, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256> | threads 128 | registers 64 | blocks 8
+template <class T, class S, int D, class Args>
+__device__ __forceinline__ void store_head(const Args args) {
   constexpr int PER = Head<D>::PER;
-  constexpr bool RELATED = sizeof(S) == 1;
   const int lane = threadIdx.x % 32, unit = blockIdx.y * STORE_WARPS + threadIdx.x / 32;
-  const bool is_q = unit < args.num_heads, is_v = unit >= args.num_heads + args.num_kv_heads;
-  if (unit >= args.num_heads + 2 * args.num_kv_heads) return;
-  const int head = is_q ? unit : (unit - args.num_heads) % args.num_kv_heads;
+  const int num_queries = (DUAL<Args> ? 3 : 1) * args.num_heads;
+  const bool is_q = unit < num_queries, is_v = unit >= num_queries + args.num_kv_heads;
+  if (unit >= num_queries + 2 * args.num_kv_heads) return;
+  const int head = is_q ? (DUAL<Args> ? unit % args.num_heads : unit) : (unit - num_queries) % args.num_kv_heads;
   const long long token = blockIdx.x, slot = args.slots[token];
   if (args.phase == ORIGINS && (is_q || is_v || args.positions[token] != 0)) return;
   const T* from = is_q   ? args.q + token * args.q_stride
@@ -120,18 +160,25 @@ __global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreAr
     const Two<T> raw = *reinterpret_cast<const Two<T>*>(from + d);
     x.x[i] = make_float2(to_float(raw.x), to_float(raw.y));
     if (is_v) continue;
-    const float* cos_sin = args.cos_sin + args.positions[token] * args.rotary_dim;
+    long long position = args.positions[token];
+    if constexpr (DUAL<Args>) {
+      position = static_cast<int>(position) % args.length;
+      if (is_q) position = min(static_cast<int>(position) + unit / args.num_heads * args.length, args.farthest);
+    }
+    const float* cos_sin = args.cos_sin + position * args.rotary_dim;
     x.x[i].x = to_float(from_float<T>(rotated(from, d, x.x[i].x, cos_sin, args.rotary_dim)));
     x.x[i].y = to_float(from_float<T>(rotated(from, d + 1, x.x[i].y, cos_sin, args.rotary_dim)));
   }
   __syncwarp();  // all have read what is now overwritten
-  if (RELATED && is_q) x.transform(lane);
-  if (!is_v && args.phase != ORIGINS) {
+  if (RELATED<S> && is_q) x.transform(lane);
+  if (!DUAL<Args> && !is_v && args.phase != ORIGINS) {
     T* to = (is_q ? args.q + token * args.q_stride : args.k + token * args.k_stride) + head * D;
     x.put(to, lane);
   }
+  if constexpr (DUAL<Args>)
+    if (is_q) put_query(x, args, unit, token, lane);
   if (is_q || slot < 0) return;
-  if constexpr (RELATED)
+  if constexpr (RELATED<S>)
     if (!is_v) {
       x.transform(lane);
       relate(x, args, head, token, lane);
@@ -148,4 +195,14 @@ __global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreAr
     const float scale = x.template store<S>(args.kv + row * D, lane);
     if (SCALED<S> && lane == 0) args.scales[row] = scale;
   }
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store(const StoreArgs<T, S> args) {
+  store_head<T, S, D>(args);
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(STORE_WARPS * 32) rope_and_store_dual(const DualStoreArgs<T, S> args) {
+  store_head<T, S, D>(args);
 }

@@ -112,8 +112,9 @@ struct MmaRows {
   }
 
   // Rows [first_row, first_row + 16) of the sequence; those from num_rows on are zeros.
-  __device__ __forceinline__ void load_q(const AttentionArgs<T, S>& args, const Sequence& seq, int kv_head,
-                                         int first_row, uint4* park) {
+  template <class Args>
+  __device__ __forceinline__ void load_q(const Args& args, const Sequence& seq, int kv_head, int first_row, uint4* park,
+                                         int behind = 0) {
     lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     parked = park;
     if constexpr (KEY_MIDDLES) q_sum[0] = q_sum[1] = 0.f;
@@ -123,8 +124,7 @@ struct MmaRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = first_row + g + (i & 1) * 8;
-        const long long token = seq.first_token + row / args.group;
-        const T* head = args.q + token * args.q_stride + (kv_head * args.group + row % args.group) * D;
+        const T* head = row_query<D>(args, seq, kv_head, row, behind);
         fragment[i] = 0;
         if (row >= seq.num_rows) continue;
         if constexpr (Keys::BITS == 4) {
@@ -147,6 +147,29 @@ struct MmaRows {
       }
     }
     if constexpr (KEY_MIDDLES) q_sum[0] = row_sum(q_sum[0]), q_sum[1] = row_sum(q_sum[1]);
+  }
+
+  // In dual chunks: go on with the queries for keys `behind` chunks before, and see what they see of these. Scores until
+  // now were those of the queries `last`; NONE: there were none.
+  template <class Args>
+  __device__ __forceinline__ void turn(const Args& args, const Sequence& seq, int kv_head, int first_row, uint4* park,
+                                       int behind, int& last, Sight (&sights)[2]) {
+    load_q(args, seq, kv_head, first_row, park, behind);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sights[h] = find_sight(args, seq, first_row + g + 8 * h, behind);
+    shift(args, seq, kv_head, first_row, last, 1.f);
+    shift(args, seq, kv_head, first_row, behind, -1.f);
+    last = behind;
+  }
+
+  // Add what scores with such queries lack, times `sign`.
+  template <class Args>
+  __device__ __forceinline__ void shift(const Args& args, const Sequence& seq, int kv_head, int first_row, int behind,
+                                        float sign) {
+    if constexpr (!RELATED<S>) return;
+    if (behind == NONE) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) m[h] += sign * row_shift(args, seq, kv_head, first_row + g + 8 * h, behind);
   }
 
   // Over the lanes that share a row.

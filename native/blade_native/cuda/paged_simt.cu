@@ -72,10 +72,10 @@ struct SimtRows {
 };
 
 // grid (B * num_tiles, KV, any number), block (32 * SIMT_WARPS). A warp reads 32 / LANES tokens at once.
-// check: paged_simt{, _trees}<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
-// check: paged_simt{_trees, }<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
-// check: paged_simt{, _trees}<float, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}, {4, 1}> | threads 128 | registers 128 | blocks 4
-// check: paged_simt{_trees, }<float, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
+// check: paged_simt{, _trees, _dual}<float, {float, signed char, __nv_fp8_e4m3}, {128, 64, 80, 96}, {4, 1}> | threads 128 | registers 128 | blocks 4
+// check: paged_simt{_trees, , _dual}<float, {float, signed char, __nv_fp8_e4m3}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
+// check: paged_simt{_dual, , _trees}<float, {kv_int4_affine, kv_int4, kv_int8_affine, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, {96, 64, 80, 128}, {4, 1}> | threads 128 | registers 128 | blocks 4
+// check: paged_simt{_trees, , _dual}<float, {kv_int4_affine, kv_int4, kv_fp8_e5m2, kv_mix_i8i4, kv_mix_f843i4, kv_mix_f852i4}, 256, {4, 1}> | threads 128 | registers 168 | blocks 3
 template <class T, class S, int D, int ROWS, class Args>
 __device__ __forceinline__ void attend(const Args& args) {
   constexpr int LANES = D / 4 <= 16 ? 16 : 32, PER = (D / 4 + LANES - 1) / LANES, TOKENS = 32 / LANES;
@@ -92,83 +92,114 @@ __device__ __forceinline__ void attend(const Args& args) {
 
   SimtRows<ROWS, PER, LANES> rows;
   Sight sights[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    sights[r] = find_sight(args, seq, first_row + r);
-    const int row = min(first_row + r, seq.num_rows - 1);
-    const long long token = seq.first_token + row / args.group;
-    const T* head = args.q + token * args.q_stride + (kv_head * args.group + row % args.group) * D;
+  auto load_q = [&](int r, int behind) {
+    const T* head = row_query<D>(args, seq, kv_head, min(first_row + r, seq.num_rows - 1), behind);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       const int d = (i * LANES + lane) * 4;
       rows.q[r][i] = d < D ? load4(head + d) : zero;
     }
+  };
+  if constexpr (!DUAL<Args>) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      sights[r] = find_sight(args, seq, first_row + r);
+      load_q(r, 0);
+    }
   }
 
   for (int chunk = blockIdx.z; chunk < seq.num_chunks; chunk += gridDim.z) {
-    const int end = min(seq.begin + (chunk + 1) * seq.chunk, seq.context);
+    int end = min(seq.begin + (chunk + 1) * seq.chunk, seq.context);
     rows.reset();
-    for (int first = seq.begin + chunk * seq.chunk; first < end; first += STEP * AHEAD) {
-      float4 k[AHEAD][PER], v[AHEAD][PER];
-#pragma unroll
-      for (int a = 0; a < AHEAD; ++a) {
-        const int key = first + a * STEP + part;
-        if constexpr (IN_PAGES<S>) {
-          const bool valid = key < end;
-          using Keys = typename Storage<S>::Keys;
-          using Values = typename Storage<S>::Values;
-          const Page<S, D> parts{args.block_size};
-          const unsigned char* page = reinterpret_cast<const unsigned char*>(args.kv);
-          if (valid) page += parts.start(table[key / args.block_size], kv_head, args.num_kv_heads);
-          const int offset = key & (args.block_size - 1);
-          const auto* key_numbers = reinterpret_cast<const typename Keys::Number*>(page + parts.key_numbers()) + offset;
-          const auto* value_numbers =
-              reinterpret_cast<const typename Values::Number*>(page + parts.value_numbers()) + offset;
-#pragma unroll
-          for (int i = 0; i < PER; ++i) {
-            const int d = (i * LANES + lane) * 4;
-            k[a][i] = v[a][i] = zero;
-            if (valid && d < D) {
-              k[a][i] = load4<Keys, D>(page + offset * parts.KEY_BYTES, key_numbers, args.block_size, d);
-              v[a][i] = load4<Values, D>(page + parts.values() + offset * parts.VALUE_BYTES, value_numbers,
-                                         args.block_size, d);
-            }
-          }
-        } else {
-          long long at = 0, to_values = static_cast<long long>(args.num_kv_heads) * args.block_size;
-          float k_scale = 1.f, v_scale = 1.f;
-          if (key < end) {
-            at = cache_row(table[key / args.block_size], kv_head, args.num_kv_heads, args.block_size) +
-                 (key & (args.block_size - 1));
-            if constexpr (SCALED<S>) k_scale = args.scales[at], v_scale = args.scales[at + to_values];
-          }
-#pragma unroll
-          for (int i = 0; i < PER; ++i) {
-            const int d = (i * LANES + lane) * 4;
-            k[a][i] = v[a][i] = zero;
-            if (key < end && d < D) {
-              k[a][i] = load4(args.kv + at * D + d);
-              v[a][i] = load4(args.kv + (at + to_values) * D + d);
-              if constexpr (SCALED<S>) k[a][i] = scaled(k[a][i], k_scale), v[a][i] = scaled(v[a][i], v_scale);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int a = 0; a < AHEAD; ++a) {
-        const int key = first + a * STEP + part;
-        unsigned seen = 0;
+    float shift[ROWS] = {};
+#pragma unroll 1
+    for (int behind = 0; behind < NUM_QUERIES<Args>; ++behind) {
+      int begin = seq.begin + chunk * seq.chunk;
+      if constexpr (DUAL<Args>) {
+        const bool in_tree = args.ancestors != nullptr;
+        const int low = first_position + (in_tree ? 0 : first_row / args.group);
+        const int high = first_position + (first_row + count - 1) / args.group;
+        const Common keys = find_common(args, low, high, first_position, in_tree, behind);
+        end = min(min(begin + seq.chunk, seq.context), keys.any_to);
+        begin = max(begin, keys.any_from);
+        if (begin >= end) continue;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          bool before = key < sights[r].to;
-          if constexpr (TREES<Args>) {
-            const int place = key - first_position;
-            before = before || (place >= 0 && place < 64 && sights[r].path >> place & 1);
+          load_q(r, behind);
+          sights[r] = find_sight(args, seq, first_row + r, behind);
+          if constexpr (RELATED<S>) {
+            const float next = row_shift(args, seq, kv_head, first_row + r, behind) * args.scale_log2;
+            rows.m[r] += shift[r] - next;
+            shift[r] = next;
           }
-          seen |= unsigned(key < end && key >= sights[r].from && before) << r;
         }
-        rows.attend(k[a], v[a], seen, args.scale_log2);
       }
+      for (int first = begin; first < end; first += STEP * AHEAD) {
+        float4 k[AHEAD][PER], v[AHEAD][PER];
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+          const int key = first + a * STEP + part;
+          if constexpr (IN_PAGES<S>) {
+            const bool valid = key < end;
+            using Keys = typename Storage<S>::Keys;
+            using Values = typename Storage<S>::Values;
+            const Page<S, D> parts{args.block_size};
+            const unsigned char* page = reinterpret_cast<const unsigned char*>(args.kv);
+            if (valid) page += parts.start(table[key / args.block_size], kv_head, args.num_kv_heads);
+            const int offset = key & (args.block_size - 1);
+            const auto* key_numbers = reinterpret_cast<const typename Keys::Number*>(page + parts.key_numbers()) + offset;
+            const auto* value_numbers =
+                reinterpret_cast<const typename Values::Number*>(page + parts.value_numbers()) + offset;
+#pragma unroll
+            for (int i = 0; i < PER; ++i) {
+              const int d = (i * LANES + lane) * 4;
+              k[a][i] = v[a][i] = zero;
+              if (valid && d < D) {
+                k[a][i] = load4<Keys, D>(page + offset * parts.KEY_BYTES, key_numbers, args.block_size, d);
+                v[a][i] = load4<Values, D>(page + parts.values() + offset * parts.VALUE_BYTES, value_numbers,
+                                           args.block_size, d);
+              }
+            }
+          } else {
+            long long at = 0, to_values = static_cast<long long>(args.num_kv_heads) * args.block_size;
+            float k_scale = 1.f, v_scale = 1.f;
+            if (key < end) {
+              at = cache_row(table[key / args.block_size], kv_head, args.num_kv_heads, args.block_size) +
+                   (key & (args.block_size - 1));
+              if constexpr (SCALED<S>) k_scale = args.scales[at], v_scale = args.scales[at + to_values];
+            }
+#pragma unroll
+            for (int i = 0; i < PER; ++i) {
+              const int d = (i * LANES + lane) * 4;
+              k[a][i] = v[a][i] = zero;
+              if (key < end && d < D) {
+                k[a][i] = load4(args.kv + at * D + d);
+                v[a][i] = load4(args.kv + (at + to_values) * D + d);
+                if constexpr (SCALED<S>) k[a][i] = scaled(k[a][i], k_scale), v[a][i] = scaled(v[a][i], v_scale);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+          const int key = first + a * STEP + part;
+          unsigned seen = 0;
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) {
+            bool before = key < sights[r].to;
+            if constexpr (TREES<Args>) {
+              const int place = key - first_position;
+              before = before || (place >= 0 && place < 64 && sights[r].path >> place & 1);
+            }
+            seen |= unsigned(key < end && key >= sights[r].from && before) << r;
+          }
+          rows.attend(k[a], v[a], seen, args.scale_log2);
+        }
+      }
+    }
+    if constexpr (DUAL<Args>) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) rows.m[r] += shift[r];
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -193,5 +224,10 @@ __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt(c
 
 template <class T, class S, int D, int ROWS>
 __global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt_trees(const TreeArgs<T, S> args) {
+  attend<T, S, D, ROWS>(args);
+}
+
+template <class T, class S, int D, int ROWS>
+__global__ void __launch_bounds__(SIMT_WARPS * 32, D > 128 ? 3 : 4) paged_simt_dual(const DualArgs<T, S> args) {
   attend<T, S, D, ROWS>(args);
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blade import Batch, DualChunks, KVCache, KVSpec
-from blade.contracts import Attention, DualChunkAttention
+from blade.contracts import Attention, DualChunkAttention, SlotAttention
 from blade_native.kv_codes import MODES, Kept, block_bytes, mode_of
 from blade_native.simd.check import DTYPES, check, check_heads
 from blade_native.simd.library import CKept, CPagedKV, CStep, Library
@@ -192,6 +192,19 @@ class SimdAttention:
         queries = q.new_empty((3, *q.shape))
         self._rope_and_store(q, k, v, cos_sin, batch, layer_kv, queries, chunks)
         return self._attend(queries[0], batch, layer_kv, scale, -chunks.length, queries.stride(0))
+
+    def attend_slots(self, q: Tensor, batch: Batch, layer_kv: Any, scale: float, slots: Tensor) -> Tensor:
+        """See contracts.SlotAttention. What a query gets that sees all keys before it is what `attend` gives, to the
+        last bit."""
+        if not isinstance(layer_kv, LayerKV):
+            return cast("SlotAttention", self.base).attend_slots(q, batch, layer_kv, scale, slots)
+        num_tokens, width = len(q), slots.shape[1]
+        check_heads("q", q, layer_kv.dtype, (num_tokens, layer_kv.num_heads, layer_kv.head_dim))
+        check("slots", slots, torch.int32, (num_tokens, width))
+        out = q.new_empty((num_tokens, layer_kv.num_heads * layer_kv.head_dim))
+        queries, chosen = (q.data_ptr(), q.stride(0)), (slots.data_ptr(), num_tokens, width)
+        self.library.attend_slots(layer_kv.address, *queries, scale, *chosen, out.data_ptr(), self.threads)
+        return out
 
     def _attend(
         self, q: Tensor, batch: Batch, layer_kv: LayerKV, scale: float, reach: int, q_behind: int = 0

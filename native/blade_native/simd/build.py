@@ -24,6 +24,7 @@ SOURCES = Path(__file__).parent.parent / "cpu"
 LIBRARIES = SOURCES / "lib"
 
 X86_LEVELS = {
+    "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "avx512bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
     "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx512": ["-march=x86-64-v4"],
@@ -31,6 +32,7 @@ X86_LEVELS = {
     "portable": [],
 }
 # Never -ffast-math: linked into a library it makes the whole process flush subnormals to zero.
+AMX_TRIAL = 'void trial() { asm volatile("tilerelease"); }'
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
 
 
@@ -72,21 +74,43 @@ def wanted_levels(cxx: str, environ: Mapping[str, str] = os.environ) -> list[str
     named = environ.get("BLADE_CPU_LEVELS")
     if not named:
         return list(dict.fromkeys([best_level(cxx), "portable"]))
-    wanted = set(levels()) if named == "all" else {*named.split(","), "portable"}
+    if named == "all":
+        return [level for level in levels() if can_compile(cxx, level)]
+    wanted = {*named.split(","), "portable"}
     if unknown := wanted - levels().keys():
         raise CompileError(f"$BLADE_CPU_LEVELS has {min(unknown)!r}; there are all, {', '.join(levels())}")
     return [level for level in levels() if level in wanted]
 
 
 def best_level(cxx: str) -> str:
-    """Of those that this machine can run."""
+    """Of those that this machine can run and the compiler knows."""
+    return next(level for level in runnable_levels(cxx) if can_compile(cxx, level))
+
+
+def runnable_levels(cxx: str) -> list[str]:
+    """Levels that this machine can run, the fastest first."""
     if len(levels()) == 1:
-        return "portable"
+        return list(levels())
     with tempfile.TemporaryDirectory() as scratch:
         probe = str(Path(scratch, "level.so"))
         run([cxx, *FLAGS, '-DBLADE_SOURCE_HASH=""', "-shared", str(SOURCES / "level.cpp"), "-o", probe])
-        index: int = ctypes.CDLL(probe).blade_best_level()
-    return list(reversed(levels()))[index]
+        machine = ctypes.CDLL(probe)
+    names, runnable = list(reversed(levels())), range(machine.blade_machine_level() + 1)
+    return [names[i] for i in sorted(runnable, key=machine.blade_level_rank, reverse=True)]
+
+
+def can_compile(cxx: str, level: str) -> bool:
+    """Whether the compiler and its assembler know the level, which those that are older than AMX need not."""
+    if level != "amx":
+        return True
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "trial.cpp")
+        source.write_text(AMX_TRIAL)
+        try:
+            run([cxx, *FLAGS, *levels()[level], "-c", str(source), "-o", str(source.with_suffix(".o"))])
+        except CompileError:
+            return False
+    return True
 
 
 def build(cxx: str) -> list[Path]:

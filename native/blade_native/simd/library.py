@@ -16,7 +16,7 @@ from blade_native.simd.memory import Regions
 
 log = logging.getLogger("blade.native")
 
-MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")  # as blade_machine_level counts them
+MACHINE_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")  # as blade_machine_level counts them
 
 
 class Unavailable(ConfigError):
@@ -189,6 +189,18 @@ CALLS: dict[str, dict[str, Any]] = {  # the *Call structs of api.h, without the 
         "dtype": INT, "logits": PTR, "rows": LONG, "n": LONG, "k": LONG, "normalize": INT, "sigmoid": INT,
         "ids": PTR, "weights": PTR,
     },
+    "keep_index_keys": {
+        "dtype": INT, "step": PTR, "k": PTR, "k_stride": LONG, "d": LONG, "weight": PTR, "eps": c_float,
+        "cos_sin": PTR, "rotary_dim": LONG, "group": LONG, "block_size": LONG, "kept": PTR,
+    },
+    "select_keys": {
+        "dtype": INT, "step": PTR, "q": PTR, "q_stride": LONG, "num_heads": LONG, "d": LONG, "cos_sin": PTR,
+        "rotary_dim": LONG, "kept": PTR, "group": LONG, "budget": LONG, "block_size": LONG, "slots": PTR,
+    },
+    "attend_slots": {
+        "kv": PTR, "q": PTR, "q_stride": LONG, "scale": c_float, "slots": PTR, "num_tokens": LONG, "width": LONG,
+        "out": PTR,
+    },
 }  # fmt: skip
 
 
@@ -245,6 +257,9 @@ class Library:
     short_conv: Kernel
     gated_delta: Kernel
     gated_rms_norm: Kernel
+    keep_index_keys: Kernel
+    select_keys: Kernel
+    attend_slots: Kernel
 
     def __init__(self, level: str) -> None:
         self.level = level
@@ -290,9 +305,8 @@ def open_library(level: str) -> ctypes.CDLL:
 def runnable_levels() -> list[str]:
     """Levels this machine can run, best first."""
     portable = open_library("portable")
-    levels = list(reversed(MACHINE_LEVELS[: portable.blade_machine_level() + 1]))
-    best = MACHINE_LEVELS[portable.blade_best_level()]
-    return [best, *(level for level in levels if level != best)]
+    runnable = range(portable.blade_machine_level() + 1)
+    return [MACHINE_LEVELS[i] for i in sorted(runnable, key=portable.blade_level_rank, reverse=True)]
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Library:
@@ -306,8 +320,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Library:
         level = next(level for level in runnable if build.is_current(level))
         if level != runnable[0]:
             log.warning(
-                "The CPU kernels were compiled on a machine without %s, which this one has. Build them here: "
-                "python -m blade_native.simd.build",
+                "The CPU kernels were compiled on a machine without %s, which this one has, or by a compiler that does "
+                "not know it. Build them here: python -m blade_native.simd.build",
                 runnable[0],
             )
     if level not in runnable:

@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KVCache, QuantizedWeight
+from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KeySelection, KVCache, QuantizedWeight
 from blade.contracts import Experts, Linear, Model, Ops
 from blade.nn import DefaultOps, dequantize
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check, check_heads, check_rows
 from blade_native.simd.experts import packed_experts
+from blade_native.simd.indexer import Indexer, covers
 from blade_native.simd.library import Library
 from blade_native.simd.limits import read_bandwidth
 from blade_native.simd.linear import PackedLinear, pack_dense
@@ -37,6 +38,7 @@ class SimdOps(DefaultOps):
         self.library = library
         self.threads = threads or torch.get_num_threads()
         self._recurrence = Recurrence(library, self.threads)
+        self._indexer = Indexer(library, self.threads)
         self.device = base.device
         self.name = f"cpu, {self.threads} threads, {library.level} kernels"
 
@@ -235,6 +237,16 @@ class SimdOps(DefaultOps):
         if x.dtype not in DTYPES:
             return super().gated_rms_norm(x, gate, weight, eps)
         return self._recurrence.gated_rms_norm(x, gate, weight, eps)
+
+    def keep_index_keys(
+        self, k: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, batch: Batch, kept: Tensor, group: int
+    ) -> None:
+        keep = self._indexer.keep_index_keys if covers(kept) else super().keep_index_keys
+        keep(k, weight, eps, cos_sin, batch, kept, group)
+
+    def select_keys(self, q: Tensor, cos_sin: Tensor, batch: Batch, kept: Tensor, selection: KeySelection) -> Tensor:
+        select = self._indexer.select_keys if covers(kept) else super().select_keys
+        return select(q, cos_sin, batch, kept, selection)
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         check("logits", logits, torch.float32, (logits.shape[0], logits.shape[-1]))

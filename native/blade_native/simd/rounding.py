@@ -1,4 +1,4 @@
-"""Rounding plain weights to 8 and to 4 bits while a model is loaded."""
+"""Rounding plain weights to 8, 6 and 4 bits while a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ GROUPS = (32, 64, 128)
 
 def round_weight(library: Library, weight: Tensor, bits: int, group: int, threads: int) -> GroupedWeight | None:
     """As contracts.Ops."""
-    if weight.dtype not in DTYPES or weight.dim() != 2 or group not in GROUPS or bits not in (4, 8):
+    if weight.dtype not in DTYPES or weight.dim() != 2 or group not in GROUPS or bits not in (4, 6, 8):
         return None
     (n, k), weight = weight.shape, weight.contiguous()
     if k % group:
         raise ValueError(f"group of {group} does not divide K = {k}")
     q = torch.empty(n, k, dtype=torch.uint8)
-    scales, minima = torch.empty(2, n, k // group, dtype=torch.float16 if bits == 8 else torch.uint8)
+    scales, minima = torch.empty(2, n, k // group, dtype=torch.uint8 if bits == 4 else torch.float16)
     block_scales, block_minima = torch.empty(2, n, 1, dtype=torch.float16)
     block = _block(k, group)
     units = torch.empty(n, k // block, dtype=torch.float16)
@@ -30,8 +30,8 @@ def round_weight(library: Library, weight: Tensor, bits: int, group: int, thread
     pointers = (tensor.data_ptr() for tensor in tensors)
     rounding = CRounding(weight.data_ptr(), DTYPES[weight.dtype], bits, group, n, k, *pointers, block)
     library.round(ctypes.byref(rounding), threads)
-    if bits == 8:
-        return GroupedWeight(8, group, q, scales)
+    if bits > 4:
+        return GroupedWeight(bits, group, q, scales)
     if rounding.nested:
         block_scales, block_minima = units, -units
     return GroupedWeight(4, group, q, scales, minima, block_scales=block_scales, block_minima=block_minima)
