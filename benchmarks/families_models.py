@@ -33,6 +33,11 @@ LLAMA4 = {
     "num_hidden_layers": 8, "head_dim": 64, "num_local_experts": 16, "intermediate_size": 512,
     "intermediate_size_mlp": INNER, "attention_chunk_size": 8192,
 }  # fmt: skip
+EXP = {
+    "hc_count": 4, "hc_lowrank": 64, "ple_layer_ids": [2], "ngram_vocab_size_base": 4096, "split_ngram_parts": 16,
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 512,
+    "indexer_compress_ratio": 16, "eos_token_id": 1,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {  # by transformers' name: what differs
     "Llama": {},
     "Llama4": LLAMA4,
@@ -44,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # by transformers' name: what differs
     "Qwen3Next": MIXTURE | SHARED | DELTA,
     "Qwen3_5": DELTA,
     "Qwen3_5Moe": MIXTURE | SHARED | DELTA,
+    "Qwen4Exp": MIXTURE | SHARED | DELTA | EXP,
 }
 FORMATS = formats(GROUP)
 Shapes = dict[str, tuple[int, ...]]
@@ -79,7 +85,7 @@ def _transformers(family: str) -> tuple[dict[str, Any], Shapes]:
 
     from blade.plugins import load
 
-    text = "Text" if family.startswith(("Qwen3_5", "Llama4")) else ""
+    text = "Text" if family.startswith(("Qwen3_5", "Qwen4", "Llama4")) else ""
     common = {
         "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 16, "num_attention_heads": HEADS,
         "num_key_value_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": 4096, "pad_token_id": None,
@@ -89,7 +95,8 @@ def _transformers(family: str) -> tuple[dict[str, Any], Shapes]:
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     architecture = load().registry("register_models").create(config.architectures[0])
-    weights = TensorWeights(model.state_dict())
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    weights = TensorWeights(state)  # integers are Qwen4-Exp's, and follow from its config
     seen = getattr(architecture, "weights", lambda config, weights: weights)(config.to_dict(), weights)
     return config.to_dict(), {name: tuple(seen.shape(name)) for name in seen.names()}
 

@@ -6,6 +6,7 @@ A model is a folder with the same weights in each contender's format; README.md 
     bf16.gguf q8_0.gguf q4_0.gguf    made from it
     model.gguf                       a published file, which blade and llama.cpp both read as it is
     openvino-fp16/ -int8/ -int4/     made from hf/
+    w8a8/                            made from hf/, for vLLM
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Precision:
 
 PRECISIONS = {
     "bf16": Precision("--model {model}/hf", "bf16.gguf", "openvino-fp16", "hf"),
-    "int8": Precision("--model {model}/hf --quantize int8", "q8_0.gguf", "openvino-int8"),
+    "int8": Precision("--model {model}/hf --quantize int8", "q8_0.gguf", "openvino-int8", "w8a8"),
     "int4": Precision("--model {model}/hf --quantize int4", "q4_0.gguf", "openvino-int4"),
     "gguf": Precision("--model {model}/model.gguf", "model.gguf"),
 }
