@@ -148,14 +148,47 @@ def test_an_error_inside_a_capture_leaves_no_tape(model: Model) -> None:
 
 def test_the_shape_that_waited_longest_makes_room(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MAX_CAPTURES", 2)
+    monkeypatch.setattr(capture, "EVICTING", 4)
     captured = capture.CapturedForward(model, model.ops.library)
-    for num_seqs in (1, 1, 2, 2, 1, 3, 3):
+    shapes = {num_seqs: (num_seqs, num_seqs, num_seqs) for num_seqs in (1, 2, 3)}
+    for num_seqs in (1, 1, 2, 2, 1, 3, 3, 3):
         captured(step([1] * num_seqs, [9] * num_seqs))
+    assert list(captured.captures) == [shapes[2], shapes[1]]  # what comes now and then takes nobody's place
+    captured(step([1] * 3, [9] * 3))
+    assert list(captured.captures) == [shapes[1], shapes[3]]
     calls = model.num_calls
-    captured(step([1], [9]))
-    assert model.num_calls == calls
-    captured(step([1, 1], [9, 9]))
-    assert model.num_calls == calls + 1
+    for _ in range(3):  # what has lost its place is a newcomer again
+        captured(step([1, 1], [9, 9]))
+    assert (list(captured.captures), model.num_calls) == ([shapes[1], shapes[3]], calls + 3)
+
+
+@pytest.mark.parametrize("foreign", ["constant", "an input"])
+def test_a_result_that_no_kernel_makes_is_never_captured(model: Model, foreign: str) -> None:
+    constant = torch.ones(1, 3)
+
+    def forward(batch: Batch) -> Tensor:
+        model(batch)
+        return constant if foreign == "constant" else batch.positions.view(1, -1)
+
+    captured = capture.CapturedForward(forward, model.ops.library)
+    for length in (3, 4, 5):
+        batch = step([1], [length])
+        assert torch.equal(captured(batch), forward(batch))
+    assert not captured.captures
+
+
+def test_a_part_of_what_a_kernel_made_is_captured(model: Model) -> None:
+    """As of a vocabulary that was padded."""
+
+    def forward(batch: Batch) -> Tensor:
+        return model(batch)[:, 1:-2]
+
+    captured = capture.CapturedForward(forward, model.ops.library)
+    for length in (3, 4, 5):
+        batch = step([1] * 3, [length, 9, 2])
+        want = forward(batch).clone()
+        assert torch.equal(captured(batch), want)
+    assert captured.captures
 
 
 def test_buffers_that_live_at_once_lie_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def test_touching_makes_pages_present_and_changes_nothing(library: Library) -> N
     assert resident() > before + SIZE // 2
     assert tensor[5] == 7
     assert int(tensor.count_nonzero()) == 1
+
+
+def test_a_system_without_huge_pages_has_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)
+    assert int(Region(SIZE, small=HUGE_PAGE).tensor(0, SIZE).count_nonzero()) == 0
 
 
 def prepared(library: Library, num_bytes: int) -> Regions:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blade import Batch
 from blade_native.cuda.attention_kernels import CHUNK, DECODE_ROWS, MAX_CHUNKS, PREFILL_WARPS, SPLIT_ROWS
+from blade_native.cuda.torch_ops import to_cuda
 from blade_native.simd.check import check
 
 BLOCKS_PER_SM = 8  # of threads: what a grid aims at, some three times what runs at once
@@ -66,7 +67,7 @@ class Plan:
                 start += length if split else 0
         if not numbers:
             return None, None
-        on_device = torch.tensor(numbers, dtype=torch.int32).to(self.batch.positions.device, non_blocking=True)
+        on_device = to_cuda(torch.tensor(numbers, dtype=torch.int32), self.batch.positions.device)
         of_items, starts = on_device[: 2 * len(items)], on_device[2 * len(items) :]
         return (of_items if len(of_items) else None), (starts if len(starts) else None)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from blade_native.cuda.launch import CUDA_NAMES
 from blade_native.cuda.packing import TILE_K, TILE_N, Format
@@ -204,15 +203,20 @@ class PackedLinear:
 
     def _multiply_dense(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """A piece of the matrix at a time: those of vocabularies have a gigabyte."""
-        y, first = torch.empty(*x.shape[:-1], self.num_out, dtype=out_dtype, device=x.device), 0
+        rows, first = x.reshape(-1, x.shape[-1]), 0
+        y = torch.empty(len(rows), self.num_out, dtype=x.dtype, device=x.device)
         for part in self.parts:
             whole_tiles = max(1, MAX_MATRIX_BYTES // (2 * part.num_in * TILE_N)) * TILE_N
             for start in range(0, part.num_out, whole_tiles):
                 end = min(start + whole_tiles, part.num_out)
-                piece = None if bias is None else bias[first + start : first + end]
-                y[..., first + start : first + end] = F.linear(x, self.matrix(part, x.dtype, start, end), piece)
+                channels = slice(first + start, first + end)
+                transposed, out = self.matrix(part, x.dtype, start, end).t(), y[:, channels]
+                if bias is None:
+                    torch.mm(rows, transposed, out=out)
+                else:
+                    torch.addmm(bias[channels].to(x.dtype), rows, transposed, out=out)
             first += part.num_out
-        return y
+        return y.to(out_dtype).view(*x.shape[:-1], self.num_out)
 
     def matrix(self, part: Packed, dtype: torch.dtype, start: int, end: int) -> Tensor:
         """Rows [start, end) of a part, dequantised: [end - start, K]. start is a multiple of 16."""

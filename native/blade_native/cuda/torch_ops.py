@@ -48,6 +48,6 @@ MAX_PINNED_BYTES = 4 << 20  # of what a step brings; weights would take long to 
 
 def to_cuda(x: Tensor, device: torch.device) -> Tensor:
     """A copy that neither waits for the device nor is waited for: from pinned memory, which CUDA asks for."""
-    if x.is_cpu and x.nbytes <= MAX_PINNED_BYTES:
+    if x.is_cpu and device.type == "cuda" and x.nbytes <= MAX_PINNED_BYTES:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
+import torch
 from torch import Tensor
 
 from blade_native.simd.memory import allocate
@@ -52,12 +53,13 @@ class Arenas:
     def __init__(self) -> None:
         self._arenas: list[Tensor] = []
 
-    def place(self, buffers: Iterable[Buffer], uses: Iterable[Use], result: Tensor) -> Tensor:
-        """Point the uses that lie in one of the buffers into an arena; give `result`'s place in it, a tensor alike."""
+    def place(self, buffers: Iterable[Buffer], uses: Iterable[Use], result: Tensor) -> Tensor | None:
+        """Point the uses that lie in one of the buffers into an arena; give `result`'s place in it, a tensor alike, or
+        None, and do nothing, where it is in no buffer that a call uses."""
         used = assign(buffers, uses)
         kept = find(used, result.data_ptr())
         if kept is None:
-            raise ValueError("the result of a captured pass is none of its buffers")
+            return None
         kept.until = inf
         arena = self._at_least(pack(used))
         for buffer in used:
@@ -65,7 +67,8 @@ class Arenas:
                 address = arena.data_ptr() + buffer.offset + (use.address or 0) - buffer.address
                 setattr(use.call, use.field, address)
         start = kept.offset + result.data_ptr() - kept.address
-        return arena[start : start + result.numel() * result.itemsize].view(result.dtype).view(result.shape)
+        placed = arena[start : start + kept.address + kept.size - result.data_ptr()].view(result.dtype)
+        return torch.as_strided(placed, result.shape, result.stride())
 
     def _at_least(self, num_bytes: int) -> Tensor:
         for arena in self._arenas:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -34,7 +34,8 @@ Tape = list[tuple[Kernel, ctypes.Structure]]
 
 MAX_TOKENS = 64  # of a step worth capturing: beyond it the calls are nothing beside their work
 MAX_CAPTURES = 64  # shapes; the one that was not used for longest makes room
-MAX_SEEN = 4096  # shapes remembered because they came once
+MAX_MISSED = 4096  # shapes that are counted
+EVICTING = 8  # times that a shape has come, when another one's capture has to make room for its own
 INPUTS = ("input_ids", "logits_rows", "positions")  # of a batch, that calls may point into
 
 aten = torch.ops.aten
@@ -141,14 +142,15 @@ def _pointers(x: Tensor, uses: list[Use]) -> list[tuple[ctypes.Structure, str, i
 
 
 class CapturedForward:
-    """The same function as `forward`, which is captured when a shape comes for the second time."""
+    """The same function as `forward`, which is captured when a shape comes for the second time. While all places are
+    taken it has to come more often: a capture costs a few plain passes, and is to be worth one that is there."""
 
     def __init__(self, forward: Forward, library: Library) -> None:
         self._forward = forward
         self._library = library
         self._arenas = Arenas()
         self._captures: OrderedDict[Shape, Capture] = OrderedDict()
-        self._seen: set[Shape] = set()
+        self._missed: Counter[Shape] = Counter()
         self._enabled = True
 
     @property
@@ -174,10 +176,10 @@ class CapturedForward:
         num_tokens, num_rows, _ = shape
         if not self._enabled or num_tokens > MAX_TOKENS or num_rows == 0:
             return False
-        if shape not in self._seen and len(self._seen) < MAX_SEEN:
-            self._seen.add(shape)
-            return False
-        return shape in self._seen
+        if len(self._missed) == MAX_MISSED:
+            self._missed.clear()
+        self._missed[shape] += 1
+        return self._missed[shape] >= (2 if len(self._captures) < MAX_CAPTURES else EVICTING)
 
     def _capture(self, shape: Shape, batch: Batch) -> Tensor:
         inputs: dict[str, Any] = {field: getattr(batch, field).clone() for field in INPUTS}
@@ -197,6 +199,9 @@ class CapturedForward:
             for field in kernel.pointers
         ]
         kept = self._arenas.place(buffers, uses, logits)
+        if kept is None:
+            raise Uncapturable("no kernel makes its result")
+        del self._missed[shape]
         if len(self._captures) == MAX_CAPTURES:
             self._captures.popitem(last=False)
         self._captures[shape] = Capture(Program(self._library, tape), static, uses, steps, kept)

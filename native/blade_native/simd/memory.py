@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class Region:
         self._start = -ctypes.addressof(ctypes.c_char.from_buffer(self._map)) % HUGE_PAGE
         self.num_bytes = num_bytes
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE, self._start + small, num_bytes - small)
+            with suppress(OSError):  # of a kernel without them: small pages do
+                self._map.madvise(mmap.MADV_HUGEPAGE, self._start + small, num_bytes - small)
 
     @property
     def address(self) -> int:
