@@ -7,11 +7,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from blade import hookimpl
+from blade_native.host import keep_freed_memory
 
 if TYPE_CHECKING:
     from blade.contracts import Attention, Ops
     from blade_native.simd.library import Library
 
+LARGE_MATRIX = 4 << 20  # bytes of plain numbers, on their way into packed ones
 MIN_CAPABILITY = (8, 0)  # Ampere: the first with cp.async and bfloat16 on tensor cores, which the CUDA kernels use
 log = logging.getLogger("blade.native")
 
@@ -45,7 +47,10 @@ class CpuBackend:
             self._library.regions.prepare(num_bytes, self._library.touch)
 
     def __call__(self, threads: int | None) -> Ops:
-        return cpu_ops(threads, self._library)
+        ops = cpu_ops(threads, self._library)
+        if self._library is not None:  # weights are loaded: what is kept of one's numbers is too small for the next
+            keep_freed_memory(LARGE_MATRIX)
+        return ops
 
 
 def cuda_ops(threads: int | None) -> Ops:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import mmap
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
 
+from blade import CaptureOptions
 from blade_native import CpuBackend
 from blade_native.simd.library import Library
 from blade_native.simd.memory import HUGE_PAGE, LINE, Region, Regions
 from blade_native.simd.ops import SimdOps
 
 from .conftest import unavailable
+
+if TYPE_CHECKING:
+    from blade.contracts import Model
 
 SIZE = 8 * HUGE_PAGE
 
@@ -86,7 +91,12 @@ def test_the_backend_hands_it_to_the_op_set() -> None:
     assert isinstance(ops, SimdOps)
     first, second = (ops.linear(torch.ones(32, 32), None) for _ in range(2))
     assert second.weights.data_ptr() == first.weights.data_ptr() + 32 * 32 * 4  # type: ignore[attr-defined]
-    assert ops.available_memory() > 0
+    available = ops.available_memory()
+    assert ops.library.regions.idle_bytes <= available
+    third = ops.linear(torch.ones(32, 32), None)  # asking ends nothing: a server asks before it loads
+    assert third.weights.data_ptr() == second.weights.data_ptr() + 32 * 32 * 4  # type: ignore[attr-defined]
+    ops.capture(cast("Model", None), [], CaptureOptions())
+    assert ops.library.regions.idle_bytes == 0
     elsewhere = ops.linear(torch.ones(32, 32), None)
     assert not 0 <= elsewhere.weights.data_ptr() - first.weights.data_ptr() < SIZE  # type: ignore[attr-defined]
     assert elsewhere(torch.ones(1, 32)).equal(second(torch.ones(1, 32)))

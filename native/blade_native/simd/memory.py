@@ -55,7 +55,7 @@ class Prepared:
         """touch(address, bytes) makes pages present without changing what is in them."""
         self._region = Region(num_bytes)
         self._touch = touch
-        self._used = 0
+        self._used = self._touched = 0
         self._stopped = False
         self._thread = threading.Thread(target=self._touch_all, daemon=True)
         self._thread.start()
@@ -64,7 +64,14 @@ class Prepared:
         for start in range(0, self._region.num_bytes, TOUCHED_AT_ONCE):
             if self._stopped:
                 return
-            self._touch(self._region.address + start, min(TOUCHED_AT_ONCE, self._region.num_bytes - start))
+            size = min(TOUCHED_AT_ONCE, self._region.num_bytes - start)
+            self._touch(self._region.address + start, size)
+            self._touched = start + size
+
+    @property
+    def idle_bytes(self) -> int:
+        """That the system counts as taken, and that nobody uses."""
+        return max(0, self._touched - self._used)
 
     def allocate(self, num_bytes: int) -> Tensor | None:
         """None where it does not fit."""
@@ -104,6 +111,12 @@ class Regions:
                 self._rest = Region(REGION).tensor(0, REGION)
             buffer, self._rest = self._rest[:num_bytes], self._rest[-(-num_bytes // LINE) * LINE :]
             return buffer
+
+    @property
+    def idle_bytes(self) -> int:
+        """That were prepared, and wait for their use or for `close`."""
+        with self._lock:
+            return self._prepared.idle_bytes if self._prepared else 0
 
     def close(self) -> None:
         """Give back what was prepared and has not been used. Harmless when done again."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from blade import Batch, CaptureOptions, Float8Weight, GGMLBlocks, GroupedWeight, KeySelection, KVCache, QuantizedWeight
 from blade.contracts import Experts, Linear, Model, Ops
 from blade.nn import DefaultOps, dequantize
+from blade_native.host import keep_freed_memory
 from blade_native.simd.blocks import KINDS, pack_blocks
 from blade_native.simd.capture import CapturedForward
 from blade_native.simd.check import DTYPES, check, check_heads, check_rows
@@ -46,8 +47,7 @@ class SimdOps(DefaultOps):
         return torch.bfloat16
 
     def available_memory(self) -> int:
-        self.library.regions.close()  # what the weights have left of it is free as well
-        return self.base.available_memory()
+        return self.base.available_memory() + self.library.regions.idle_bytes
 
     def memory_bandwidth(self, num_bytes: int | None = None) -> float:
         return read_bandwidth(self.library, self.threads, num_bytes=num_bytes)
@@ -139,7 +139,9 @@ class SimdOps(DefaultOps):
         self.library.add_rows(DTYPES[y.dtype], x.data_ptr(), at, num_rows, d, y.data_ptr(), self.threads)
 
     def capture(self, model: Model, kv: KVCache, options: CaptureOptions) -> Callable[[Batch], Tensor]:
-        """Small steps are replayed, see capture.py."""
+        """Small steps are replayed, see capture.py. By now the weights are there: what they have left is given back."""
+        self.library.regions.close()
+        keep_freed_memory()
 
         def forward(batch: Batch) -> Tensor:
             return model.forward(batch, kv)
