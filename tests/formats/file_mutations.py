@@ -160,6 +160,7 @@ FAMILIES = {  # which transformers has to make first
         "qwen2 vl vision",
         "qwen3 vl moe vision",
         "qwen3 omni vision",
+        "llama vision",
         "qwen3.5 moe vision",
         "qwen4 exp long ngrams vision",
         "llama yarn scales",

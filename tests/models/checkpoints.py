@@ -43,6 +43,7 @@ DELTA = {
 }
 LLAMA4 = {"num_hidden_layers": 4, "head_dim": 32, "num_local_experts": 4, "intermediate_size_mlp": 112}
 UNTIED = {"head_dim": 32, "tie_word_embeddings": False}
+MLLAMA = {"num_hidden_layers": 5, "cross_attention_layers": [1, 4], "pad_token_id": 0}
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 VISION = {
     "Qwen3_5": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
@@ -51,6 +52,8 @@ VISION = {
     "Qwen2_5_VL": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
     "Qwen3VL": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
     | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    "Mllama": {"num_hidden_layers": 1, "num_global_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    | {"attention_heads": 2, "vision_output_dim": 32, "image_size": 28, "intermediate_layers_indices": [0]},
     "Llama4": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
     | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
 }
@@ -102,6 +105,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 vl moe vision": ("Qwen3VLMoe", MIXTURE | UNTIED | {"moe_intermediate_size": 32} | MROPE),
     "qwen3 vl moe fused vision": ("Qwen3VLMoe", MIXTURE | UNTIED | {"moe_intermediate_size": 64} | MROPE),
     "qwen3 omni vision": ("Qwen3OmniMoeThinker", MIXTURE | UNTIED | MROPE),
+    "llama vision": ("Mllama", MLLAMA | {"rope_parameters": LLAMA3}),
+    "llama nested vision": ("Mllama", MLLAMA | {"num_key_value_heads": 4}),
+    "llama text of vision alone": ("Mllama", MLLAMA),
     "llama4": ("Llama4", LLAMA4),
     "llama4 top 2": ("Llama4", LLAMA4 | {"num_experts_per_tok": 2, "rope_parameters": LLAMA3, "use_qk_norm": False}),
     "llama4 sharpened": ("Llama4", LLAMA4 | {"floor_scale": 10, "attn_scale": 0.5, "attention_bias": True}),

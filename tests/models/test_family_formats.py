@@ -139,6 +139,7 @@ SEEING = {  # what tools write of modules that stay plain, the other half's amon
     ("qwen2.5 vl yarn vision", "awq"): {"modules_to_not_convert": ["visual"]},
     ("qwen3 vl vision", "fp8"): {"modules_to_not_convert": ["lm_head", "model.visual.blocks.0.attn.qkv"]},
     ("qwen3 vl moe vision", "ct-int4"): {"ignore": ["lm_head", "re:.*visual.*", "re:.*mlp.gate$"]},
+    ("llama vision", "ct-fp8"): {"ignore": ["re:.*lm_head", "re:multi_modal_projector.*", "re:vision_model.*"]},
 }
 
 
