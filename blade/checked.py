@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_INTEGER = 2**31 - 1
 MAX_WIDTH = 2**20  # of all heads together: so few channels that a list of them costs nothing
 MAX_EXPERTS = 2**14  # of a layer, likewise
 MAX_LAYERS = 1024  # of a model: so few that lists of what each of them is cost nothing
+# In which config.json has the text model of one that sees or hears as well, the second within the first or without it
+TEXT_SECTIONS = ("thinker_config", "text_config")
 
 
 class CheckedValues(ABC):
@@ -53,3 +58,11 @@ class CheckedValues(ABC):
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is one that a finite float can be; integers of hundreds of digits cannot."""
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
+
+
+def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the text model; all of it where that has no section."""
+    for key in TEXT_SECTIONS:
+        section = config.get(key)
+        config = section if isinstance(section, dict) else config
+    return config

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from blade.assembly import check_shapes, choose, load_text, own_heads, tokenizer_source
+from blade.checked import text_section
 from blade.checkpoint.open import open_checkpoint
 from blade.checkpoint.progress import console_progress
 from blade.checkpoint.source import resolve
@@ -177,7 +178,7 @@ def _bytes_read(assembly: Assembly) -> tuple[int, int]:
 
 def _share_of_experts(config: dict[str, Any]) -> float:
     """That compute a token."""
-    settings = config.get("text_config") or config
+    settings = text_section(config)
     chosen = settings.get("num_experts_per_tok")
     total = settings.get("num_experts") or settings.get("num_local_experts")
     return chosen / total if isinstance(chosen, int) and isinstance(total, int) and total >= chosen > 0 else 1

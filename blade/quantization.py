@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from blade.checked import text_section
 from blade.engine.memory import size
 from blade.errors import CheckpointError, ConfigError
 from blade.registry import suggest
@@ -62,11 +63,11 @@ def choose_form(
 def quantization_settings(config: Mapping[str, Any]) -> object:
     """Where config.json says how the weights are quantised: also under the name of old, and beside a text model's own
     settings. MLX names no method; which family it is tells whether its tensors are what they are elsewhere."""
-    nested, mlx = config.get("text_config"), config.get("quantization")
+    mlx = config.get("quantization")
     if isinstance(mlx, dict) and "group_size" in mlx:
         return {**mlx, "quant_method": "mlx", "model_type": config.get("model_type")}
     found = config.get("quantization_config") or config.get("compression_config")
-    return found or (nested.get("quantization_config") if isinstance(nested, dict) else None)
+    return found or text_section(config).get("quantization_config")
 
 
 def _quantized(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
+from blade.checked import text_section
 from blade.errors import BladeError, CheckpointError
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def _sentence(error: Any, file: Path | None, config: Mapping[str, Any]) -> str:
 
 def _fields(config: Mapping[str, Any], size: int) -> list[str]:
     """The settings that a tensor's size may follow from: one that is as large, or heads times their width."""
-    section = config.get("text_config")
-    settings = {**config, **(section if isinstance(section, dict) else {})}
+    settings = {**config, **text_section(config)}
     sizes = {name: value for name, value in settings.items() if type(value) is int and _is_size(name)}
     found = [f"{name} {value}" for name, value in sizes.items() if value == size]
     heads, widths = ([name for name in sizes if name.endswith(end)] for end in ("heads", "head_dim"))

@@ -13,6 +13,7 @@ from blade.nn.mixture import Mixture, MixtureConfig, SharedExpert, load_experts
 from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 from blade.nn.rope_config import read_rope
 from blade.nn.selected_weights import NamedWeights, SelectedWeights
+from blade.nn.text_model import located, text_model
 
 __all__ = [
     "ChannelMixer",
@@ -44,5 +45,7 @@ __all__ = [
     "expand_scales",
     "in_chunks",
     "load_experts",
+    "located",
     "read_rope",
+    "text_model",
 ]

@@ -38,6 +38,8 @@ class DecoderConfig(ModelConfig):
     output_gate: bool = field(default=False, kw_only=True)  # attention has one; its rows lie beside each head's query
     mixture: MixtureConfig | None = field(default=None, kw_only=True)  # of the layers that have one
     sharpened_after: int | None = field(default=None, kw_only=True)  # tokens: see blade.nn.dual_chunks
+    skipped_layers: frozenset[int] = field(default=frozenset(), kw_only=True)  # that the checkpoint counts
+    extra_rows: int = field(default=0, kw_only=True)  # of the embedding, beyond the vocabulary
 
     @property
     def chunks(self) -> DualChunks | None:

@@ -168,12 +168,13 @@ class Decoder:
         table, layers, norm = (f"{config.prefix}.{name}" for name in self.names)
         tied = config.tied and not loader.has(f"{config.head}.weight")
         self.lm_head = loader.linear(table if tied else config.head, shapes=[shape])
-        self.embed = loader.embedding(table, shape, self.lm_head if tied else None)
-        self.layers = [self.layer(f"{layers}.{index}", index, loader) for index in range(config.num_layers)]
-        if loader.has(more := f"{layers}.{config.num_layers}.{self.layer_type.norm_names[0]}.weight"):
-            raise CheckpointError(
-                f"config.json: num_hidden_layers is {config.num_layers}, but there is a tensor {more}."
-            )
+        rows = (config.vocab_size + config.extra_rows, config.hidden_size)
+        self.embed = loader.embedding(table, rows, self.lm_head if tied else None)
+        counted = config.num_layers + len(config.skipped_layers)
+        numbers = [number for number in range(counted) if number not in config.skipped_layers]
+        self.layers = [self.layer(f"{layers}.{number}", index, loader) for index, number in enumerate(numbers)]
+        if loader.has(more := f"{layers}.{counted}.{self.layer_type.norm_names[0]}.weight"):
+            raise CheckpointError(f"config.json: num_hidden_layers is {counted}, but there is a tensor {more}.")
         self.norm = Norm(norm, config.hidden_size, config.rms_norm_eps, loader, config.norm_offset)
         self.next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         self.cos_sin = loader.ops.to_device(config.rope_table())

@@ -20,9 +20,11 @@ class SplitExperts:
     """contracts.Weights: of X.experts.gate_up_proj [E, 2 I, D] and X.experts.down_proj [E, D, I] the matrices
     X.experts.E.{gate,up,down}_proj.weight, read one at a time; other tensors as they are."""
 
-    def __init__(self, weights: Weights, transposed: bool = False) -> None:
-        """`transposed`: they are [E, D, 2 I] and [E, I, D]."""
-        self._weights, self.transposed = weights, transposed
+    def __init__(self, weights: Weights, transposed: bool = False, adapted: bool | None = None) -> None:
+        """`transposed`: they are [E, D, 2 I] and [E, I, D]; `adapted`: so are those that adapters were trained over,
+        where they lie otherwise there."""
+        self._weights, self._transposed = weights, transposed
+        self.transposed = transposed if adapted is None else adapted  # what blade.nn.Loader tells adapters
         self._parts: dict[str, tuple[str, int, int | None]] = {}  # fused tensor, expert, 0 gate, 1 up, None down
         self._left: dict[str, set[str]] = {}  # parts of each fused tensor that are still in use
         self._names = dict.fromkeys(name for name in weights.names() if not self._split(name)) | self._parts
@@ -35,7 +37,7 @@ class SplitExperts:
             return self._weights.shape(name)
         fused, _, half = self._parts[name]
         _, n, k = self._weights.shape(fused)
-        n, k = (k, n) if self.transposed else (n, k)
+        n, k = (k, n) if self._transposed else (n, k)
         return (n if half is None else n // 2, k)
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,7 +45,7 @@ class SplitExperts:
             return self._weights.get(name, dtype)
         fused, expert, half = self._parts[name]
         matrix = self._weights.get(fused)[expert]  # in its own dtype: nothing is copied but the expert
-        matrix = matrix.T if self.transposed else matrix
+        matrix = matrix.T if self._transposed else matrix
         matrix = matrix if half is None else matrix.chunk(2)[half]
         return matrix.to(dtype or matrix.dtype).contiguous()
 

@@ -6,7 +6,7 @@ import math
 import reprlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blade.checked import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, CheckedValues, is_number
+from blade.checked import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, TEXT_SECTIONS, CheckedValues, is_number
 from blade.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ class Keys(CheckedValues):
         if type(value) is not dict:
             self.refuse(key, "an object")
         return Keys(value, f"{self._path}{key}.")
+
+    def of_text(self) -> Keys:
+        """Those of the text model, in sections where the model sees or hears as well."""
+        found = self
+        for key in TEXT_SECTIONS:
+            found = found.section(key) if found.has(key) else found
+        return found
 
     def objects(self, key: str) -> list[tuple[str, dict[str, Any]]]:
         """The objects in the one under `key`, by their names; none when absent."""

@@ -28,7 +28,7 @@ Prefixes: TypeAlias = tuple[str, ...]
 Shapes: TypeAlias = "Seq[tuple[int, int]]"
 NAMESPACE_BYTES = 16
 HEAD = "lm_head"
-TEXT_PART = "language_model."
+TEXT_PARTS = ("language_model.", "thinker.")
 
 
 @dataclass(slots=True, frozen=True)
@@ -230,14 +230,17 @@ class AdaptedEmbedding:
 def _of_text(name: str, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
     found = {_in_text(prefix): update for prefix, update in updates.items()}
     if len(found) < len(updates):
-        raise CheckpointError(f"The adapter {name!r} changes a linear under two names, with and without {TEXT_PART!r}.")
+        parts = " or ".join(map(repr, TEXT_PARTS))
+        raise CheckpointError(f"The adapter {name!r} changes a linear under two names, with and without {parts}.")
     return found
 
 
 def _in_text(prefix: str) -> str:
-    """What a model that only reads calls a part: in a checkpoint that sees as well, be it the model's or the one that
-    the adapter was trained on, names are longer."""
-    return prefix.replace(TEXT_PART, "")
+    """What a model that only reads calls a part: in a checkpoint that sees or hears as well, be it the model's or the
+    one that the adapter was trained on, names are longer."""
+    for part in TEXT_PARTS:
+        prefix = prefix.replace(part, "")
+    return prefix
 
 
 def _check_shape(name: str, prefix: str, part: LowRank, shape: tuple[int, int]) -> None:

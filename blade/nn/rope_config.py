@@ -11,7 +11,7 @@ from blade.nn.rope import DynamicRope, LinearRope, Llama3Rope, LongRope, Rope, Y
 if TYPE_CHECKING:
     from blade.nn.keys import Keys
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "mrope")
 ORIGINAL = "original_max_position_embeddings"
 # Far beyond what any model has, and far within what float32 and the arithmetic of ropes can bear
 MAX_THETA = 1e15
@@ -41,7 +41,7 @@ def read_rope(config: Keys, head_dim: int) -> Rope:
             return _yarn(config, keys, plain)
         case "longrope":
             return _longrope(config, keys, plain)
-    return Rope(*plain)
+    return Rope(*plain)  # "mrope" too: of its several axes text has the same position on all
 
 
 def _theta(config: Keys, keys: Keys) -> float:

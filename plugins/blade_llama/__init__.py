@@ -1,4 +1,4 @@
-"""Llama: checkpoints of `LlamaForCausalLM`, and the text models of Llama 4's."""
+"""Llama: checkpoints of `LlamaForCausalLM`, and the text models of Llama 3.2 Vision's and Llama 4's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from blade import DefaultCheckpoint, DemoWeights, hookimpl
 if TYPE_CHECKING:
     from blade_llama.llama import Llama
     from blade_llama.llama4 import Llama4
+    from blade_llama.mllama import Mllama
 
 SMOLLM2 = DemoWeights(
     name="SmolLM2-135M-Instruct",
@@ -31,9 +32,16 @@ def make_llama4() -> Llama4:
     return Llama4()
 
 
+def make_mllama() -> Mllama:
+    from blade_llama.mllama import Mllama
+
+    return Mllama()
+
+
 @hookimpl
 def register_models(register: Any) -> None:
     default = DefaultCheckpoint("HuggingFaceTB/SmolLM2-135M-Instruct", demo=SMOLLM2)
     register("LlamaForCausalLM", make_llama, default)
-    register("Llama4ForCausalLM", make_llama4)
-    register("Llama4ForConditionalGeneration", make_llama4)
+    for kind in ("ForCausalLM", "ForConditionalGeneration"):
+        register(f"Llama4{kind}", make_llama4)
+        register(f"Mllama{kind}", make_mllama)

@@ -23,6 +23,8 @@ from blade.nn import (
     TokenMixer,
     YarnRope,
     load_experts,
+    located,
+    text_model,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from blade.contracts import Loader, Weights
 
 APART = {"vision_model.": "vision", "multi_modal_projector.": "vision"}
+PLACES = {"language_model.model": "language_model.lm_head"}
 THETA = 500000.0  # of the rope, where config.json has none
 CHUNK = 8192  # positions that attention is confined to, where config.json says nothing
 
@@ -50,16 +53,14 @@ class Llama4:
     """
 
     def configure(self, config: Mapping[str, Any]) -> Llama4Config:
-        whole = Keys(config)
-        keys = whole.section("text_config") if whole.has("text_config") else whole
+        keys, fields = text_model(Keys(config))
         keys = keys.with_default("rope_theta", THETA).with_default("rms_norm_eps", 1e-5)
         num_layers = keys.num_layers()
         rotary = _rotary_layers(keys, num_layers)
         temperature = (keys.number("attn_scale", 0.1), keys.integer("floor_scale", CHUNK))
         found = Llama4Config.read(
             keys,
-            architecture=whole.texts("architectures")[0],
-            tied=whole.flag("tie_word_embeddings", False),
+            **fields,
             intermediate_size=keys.integer("intermediate_size_mlp"),
             windows=(None,) * num_layers,
             mixture=_mixture(keys, num_layers),
@@ -78,9 +79,7 @@ class Llama4:
         return found if found.chunked_layers else replace(found, attention_chunk=None)
 
     def build(self, config: Llama4Config, loader: Loader) -> Llama4Decoder:
-        if loader.has("language_model.model.norm.weight"):
-            config = replace(config, prefix="language_model.model", head="language_model.lm_head")
-        return Llama4Decoder(config, loader)
+        return Llama4Decoder(located(config, loader, PLACES), loader)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
         return SplitExperts(SelectedWeights(weights, APART), transposed=True)

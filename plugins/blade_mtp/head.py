@@ -33,8 +33,7 @@ class MultiTokenPrediction:
 
     def configure(self, config: Mapping[str, Any], target: ModelConfig) -> DecoderConfig:
         """The model's own, with one layer of attention."""
-        keys = Keys(config)
-        keys = keys.section("text_config") if keys.has("text_config") else keys
+        keys = Keys(config).of_text()
         if keys.integer("mtp_num_hidden_layers", 1) != 1:
             keys.refuse("mtp_num_hidden_layers", "1: heads of one layer are served")
         if not isinstance(target, DecoderConfig):

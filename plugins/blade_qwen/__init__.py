@@ -1,6 +1,6 @@
 """Qwen: checkpoints of `Qwen2ForCausalLM` (Qwen1.5 to Qwen2.5, QwQ), `Qwen3ForCausalLM`, and their mixtures of experts,
 `Qwen2MoeForCausalLM` and `Qwen3MoeForCausalLM`; `Qwen3NextForCausalLM`, and Qwen3.5 in all shapes and Qwen4-Exp, as
-text models; and the first of all, `QWenLMHeadModel`."""
+text models, and so those of Qwen-VL and Qwen-Omni; and the first of all, `QWenLMHeadModel`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ QWEN_CODER = DemoWeights(
     size=491_400_064,
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 )
+SEEING = {
+    "Qwen2VLForConditionalGeneration": "Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2VL",
+    "Qwen2_5OmniForConditionalGeneration": "Qwen25Omni",
+    "Qwen2_5OmniModel": "Qwen25Omni",
+    "Qwen3VLForConditionalGeneration": "Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3VLMoe",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoe",
+}
 
 
 def maker(module: str, name: str) -> Callable[[], Architecture]:
@@ -41,6 +50,8 @@ def register_models(register: Any) -> None:
     register("Qwen3MoeForCausalLM", maker("qwen", "Qwen3Moe"))
     register("QWenLMHeadModel", maker("qwen1", "Qwen1"))
     register("Qwen3NextForCausalLM", maker("hybrid", "Qwen3Next"))
+    for name, kind in SEEING.items():
+        register(name, maker("multimodal", kind))
     for kind in ("ForCausalLM", "ForConditionalGeneration"):
         register(f"Qwen3_5{kind}", maker("hybrid", "Qwen35"))
         register(f"Qwen3_5Moe{kind}", maker("hybrid", "Qwen35Moe"))

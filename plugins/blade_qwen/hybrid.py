@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from blade.nn import Decoder, DecoderConfig, Keys, MixtureConfig, SelectedWeights, SplitExperts, TokenMixer
+from blade.nn import (
+    Decoder,
+    DecoderConfig,
+    Keys,
+    MixtureConfig,
+    SelectedWeights,
+    SplitExperts,
+    TokenMixer,
+    located,
+    text_model,
+)  # fmt: skip
 from blade_qwen.delta_net import DeltaConfig, DeltaNet, GroupedDeltaNet
 
 if TYPE_CHECKING:
@@ -15,6 +25,7 @@ if TYPE_CHECKING:
 
 RECURRENT, FULL = "linear_attention", "full_attention"
 APART = {"mtp.": "multi-token prediction, for --drafter mtp", "model.visual.": "vision"}
+PLACES = {"model.language_model": "lm_head"}
 ROTARY_SHARE = 0.25  # of a head's channels, where config.json has no partial_rotary_factor
 
 
@@ -87,23 +98,16 @@ class Qwen35:
     config.json has it in a section and whose tensors have a longer name."""
 
     def configure(self, config: Mapping[str, Any]) -> HybridConfig:
-        whole = Keys(config)
-        keys = whole.section("text_config") if whole.has("text_config") else whole
+        keys, fields = text_model(Keys(config))
         keys = keys.with_default("partial_rotary_factor", ROTARY_SHARE)
-        return HybridConfig.from_keys(
-            keys,
-            architecture=whole.texts("architectures")[0],
-            tied=whole.flag("tie_word_embeddings", False),
-            **self.feed_forward(keys),
-        )
+        return HybridConfig.from_keys(keys, **fields, **self.feed_forward(keys))
 
     def feed_forward(self, keys: Keys) -> dict[str, Any]:
         """What the text model's keys say of it: fields of HybridConfig."""
         return {}
 
     def build(self, config: HybridConfig, loader: Loader) -> HybridDecoder:
-        nested = loader.has("model.language_model.norm.weight")
-        return HybridDecoder(replace(config, prefix="model.language_model") if nested else config, loader)
+        return HybridDecoder(located(config, loader, PLACES), loader)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
         return SplitExperts(SelectedWeights(weights, APART))

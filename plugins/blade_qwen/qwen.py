@@ -15,7 +15,11 @@ class Qwen2:
     """contracts.Architecture of `Qwen2ForCausalLM`."""
 
     def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
-        return DecoderConfig.read(config)
+        return self.read(Keys(config))
+
+    def read(self, keys: Keys, **fields: Any) -> DecoderConfig:
+        """What the keys of the model say; `fields`: what others do, of DecoderConfig."""
+        return DecoderConfig.read(keys, **fields)
 
     def build(self, config: DecoderConfig, loader: Loader) -> Decoder:
         return Decoder(config, loader)
@@ -24,18 +28,17 @@ class Qwen2:
 class Qwen3(Qwen2):
     """contracts.Architecture of `Qwen3ForCausalLM`."""
 
-    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
-        return DecoderConfig.read(config, qk_norm=True)
+    def read(self, keys: Keys, **fields: Any) -> DecoderConfig:
+        return DecoderConfig.read(keys, qk_norm=True, **fields)
 
 
 class Qwen2Moe(Qwen2):
     """contracts.Architecture of `Qwen2MoeForCausalLM`."""
 
-    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
-        keys = Keys(config)
+    def read(self, keys: Keys, **fields: Any) -> DecoderConfig:
         if keys.flag("use_sliding_window", False) and not keys.has("layer_types"):
             keys.refuse("use_sliding_window", "false where no layer_types say which layers slide")
-        return DecoderConfig.read(keys, mixture=MixtureConfig.read(keys, shared=True))
+        return DecoderConfig.read(keys, mixture=MixtureConfig.read(keys, shared=True), **fields)
 
     def weights(self, config: Mapping[str, Any], weights: Weights) -> Weights:
         return SplitExperts(weights)
@@ -44,8 +47,7 @@ class Qwen2Moe(Qwen2):
 class Qwen3Moe(Qwen2Moe):
     """contracts.Architecture of `Qwen3MoeForCausalLM`. Where a window slides, it does in all layers."""
 
-    def configure(self, config: Mapping[str, Any]) -> DecoderConfig:
-        keys = Keys(config)
+    def read(self, keys: Keys, **fields: Any) -> DecoderConfig:
         window = keys.integer("sliding_window") if keys.flag("use_sliding_window", False) else None
         windows = (window,) * keys.num_layers()
-        return DecoderConfig.read(keys, qk_norm=True, windows=windows, mixture=MixtureConfig.read(keys))
+        return DecoderConfig.read(keys, qk_norm=True, windows=windows, mixture=MixtureConfig.read(keys), **fields)

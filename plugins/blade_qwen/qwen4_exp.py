@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blade import CheckpointError, StateSpec
-from blade.nn import Keys, Mixture, MixtureConfig, SelectedWeights, SelfAttention, SplitExperts, TokenMixer
+from blade.nn import (
+    Keys,
+    Mixture,
+    MixtureConfig,
+    SelectedWeights,
+    SelfAttention,
+    SplitExperts,
+    TokenMixer,
+    text_model,
+)  # fmt: skip
 from blade_qwen.delta_net import DeltaNet
 from blade_qwen.hybrid import FULL, RECURRENT, HybridConfig
 from blade_qwen.hyper_connection import HyperConnection, StreamReader, StreamsConfig
@@ -46,14 +55,12 @@ class Qwen4Exp:
     """contracts.Architecture of `Qwen4ExpForCausalLM`, and of the text model of `Qwen4ExpForConditionalGeneration`."""
 
     def configure(self, config: Mapping[str, Any]) -> Qwen4ExpConfig:
-        whole = Keys(config)
-        keys = whole.section("text_config") if whole.has("text_config") else whole
+        keys, fields = text_model(Keys(config))
         mixture = MixtureConfig.read(keys, normalize=True, shared=True)
         found = Qwen4ExpConfig.from_keys(
             keys,
             attention=(FULL, INDEXED),
-            architecture=whole.texts("architectures")[0],
-            tied=whole.flag("tie_word_embeddings", False),
+            **fields,
             mixture=mixture,
             intermediate_size=mixture.intermediate_size,
             streams=StreamsConfig.read(keys),

@@ -76,7 +76,7 @@ def test_rows_of_llama_s_q_and_k_are_put_back(tmp_path: Path, quantised: bool) -
         torch.testing.assert_close(found, expected, rtol=0, atol=0.0 if name.endswith("bias") else tolerance)
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["qwen2", "qwen2vl", "qwen3", "qwen3vl"])
 def test_other_rows_stay(tmp_path: Path, arch: str) -> None:
     weights = opened(tmp_path, arch).weights
     expected = torch.from_numpy(tensors(arch)["blk.0.attn_k.weight"])
@@ -110,6 +110,18 @@ def test_config(tmp_path: Path) -> None:
         "bos_token_id": 0,
         "eos_token_id": [2, 0],
     }
+
+
+@pytest.mark.parametrize(
+    ("arch", "architecture"),
+    [("qwen2vl", "Qwen2VLForConditionalGeneration"), ("qwen3vl", "Qwen3VLForConditionalGeneration")],
+)
+def test_a_model_that_sees_has_its_text_model_here(tmp_path: Path, arch: str, architecture: str) -> None:
+    seeing = opened(tmp_path, arch, changes={"rope.dimension_sections": [2, 1, 1, 0]})
+    reading = opened(tmp_path, arch.removesuffix("vl"))
+    names = {"architectures": [architecture], "model_type": arch}
+    assert seeing.config == reading.config | names
+    assert seeing.weights.names() == reading.weights.names()
 
 
 def test_an_output_matrix_unties(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ def layer_shapes(arch: str) -> dict[str, tuple[int, ...]]:
         "ffn_up.weight": (INTERMEDIATE, HIDDEN),
         "ffn_down.weight": (HIDDEN, INTERMEDIATE),
     }
-    if arch == "qwen2":
+    if arch.startswith("qwen2"):
         shapes |= {"attn_q.bias": (HIDDEN,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
-    if arch == "qwen3":
+    if arch.startswith("qwen3"):
         shapes |= {"attn_q_norm.weight": (HIDDEN // HEADS,), "attn_k_norm.weight": (HIDDEN // HEADS,)}
     return shapes
 

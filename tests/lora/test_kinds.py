@@ -99,23 +99,60 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
     torch.testing.assert_close(found, EXPECTED["experts"], rtol=1e-4, atol=1e-4)
 
 
-def test_names_with_and_without_eyes(tmp_path: Path) -> None:
-    """A model that sees as well has a longer name for its text model, whichever of the two was trained."""
-    case, short, long = "qwen3.5-dora", "model.layers", "model.language_model.layers"
-    config, tensors = (FIXTURES / case / name for name in ("config.json", "model.safetensors"))
-    text = json.loads(config.read_text())
-    seeing = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
-    (tmp_path / "config.json").write_text(json.dumps(seeing))
-    renamed = {name.replace("model.", "model.language_model."): x for name, x in load_file(tensors).items()}
-    save_file(renamed, tmp_path / "model.safetensors")
+SEEING = [  # a case, what it is inside a model that sees or hears, where config.json has it, and its names
+    ("qwen3.5-dora", "Qwen3_5ForConditionalGeneration", ["text_config"], "model.language_model.", ""),
+    ("experts", "Qwen3VLMoeForConditionalGeneration", ["text_config"], "model.language_model.", ""),
+    (
+        "experts",
+        "Qwen3OmniMoeForConditionalGeneration",
+        ["text_config", "thinker_config"],
+        "thinker.model.",
+        "thinker.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "architecture", "sections", "prefix", "root"), SEEING)
+def test_names_with_and_without_eyes(
+    tmp_path: Path, case: str, architecture: str, sections: list[str], prefix: str, root: str
+) -> None:
+    """A model that sees or hears as well has longer names for its text model, whichever of the two was trained."""
+    config = json.loads((FIXTURES / case / "config.json").read_text())
+    for section in sections:
+        config = {section: config}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    tensors = load_file(FIXTURES / case / "model.safetensors")
+    save_file({longer_name(name, prefix, root): x for name, x in tensors.items()}, tmp_path / "model.safetensors")
     updates = read_adapter(FIXTURES / case)
-    longer = {prefix.replace(short, long): update for prefix, update in updates.items()}
+    longer = {longer_name(name, prefix, root): update for name, update in updates.items()}
     for folder, names in ((tmp_path, updates), (tmp_path, longer), (FIXTURES / case, longer)):
         prepared = prepare(folder, lora=("a=b",))
         (found,) = logits(prepared, prepared[2].make("x", names))
         torch.testing.assert_close(found, EXPECTED[case], rtol=1e-4, atol=1e-4)
     with pytest.raises(CheckpointError, match=r"under two names, with and without 'language_model\.'"):
         prepared[2].make("x", updates | longer)
+
+
+def longer_name(name: str, prefix: str, root: str) -> str:
+    return prefix + name.removeprefix("model.") if name.startswith("model.") else root + name
+
+
+def test_over_experts_that_lie_the_other_way(tmp_path: Path) -> None:
+    """In the files that Qwen publishes of Qwen3-VL, and not in transformers, whose shapes the adapter has."""
+    tensors = load_file(FIXTURES / "experts" / "model.safetensors")
+    stacks = {
+        kind: torch.stack([tensors.pop(f"model.layers.0.mlp.experts.{i}.{kind}_proj.weight") for i in range(4)])
+        for kind in ("gate", "up", "down")
+    }
+    fused = {"gate_up_proj": torch.cat((stacks["gate"], stacks["up"]), dim=1), "down_proj": stacks["down"]}
+    tensors |= {f"model.layers.0.mlp.experts.{name}": stack.mT.contiguous() for name, stack in fused.items()}
+    text = json.loads((FIXTURES / "experts" / "config.json").read_text())
+    seeing = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(seeing))
+    save_file(tensors, tmp_path / "model.safetensors")
+    prepared = prepare(tmp_path, lora=("a=b",))
+    (found,) = logits(prepared, prepared[2].make("x", read_adapter(FIXTURES / "experts")))
+    torch.testing.assert_close(found, EXPECTED["experts"], rtol=1e-4, atol=1e-4)
 
 
 A, B = torch.zeros(8, 16), torch.zeros(32, 8)

@@ -28,6 +28,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+SECTIONS = {"mrope_section": [3, 2, 3]}  # pairs of channels; of text all have the same position
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0} | SECTIONS}
 SLIDING = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 DELTA = {
@@ -40,13 +42,23 @@ DELTA = {
     "linear_value_head_dim": 24,
 }
 LLAMA4 = {"num_hidden_layers": 4, "head_dim": 32, "num_local_experts": 4, "intermediate_size_mlp": 112}
+UNTIED = {"head_dim": 32, "tie_word_embeddings": False}
+MLLAMA = {"num_hidden_layers": 5, "cross_attention_layers": [1, 4], "pad_token_id": 0}
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 VISION = {
     "Qwen3_5": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
     "Qwen4Exp": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+    "Qwen2VL": {"depth": 1, "hidden_size": 64, "embed_dim": 16, "num_heads": 2},
+    "Qwen2_5_VL": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64},
+    "Qwen3VL": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+    | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    "Mllama": {"num_hidden_layers": 1, "num_global_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    | {"attention_heads": 2, "vision_output_dim": 32, "image_size": 28, "intermediate_layers_indices": [0]},
     "Llama4": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
     | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
 }
+VISION |= {"Qwen2_5OmniThinker": VISION["Qwen2_5_VL"], "Qwen3OmniMoeThinker": VISION["Qwen3VL"]}
+HEARING = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16, "output_dim": 64}
 SHARED = {"shared_expert_intermediate_size": 80}
 STREAMS = {"hc_count": 3, "hc_lowrank": 32}
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_compress_ratio": 8}
@@ -84,6 +96,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5 tied": ("Qwen3_5", DELTA | {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen3.5 vision": ("Qwen3_5", DELTA | {"tie_word_embeddings": True}),
     "qwen3.5 moe vision": ("Qwen3_5Moe", MIXTURE | SHARED | DELTA),
+    "qwen2 vl vision": ("Qwen2VL", MROPE),
+    "qwen2 vl sliding vision": ("Qwen2VL", MROPE | SLIDING),
+    "qwen2.5 vl nested vision": ("Qwen2_5_VL", MROPE | {"tie_word_embeddings": True}),
+    "qwen2.5 vl yarn vision": ("Qwen2_5_VL", SHORT | {"rope_parameters": YARN | SECTIONS}),
+    "qwen2.5 omni vision": ("Qwen2_5OmniThinker", MROPE),
+    "qwen3 vl vision": ("Qwen3VL", {"head_dim": 32, "tie_word_embeddings": True} | MROPE),
+    "qwen3 vl moe vision": ("Qwen3VLMoe", MIXTURE | UNTIED | {"moe_intermediate_size": 32} | MROPE),
+    "qwen3 vl moe fused vision": ("Qwen3VLMoe", MIXTURE | UNTIED | {"moe_intermediate_size": 64} | MROPE),
+    "qwen3 omni vision": ("Qwen3OmniMoeThinker", MIXTURE | UNTIED | MROPE),
+    "llama vision": ("Mllama", MLLAMA | {"rope_parameters": LLAMA3}),
+    "llama nested vision": ("Mllama", MLLAMA | {"num_key_value_heads": 4}),
+    "llama text of vision alone": ("Mllama", MLLAMA),
     "llama4": ("Llama4", LLAMA4),
     "llama4 top 2": ("Llama4", LLAMA4 | {"num_experts_per_tok": 2, "rope_parameters": LLAMA3, "use_qk_norm": False}),
     "llama4 sharpened": ("Llama4", LLAMA4 | {"floor_scale": 10, "attn_scale": 0.5, "attention_bias": True}),
@@ -119,8 +143,10 @@ def make_reference(case: str) -> Reference:
     config, kind = _config(family, settings), "ForCausalLM"
     if case.endswith("vision"):
         kind = "ForConditionalGeneration"
-        tied = config.tie_word_embeddings
+        tied = getattr(config, "tie_word_embeddings", False)
         sections = {"text_config": config.to_dict(), "vision_config": VISION[family.removesuffix("Moe")]}
+        if family.endswith("Thinker"):
+            sections["audio_config"] = HEARING
         config = getattr(transformers, f"{family}Config")(**sections, tie_word_embeddings=tied)
     config.architectures = [family + kind]
     torch.manual_seed(0)
@@ -129,18 +155,21 @@ def make_reference(case: str) -> Reference:
     std = 0.12 if hybrid and not streams else 0.2  # of what is read from streams all is normalised
     for name, parameter in model.named_parameters():
         parameter.data.normal_(mean=_mean(name, hybrid) if parameter.dim() == 1 else 0.0, std=std)
-    tensors = dict(model.state_dict()) if case.endswith("fused") else _published(model)
-    if config.tie_word_embeddings:
+    as_held = {"fused", "nested"}.intersection(case.split())
+    tensors = dict(model.state_dict()) if as_held else _published(model)
+    if getattr(config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     model = model.language_model if case == "llama4 vision" else model  # the whole fails without images
     prompts = [torch.randint(config.get_text_config().vocab_size, (length,)).tolist() for length in LENGTHS]
-    return Reference(config.to_dict(), TensorWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
+    found, tensors = _as_published(case, config.to_dict(), tensors)
+    return Reference(found, TensorWeights(tensors), prompts, [_logits(model, prompt) for prompt in prompts])
 
 
 def _config(family: str, settings: dict[str, Any]) -> Any:
     import transformers
 
-    text = "Text" if family.startswith(("Qwen3_5", "Qwen4", "Llama4")) else ""
+    family = family.removesuffix("Thinker")
+    text = "Text" if family in VISION or family.startswith(("Qwen3_5", "Qwen3VL", "Qwen2_5Omni", "Qwen3Omni")) else ""
     return getattr(transformers, f"{family}{text}Config")(
         hidden_size=64,
         intermediate_size=96,
@@ -165,6 +194,26 @@ def _published(model: Any) -> dict[str, Tensor]:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
+
+
+def _as_published(
+    case: str, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As Qwen's own files have them and transformers no longer writes them: the first that see have all keys side by
+    side, all experts of a layer are transposed, and what thinks has what talks beside it."""
+    if case.startswith("qwen2 vl"):
+        text = config.pop("text_config")
+        theta = text.pop("rope_parameters")["rope_theta"]
+        config = text | config | {"rope_theta": theta, "rope_scaling": {"type": "mrope"} | SECTIONS}
+    if case == "qwen3 vl moe vision":
+        experts = {name: x.mT.contiguous() for name, x in tensors.items() if ".mlp.experts." in name}
+        return config, tensors | experts
+    if "omni" in case:
+        architecture = config["architectures"][0].replace("Thinker", "")
+        whole = {f"thinker.{name.removeprefix('thinker.')}": tensor for name, tensor in tensors.items()}
+        whole["talker.norm.weight"] = torch.ones(2)
+        return {"architectures": [architecture], "thinker_config": config}, whole
+    return config, tensors
 
 
 @torch.inference_mode()

@@ -68,6 +68,13 @@ def test_more_layers_than_config_json_says_are_not_dropped(qwen3_reference: Refe
         Stepper(fewer)
 
 
+def test_layers_that_are_skipped_are_counted() -> None:
+    reference = make_reference("llama vision")
+    text = reference.config["text_config"] | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 3, but there is a tensor language_model.*\.3\."):
+        Stepper(replace(reference, config=reference.config | {"text_config": text}))
+
+
 @pytest.mark.parametrize("block_size", [1, 8, 32])
 def test_block_size_does_not_matter(qwen3_reference: Reference, block_size: int) -> None:
     steps = all_together(lengths(qwen3_reference), seed=2)

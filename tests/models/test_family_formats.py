@@ -135,6 +135,28 @@ def test_it_computes_what_is_stored(family: str, kind: str) -> None:
     assert smaller < 0.75 * sum(tensor.nbytes for tensor in plain.values())
 
 
+SEEING = {  # what tools write of modules that stay plain, the other half's among them
+    ("qwen2.5 vl yarn vision", "awq"): {"modules_to_not_convert": ["visual"]},
+    ("qwen3 vl vision", "fp8"): {"modules_to_not_convert": ["lm_head", "model.visual.blocks.0.attn.qkv"]},
+    ("qwen3 vl moe vision", "ct-int4"): {"ignore": ["lm_head", "re:.*visual.*", "re:.*mlp.gate$"]},
+    ("llama vision", "ct-fp8"): {"ignore": ["re:.*lm_head", "re:multi_modal_projector.*", "re:vision_model.*"]},
+}
+
+
+@pytest.mark.parametrize(("family", "kind"), SEEING)
+def test_what_sees_stays_plain_and_is_not_read(family: str, kind: str) -> None:
+    stored, plain, written = make_reference(family).weights.tensors, dict(source(family).weights.tensors), FORMATS[kind]
+    unread = {name: tensor for name, tensor in stored.items() if name not in plain and ".experts." not in name}
+    assert any("vision" in name or "visual" in name for name in unread)
+    made, prefixes = quantised(plain, written.write)
+    settings = written.settings | SEEING[family, kind]
+    quantization = PLUGINS.registry("register_quantizations").create(settings["quant_method"], settings)
+    assert len(prefixes) >= 8
+    exact = logits(family, plain | unread, None, QuantizedTorch())
+    found = logits(family, made | unread, quantization, QuantizedTorch())
+    assert float((found - exact).norm() / exact.norm()) < 2e-5
+
+
 @pytest.mark.parametrize(
     ("family", "tables"), [("qwen1", {"transformer.wte", "lm_head"}), ("qwen3", {"model.embed_tokens"})]
 )

@@ -1,4 +1,5 @@
-"""Mixtures of experts from GGUF files, whose experts share tensors: the logits are those of the original."""
+"""Mixtures of experts from GGUF files, whose experts share tensors, and text models of models that see: the logits are
+those of the original."""
 
 from __future__ import annotations
 
@@ -37,8 +38,12 @@ def convert(reference: Reference, arch: str, path: Path, kind: gguf.GGMLQuantiza
         "expert_used_count": "num_experts_per_tok",
     }  # fmt: skip
     for key, source in counts.items():
-        writer.add_uint32(f"{arch}.{key}", config[source])
-    writer.add_uint32(f"{arch}.expert_count", NUM_EXPERTS)
+        if source in config:
+            writer.add_uint32(f"{arch}.{key}", config[source])
+    if "num_experts_per_tok" in config:
+        writer.add_uint32(f"{arch}.expert_count", NUM_EXPERTS)
+    if "vl" in arch:
+        writer.add_array(f"{arch}.rope.dimension_sections", [3, 2, 3, 0])
     if "head_dim" in config:
         writer.add_uint32(f"{arch}.attention.key_length", config["head_dim"])
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
@@ -78,7 +83,16 @@ def error(reference: Reference, checkpoint: Checkpoint) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(found, reference.logits, strict=True))
 
 
-@pytest.mark.parametrize(("case", "arch"), [("qwen2 moe", "qwen2moe"), ("qwen3 moe dense first", "qwen3moe")])
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        ("qwen2 moe", "qwen2moe"),
+        ("qwen2 tied", "qwen2vl"),
+        ("qwen3", "qwen3vl"),
+        ("qwen3 moe dense first", "qwen3moe"),
+        ("qwen3 moe dense first", "qwen3vlmoe"),
+    ],
+)
 def test_logits_equal_those_of_the_original(tmp_path: Path, case: str, arch: str) -> None:
     reference = make_reference(case)
     checkpoint = convert(reference, arch, tmp_path / "tiny.gguf", None)

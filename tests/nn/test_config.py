@@ -44,6 +44,7 @@ def test_what_is_absent_has_the_default_of_transformers() -> None:
     [
         ({"rope_theta": 5e5}, Rope(5e5, 16, 512)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, Rope(5e5, 16, 512)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, Rope(5e5, 16, 512)),
         ({"rope_theta": 7, "rope_parameters": {"rope_theta": 5e5}}, Rope(5e5, 16, 512)),
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, LinearRope(5e5, 16, 512, 2.0)),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}, DynamicRope(1e4, 16, 512, 2.5)),
@@ -127,9 +128,9 @@ def test_windows() -> None:
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters must be one rope for all layers"),
         (
             {"rope_parameters": {"rope_type": "proportional"}},
-            "rope_parameters.rope_type must be one of default, linear, dynamic, llama3, yarn, longrope, not",
+            "rope_parameters.rope_type must be one of default, linear, dynamic, llama3, yarn, longrope, mrope, not",
         ),
-        ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.type must be one of"),
+        ({"rope_scaling": {"type": "xpos"}}, "rope_scaling.type must be one of"),
         ({"rope_scaling": {"type": "linear"}}, "config.json has no rope_scaling.factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "rope_scaling.factor must be a number from 1"),
         (

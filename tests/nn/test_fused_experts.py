@@ -58,3 +58,9 @@ def test_a_fused_tensor_is_released_with_its_last_part() -> None:
     assert fused.released == ["m.gate.weight"]
     split.release(names[-1:])
     assert fused.released == ["m.gate.weight", "m.experts.down_proj"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adapters_may_have_been_trained_over_them_the_other_way(transposed: bool) -> None:
+    assert SplitExperts(Fused(transposed), transposed).transposed is transposed
+    assert SplitExperts(Fused(transposed), transposed, adapted=False).transposed is False

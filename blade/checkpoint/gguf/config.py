@@ -17,14 +17,24 @@ ARCHITECTURES = {
     "llama4": "Llama4ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2moe": "Qwen2MoeForCausalLM",
+    "qwen2vl": "Qwen2VLForConditionalGeneration",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen3vl": "Qwen3VLForConditionalGeneration",
+    "qwen3vlmoe": "Qwen3VLMoeForConditionalGeneration",
     "qwen3next": "Qwen3NextForCausalLM",
     "qwen35": "Qwen3_5ForCausalLM",
     "qwen35moe": "Qwen3_5MoeForCausalLM",
 }
 # Whether the weights of a token's experts sum to 1, as llama.cpp has it
-_NORMALIZED = {"llama4": False, "qwen2moe": False, "qwen3moe": True, "qwen3next": True, "qwen35moe": True}
+_NORMALIZED = {
+    "llama4": False,
+    "qwen2moe": False,
+    "qwen3moe": True,
+    "qwen3vlmoe": True,
+    "qwen3next": True,
+    "qwen35moe": True,
+}
 _END_TOKENS = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"}
 _CONTROL = 3  # of tokenizer.ggml.token_type
 
