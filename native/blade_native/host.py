@@ -87,8 +87,8 @@ def _text(path: Path) -> str:
 
 
 def keep_freed_memory(most: int = 32 << 20) -> None:
-    """Have glibc keep what activations of up to `most` bytes give back, up to 1 GiB of it. By default it returns them to
-    the system, and every step pays for zeroed pages anew (4 us each). Other C libraries are left as they are."""
+    """Have glibc keep what activations of up to `most` bytes give back, up to 1 GiB of it. By default it returns them
+    to the system, and every step pays for zeroed pages anew (4 us each). Other C libraries are left as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, most)
