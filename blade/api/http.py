@@ -53,6 +53,7 @@ class HTTPRequest:
         self.headers = dict(scope.headers.items())  # names come in lower case
         self.id = ""  # set by the app: the client's own, else a fresh one
         self.tenant = b""  # set by the app: whose API key this is; prefixes are cached per tenant
+        self.pattern: str | None = None  # set by the app once it lets the request in: the route its path falls under
         self._scope = scope
         self._proto = proto
         self._options = options
