@@ -13,7 +13,7 @@ from uuid import uuid4
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from blade.api.logprobs import LegacyLogprobs, Token, legacy, tokens
+from blade.api.logprobs import LegacyLogprobs, Offsets, Token, legacy, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,7 +115,7 @@ class OpenAI:
         self._usage = usage
         self._created = int(time.time())
         self._begun: set[int] = set()  # choices whose role has been sent
-        self._offsets = dict.fromkeys(range(len(job.seqs)), 0)  # characters of logprob tokens so far, by choice
+        self._offsets = [Offsets() for _ in job.seqs]  # of logprob tokens, by choice
         self._encoder = msgspec.json.Encoder()
 
     @staticmethod
@@ -217,9 +217,7 @@ class OpenAI:
     def _legacy_logprobs(self, index: int, sampled: list[Sampled]) -> LegacyLogprobs | None:
         if not self._job.logprobs or not sampled:
             return None
-        logprobs = legacy(sampled, self._tokenizer, self._offsets[index])
-        self._offsets[index] += sum(map(len, logprobs.tokens))
-        return logprobs
+        return legacy(sampled, self._tokenizer, self._offsets[index])
 
 
 def _reason(reason: str | None) -> str | None:
