@@ -49,9 +49,8 @@ class App:
         status = 500
         try:
             response = await self._respond(http)
-            status = response.status
             response.headers.append(("x-request-id", http.id))
-            await response.send(proto)
+            status = await response.send(proto)
         except (ClientGone, ProtocolClosed):
             status = CLIENT_GONE
         except Exception:  # only a stream can still fail here; its response ends without a last event

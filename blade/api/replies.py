@@ -28,7 +28,12 @@ MAX_STREAM_BYTES = 64 << 20
 without telling how much that is; so the whole stream is the only thing that can be bounded. 64 MiB are over 150,000
 tokens of plain chunks."""
 
-TOO_LONG = Failure(500, f"The stream has reached its bound of {MAX_STREAM_BYTES} bytes.", code="stream_too_long")
+TOO_LONG = Failure(
+    500,
+    f"The stream has reached its bound of {MAX_STREAM_BYTES} bytes. Ask for fewer tokens (max_tokens), choices (n) or "
+    "log-probabilities.",
+    code="stream_too_long",
+)
 
 
 async def respond(server: ServerContext, http: HTTPRequest, job: Job) -> JSONResponse | EventStream:
@@ -39,7 +44,7 @@ async def respond(server: ServerContext, http: HTTPRequest, job: Job) -> JSONRes
         return await _whole(generation, http, dialect)
     frames = _frames(generation, http, dialect)
     # The head goes out with the first frames, so that a failure before them still has its own status.
-    return EventStream(frames, first=await anext(frames))
+    return EventStream(frames, first=await anext(frames), outcome=lambda: generation.status)
 
 
 async def _whole(generation: Generation, http: HTTPRequest, dialect: Dialect) -> JSONResponse:
@@ -67,33 +72,41 @@ async def _frames(generation: Generation, http: HTTPRequest, dialect: Dialect) -
     with generation.running(http) as stream:
         try:
             async for outputs in stream:
-                frames, failed = _frame(generation, outputs, dialect, begun=num_bytes > 0)
+                frames, failure = _frame(generation, outputs, dialect, begun=num_bytes > 0)
                 num_bytes += len(frames)
                 if num_bytes > MAX_STREAM_BYTES:
-                    frames, failed = dialect.failure(TOO_LONG), True
+                    frames, failure = dialect.failure(TOO_LONG), TOO_LONG
+                    generation.fail(TOO_LONG)
+                elif failure is not None:
+                    generation.status = failure.status
                 if frames:
                     yield frames
-                if failed:
+                if failure is not None:
                     break
         except Exception as error:
             if not num_bytes:
                 raise
             log.exception("request %s failed while it streamed", generation.job.id)
-            yield dialect.failure(failure_of(error))
+            failure = failure_of(error)
+            generation.status = failure.status
+            yield dialect.failure(failure)
         if generation.client_gone:
             raise ClientGone
     yield dialect.end()
 
 
-def _frame(generation: Generation, outputs: list[Output], dialect: Dialect, begun: bool) -> tuple[bytes, bool]:
-    """(frames, whether a choice has failed, which ends the stream). What fails before it has begun is raised."""
+def _frame(
+    generation: Generation, outputs: list[Output], dialect: Dialect, begun: bool
+) -> tuple[bytes, Failure | None]:
+    """(frames, why a choice has failed, which ends the stream). What fails before it has begun is raised."""
     frames = []
     for delta in generation.take(outputs):
         if delta.error is None:
             frames.append(dialect.frame(delta))
         elif begun:
-            frames.append(dialect.frame(delta, failure_of(delta.error)))
-            return b"".join(frames), True
+            failure = failure_of(delta.error)
+            frames.append(dialect.frame(delta, failure))
+            return b"".join(frames), failure
         else:
             raise delta.error
-    return b"".join(frames), False
+    return b"".join(frames), None

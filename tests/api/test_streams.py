@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import pytest
 
 from blade.api import replies
+from blade.api.http import EventStream
 from blade.errors import Overloaded, RequestError
 
 from .fakes import Client, FakeEngine, complete, run
@@ -146,6 +148,53 @@ def test_a_stream_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(events) < 12
     assert events[-1]["error_info"]["code"] == 500
     assert client.engine.aborted == [0]
+    assert (client.summaries[0].status, client.summaries[0].finish_reasons) == (500, ("error",))
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize(
+    ("engine", "parser", "status", "reasons"),
+    [
+        (lambda: FakeEngine("Hello", fail_at=2), None, 500, ("error", "abort")),
+        (lambda: FakeEngine("Hello", fail_at=2, error=WAITED), None, 503, ("error", "abort")),
+        (lambda: FakeEngine("Hello", pace=0.001), BrokenParser, 500, ("error", "abort")),
+        (lambda: FakeEngine("Hello"), None, 200, ("stop", "stop")),
+    ],
+    ids=["engine", "overload", "parser", "well"],
+)
+def test_a_stream_that_fails_is_counted_as_failed(
+    dialect: str, engine: Any, parser: Any, status: int, reasons: tuple[str, ...], caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, "blade.access")
+
+    async def work() -> str:
+        client = Client(engine(), dialect, reasoning_parser=parser, options={"access_log": True})
+        answer = await client.chat(stream=True, n=2)
+        assert answer.status == 200  # the head
+        assert (client.summaries[0].status, client.summaries[0].finish_reasons) == (status, reasons)
+        return (await client.request("GET", "/metrics")).body.decode()
+
+    text = run(work())
+    assert f'blade_http_requests_total{{endpoint="/v1/chat/completions",status="{status}"}} 1.0' in text
+    for reason in reasons:
+        assert f'finish_reason="{reason}"}} {float(reasons.count(reason))}' in text
+    assert f"'/v1/chat/completions' {status} " in caplog.text
+
+
+def test_a_stream_of_a_plugin_that_breaks_off_is_counted_as_failed() -> None:
+    async def frames() -> Any:
+        yield b"data: 1\n\n"
+        raise ZeroDivisionError
+
+    async def handler(server: Any, request: Any) -> EventStream:
+        return EventStream(frames())
+
+    async def work() -> str:
+        client = Client(routes={"GET /mine": handler})
+        assert (await client.request("GET", "/mine")).body == b"data: 1\n\n"
+        return (await client.request("GET", "/metrics")).body.decode()
+
+    assert 'blade_http_requests_total{endpoint="/mine",status="500"} 1.0' in run(work())
 
 
 def test_an_observer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
