@@ -123,6 +123,7 @@ def _sequences(
     """n for each prompt, every one checked against the engine's limits."""
     chat, n, limits = isinstance(request, ChatRequest), request.n or 1, server.engine.limits
     name = "messages" if chat else "prompt"
+    params.check_num_logprobs(request, len(prompts), sampling.logprobs)
     params.check_processors(request, server.logits_processors)
     seqs: list[Sequence] = []
     for prompt in prompts:

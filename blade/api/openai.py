@@ -168,10 +168,9 @@ class OpenAI:
     def reply(self, replies: Iterable[Reply], failure: Failure | None = None) -> Any:
         if failure is not None:
             return self.error(failure)
-        if self._job.chat:
-            choices: list[Any] = [self._chat_choice(reply) for reply in replies]
-        else:
-            choices = [self._completion_choice(reply) for reply in replies]
+        made = self._chat_choice if self._job.chat else self._completion_choice
+        # Each is encoded by itself, so that only one choice's log-probabilities are there as objects at a time.
+        choices = [msgspec.Raw(self._encoder.encode(made(reply))) for reply in replies]
         return self._response("chat.completion" if self._job.chat else "text_completion", choices, self._full_usage())
 
     def _event(self, choices: list[Any], usage: OpenAIUsage | None = None) -> bytes:

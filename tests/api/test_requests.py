@@ -217,3 +217,37 @@ def test_held_back_text_is_not_lost() -> None:
 def test_what_would_hurt_the_engine_or_the_loop_is_refused(fields: dict[str, Any], param: str) -> None:
     answer = complete(**fields)
     assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
+LONG = Limits(vocab_size=260, max_context=1 << 18, max_num_seqs=256)
+
+
+@pytest.mark.parametrize("path", ["complete", "chat"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_more_log_probabilities_than_a_reply_can_hold_are_refused(path: str, stream: bool) -> None:
+    client = Client(FakeEngine(limits=LONG), "openai")
+    asked = {"n": 256, "max_tokens": 4096, "ignore_eos": True, "stream": stream}
+    top = {"logprobs": 20} if path == "complete" else {"logprobs": True, "top_logprobs": 20}
+    answer = run(getattr(client, path)(**asked, **top))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "logprobs")
+    assert "256 choices of 4096 tokens with 21 log-probabilities each" in answer.json["error"]["message"]
+    assert "Ask for less of one of them." in answer.json["error"]["message"]
+    assert client.engine.seqs == []
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("complete", {"n": 128, "logprobs": 20}),
+        ("complete", {"prompt": ["abc"] * 256, "max_tokens": 1024, "logprobs": 5}),
+        ("complete", {"max_tokens": 200_000, "logprobs": 20}),
+        ("complete", {"prompt": ["x" * 2000] * 128, "max_tokens": 1, "logprobs": 1}),
+        ("complete", {"n": 256, "max_tokens": 100_000}),
+        ("chat", {"n": 128, "logprobs": True, "top_logprobs": 20}),
+        ("chat", {"n": 8, "max_completion_tokens": 32_768, "logprobs": True, "top_logprobs": 20}),
+        ("chat", {"max_tokens": 250_000, "logprobs": True, "top_logprobs": 20}),
+    ],
+)
+def test_what_clients_and_harnesses_ask_for_is_no_such_thing(path: str, fields: dict[str, Any]) -> None:
+    client = Client(FakeEngine("Hi", limits=LONG), "openai")
+    assert run(getattr(client, path)(**fields)).status == 200

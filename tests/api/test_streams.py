@@ -3,13 +3,16 @@
 import asyncio
 import json
 import logging
+import threading
 from typing import Any
 
 import pytest
 
 from blade.api import replies
-from blade.api.http import EventStream
+from blade.api.choice import Delta, Reply
+from blade.api.http import EventStream, JSONResponse
 from blade.errors import Overloaded, RequestError
+from blade.types import Sampled
 
 from .fakes import Client, FakeEngine, complete, run
 from .rsgi import FakeProto
@@ -116,6 +119,55 @@ def test_one_failing_choice_ends_the_others() -> None:
     assert client.summaries[0].finish_reasons == ("error", "abort")
 
 
+ENDLESS = {"max_tokens": 400, "n": 3, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize("fields", [{"logprobs": 4}, {"logprobs": True, "top_logprobs": 4, "chat": True}])
+def test_a_whole_reply_is_bounded(dialect: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "MAX_REPLY_BYTES", 20_000)
+    fields = dict(fields)
+
+    async def work() -> None:
+        client = Client(FakeEngine("x" * 400), dialect)
+        ask = client.chat if fields.pop("chat", False) else client.complete
+        answer = await ask(**ENDLESS, **fields)
+        assert (answer.status, answer.json["error"]["code"]) == (400, "reply_too_long")
+        assert "max_tokens" in answer.json["error"]["message"]
+        assert len(answer.body) < 1000
+        assert sorted(client.engine.aborted) == [0, 1, 2]
+        assert len(client.engine.seqs[0].output_ids) < 20
+        assert (client.summaries[0].status, client.summaries[0].finish_reasons) == (400, ("error",) * 3)
+        assert (await client.complete(**ENDLESS)).status == 200  # text alone is small
+
+    run(work())
+
+
+def test_what_a_whole_reply_is_made_of_is_kept_no_longer_than_it_is_needed() -> None:
+    delta = Delta(0, "x", sampled=[Sampled(1)] * 9, end_token=[Sampled(2)])
+    for keeps, num_kept in ((False, 0), (True, 9)):
+        reply = Reply(0, keeps)
+        reply.add(delta)
+        assert (reply.text, len(reply.sampled), len(reply.end_token)) == ("x", num_kept, num_kept // 9)
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize("large", [True, False])
+def test_a_large_reply_is_encoded_in_a_thread(dialect: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Watched(JSONResponse):
+        def __init__(self, *args: Any) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(*args)
+
+    monkeypatch.setattr(replies, "JSONResponse", Watched)
+    monkeypatch.setattr(replies, "LARGE_REPLY_BYTES", 20_000 if large else 2_000_000)
+    answer = complete(FakeEngine("x" * 400), dialect, **ENDLESS, logprobs=1)
+    assert [len(choice["text"]) for choice in answer.json["choices"]] == [400] * 3
+    assert (threads != [threading.get_ident()]) == large
+
+
 class BrokenParser:
     def __init__(self, tokenizer: Any) -> None: ...
 
@@ -142,7 +194,7 @@ def test_a_parser_that_breaks_fails_its_request_alone(dialect: str, caplog: pyte
 
 
 def test_a_stream_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replies, "MAX_STREAM_BYTES", 2000)
+    monkeypatch.setattr(replies, "MAX_REPLY_BYTES", 2000)
     client = Client(FakeEngine("x" * 400))
     events = run(client.complete(max_tokens=400, stream=True)).events
     assert len(events) < 12
