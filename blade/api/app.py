@@ -49,9 +49,8 @@ class App:
         status = 500
         try:
             response = await self._respond(http)
-            status = response.status
             response.headers.append(("x-request-id", http.id))
-            await response.send(proto)
+            status = await response.send(proto)
         except (ClientGone, ProtocolClosed):
             status = CLIENT_GONE
         except Exception:  # only a stream can still fail here; its response ends without a last event
@@ -64,7 +63,8 @@ class App:
             http.tenant = self._keys.authorize(http.path, http.headers.get("authorization"))
             if "origin" in http.headers and not self.server.api_keys:
                 raise HTTPError(403, "Without an API key, requests of web pages are refused: any page could send them.")
-            _, handler = self._router.match(http.method, http.path)
+            http.pattern = self._router.pattern(http.path)
+            handler = self._router.handler(http.method, http.pattern)
             response = await handler(self.server, http)
             if not isinstance(response, Response | EventStream):
                 raise TypeError(f"the handler of {http.path} returned a {type(response).__name__}")
@@ -78,7 +78,7 @@ class App:
             return JSONResponse(self._dialect.error(failure), failure.status, failure.headers)
 
     def _record(self, scope: Scope, http: HTTPRequest, status: int, seconds: float) -> None:
-        self.server.metrics.responded(self._router.pattern(http.path) or "other", status)
+        self.server.metrics.responded(http.pattern or "other", status)
         if self.server.options.access_log:
             # %r escapes what a client may have put into its path.
             access_log.info(

@@ -23,9 +23,10 @@ class ApiKeys:
     def authorize(self, path: str, authorization: str | None) -> bytes:
         """The caller's tenant: a digest of its key, b"" without one. Raises HTTPError 401.
 
-        `path` is the raw one, compared whole. Every key is compared, each in constant time, so that the time taken
-        tells neither how much of a key was right nor which one it was. `Authorization` holds the bare key, as
-        BladeLLM's clients send it, or `Bearer KEY`.
+        `path` is compared whole. granian hands it over percent-decoded, without resolving `..` or `//` in it, and the
+        router compares the same string, so that none is public here and another route there. Every key is compared,
+        each in constant time, so that the time taken tells neither how much of a key was right nor which one it was.
+        `Authorization` holds the bare key, as BladeLLM's clients send it, or `Bearer KEY`.
         """
         if not self._digests or path in PUBLIC_PATHS:
             return b""

@@ -138,7 +138,9 @@ class BladeLLM:
 
     def reply(self, replies: Iterable[Reply], failure: Failure | None = None) -> Any:
         error = ErrorInfo(failure.status, failure.message) if failure else None
-        choices = [self._chat_choice(r) if self._job.chat else self._completion_choice(r) for r in replies]
+        made = self._chat_choice if self._job.chat else self._completion_choice
+        # Each is encoded by itself, so that only one choice's log-probabilities are there as objects at a time.
+        choices = [msgspec.Raw(self._encoder.encode(made(reply))) for reply in replies]
         return self._response(self._object(chunk=False), choices, error)
 
     def _event(self, kind: str, choice: Any, error: ErrorInfo | None = None) -> bytes:

@@ -38,9 +38,11 @@ class Delta:
 
 @dataclass(slots=True)
 class Reply:
-    """All deltas of one choice, put together."""
+    """All deltas of one choice, put together. Without `keeps_sampled` their tokens are left out: only log-probabilities
+    are made of them, and a token takes some 100 bytes."""
 
     index: int
+    keeps_sampled: bool = True
     sampled: list[Sampled] = field(default_factory=list)
     end_token: list[Sampled] = field(default_factory=list)
     finish_reason: str | None = None
@@ -63,8 +65,9 @@ class Reply:
     def add(self, delta: Delta) -> None:
         self._texts.append(delta.text)
         self._reasonings.append(delta.reasoning)
-        self.sampled += delta.sampled
-        self.end_token += delta.end_token
+        if self.keeps_sampled:
+            self.sampled += delta.sampled
+            self.end_token += delta.end_token
         self.finish_reason = delta.finish_reason or self.finish_reason
         for call in delta.tool_calls:
             self._add_call(**call)

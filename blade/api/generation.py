@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from blade.api.choice import Delta
     from blade.api.context import ServerContext
+    from blade.api.errors import Failure
     from blade.api.http import HTTPRequest
     from blade.api.jobs import Job
     from blade.contracts import Stream
@@ -51,7 +52,7 @@ class Generation:
         self.job = job
         self.usage = Usage(prompt_tokens=sum(map(len, job.prompts)))
         self.client_gone = False
-        self.status = 200  # of the response
+        self.status = 200  # of the response; of a stream, what its head would have said had it known the end
         self._server = server
         self._stream: Stream | None = None
         self._stops = StopTable(job.stop) if job.stop else None
@@ -110,7 +111,11 @@ class Generation:
             if choice.finish_reason is not None:
                 continue  # a stop string has ended it; this was on its way before the abort
             self._observe(output, now)
-            deltas = choice.take(output)
+            try:
+                deltas = choice.take(output)
+            except Exception:  # of a plugin's parser
+                choice.finish_reason = "error"
+                raise
             num_accepted = min(output.num_accepted, sum(delta.num_tokens for delta in deltas))
             self.usage.accepted_tokens += num_accepted
             self.usage.rejected_tokens += output.num_drafted - num_accepted
@@ -121,6 +126,12 @@ class Generation:
                 yield delta
             if choice.finish_reason is not None and output.finish_reason is None and self._stream is not None:
                 self._stream.abort(output.seq_id)
+
+    def fail(self, failure: Failure) -> None:
+        """The reply ends with this for all choices that have not ended yet, rather than for one of them."""
+        self.status = failure.status
+        for choice in self._choices:
+            choice.finish_reason = choice.finish_reason or "error"
 
     def _observe(self, output: Output, now: float) -> None:
         if not output.sampled:

@@ -11,7 +11,7 @@ import msgspec
 from blade.errors import BladeError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
     from granian.rsgi import HTTPProtocol, Scope  # type: ignore[attr-defined]
 
@@ -53,6 +53,7 @@ class HTTPRequest:
         self.headers = dict(scope.headers.items())  # names come in lower case
         self.id = ""  # set by the app: the client's own, else a fresh one
         self.tenant = b""  # set by the app: whose API key this is; prefixes are cached per tenant
+        self.pattern: str | None = None  # set by the app once it lets the request in: the route its path falls under
         self._scope = scope
         self._proto = proto
         self._options = options
@@ -105,8 +106,10 @@ class Response:
         self.body = body
         self.headers: Headers = [("content-type", self.content_type), *headers]
 
-    async def send(self, proto: HTTPProtocol) -> None:
+    async def send(self, proto: HTTPProtocol) -> int:
+        """Returns the status to count it under."""
         proto.response_bytes(self.status, self.headers, self.body)
+        return self.status
 
 
 class JSONResponse(Response):
@@ -129,11 +132,14 @@ class EventStream:
     """Server-sent events: each item of `frames` is one write of whole `data: ...` frames.
 
     `first` goes out together with the head, so that a handler can wait for it and still answer with another status.
+    `outcome` tells, once all has gone out, which status to count it under: what fails later has said 200 already.
     """
 
     status = 200
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], first: bytes = b"") -> None:
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], first: bytes = b"", outcome: Callable[[], int] = lambda: 200
+    ) -> None:
         self.headers: Headers = [
             ("content-type", "text/event-stream; charset=utf-8"),
             ("cache-control", "no-cache"),
@@ -141,10 +147,11 @@ class EventStream:
         ]
         self._frames = frames
         self._first = first
+        self._outcome = outcome
 
-    async def send(self, proto: HTTPProtocol) -> None:
-        """Write until the frames or the client end. The response ends when `transport` is freed: it must not be
-        stored anywhere."""
+    async def send(self, proto: HTTPProtocol) -> int:
+        """Write until the frames or the client end; returns the status to count it under. The response ends when
+        `transport` is freed: it must not be stored anywhere."""
         try:
             transport = proto.response_stream(self.status, self.headers)
             if self._first:
@@ -152,5 +159,6 @@ class EventStream:
             async for frame in self._frames:
                 await transport.send_bytes(frame)
             del transport
+            return self._outcome()
         finally:
             await self._frames.aclose()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from blade.api import params
-from blade.api.prompts import chat_prompt, completion_prompts, predicted, uses_tools
+from blade.api.prompts import chat_prompt, check_count, completion_prompts, echoed, predicted, uses_tools
 from blade.api.wire import ChatRequest, CompletionRequest, Sampling, decode
 from blade.errors import RequestError
 from blade.types import Sequence
@@ -16,7 +16,7 @@ from blade.types import Sequence
 if TYPE_CHECKING:
     from blade.api.context import ServerContext
     from blade.api.http import HTTPRequest
-    from blade.types import Limits, SamplingParams
+    from blade.types import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -37,9 +37,9 @@ class Job:
     n: int
     stop: list[str]
     tools: bool
-    echo: list[str]  # one text per prompt, or none
     seqs: list[Sequence]
     arrival: float  # seconds, monotonic clock
+    echo: list[str] = field(default_factory=list)  # one text per prompt, or none
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -55,10 +55,12 @@ async def completion_job(server: ServerContext, http: HTTPRequest) -> Job:
     num_logprobs = params.completion_logprobs(request)
     if request.echo and num_logprobs is not None:
         raise RequestError("echo together with logprobs is not supported by this version.", param="echo")
-    sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
-    prompts = await completion_prompts(request, server.tokenizer)
-    echo = [_echo(request, prompt, i, server) for i, prompt in enumerate(prompts)] if request.echo else []
-    return _job(server, http, request, sampling, prompts, echo, adapter, arrival)
+    limits, tokenizer = server.engine.limits, server.tokenizer
+    sampling = params.sampling_params(request, limits, tokenizer.eos_token_ids, num_logprobs)
+    prompts = await completion_prompts(request, tokenizer, limits)
+    job = _job(server, http, request, sampling, prompts, adapter, arrival)
+    job.echo = await echoed(request, prompts, tokenizer)
+    return job
 
 
 async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
@@ -68,22 +70,15 @@ async def chat_job(server: ServerContext, http: HTTPRequest) -> Job:
     request = decode(body, ChatRequest)
     adapter = server.adapter_of(request.model)
     num_logprobs = params.chat_logprobs(request)
-    sampling = params.sampling_params(request, server.engine.limits, server.tokenizer.eos_token_ids, num_logprobs)
-    has_parser = server.tool_parser is not None
-    prompt = await chat_prompt(request, server.chat_template, server.tokenizer, has_parser)
-    prediction = await predicted(request, server.tokenizer, server.engine.limits.max_context)
-    job = _job(server, http, request, sampling, [prompt], [], adapter, arrival)
+    limits, tokenizer = server.engine.limits, server.tokenizer
+    sampling = params.sampling_params(request, limits, tokenizer.eos_token_ids, num_logprobs)
+    check_count(1, request.n or 1, "messages", limits)
+    prompt = await chat_prompt(request, server.chat_template, tokenizer, server.tool_parser is not None)
+    prediction = await predicted(request, tokenizer, limits.max_context)
+    job = _job(server, http, request, sampling, [prompt], adapter, arrival)
     for seq in job.seqs:
         seq.prediction_ids = prediction
     return job
-
-
-def _echo(request: CompletionRequest, prompt: list[int], index: int, server: ServerContext) -> str:
-    """The prompt's text as the client wrote it, or what its ids stand for."""
-    if isinstance(request.prompt, str):
-        return request.prompt
-    given = request.prompt[index]
-    return given if isinstance(given, str) else server.tokenizer.decode(prompt)
 
 
 def _job(
@@ -92,7 +87,6 @@ def _job(
     request: Sampling,
     sampling: SamplingParams,
     prompts: list[list[int]],
-    echo: list[str],
     adapter: Any,
     arrival: float,
 ) -> Job:
@@ -113,7 +107,6 @@ def _job(
         n=request.n or 1,
         stop=params.stop_strings(request),
         tools=isinstance(request, ChatRequest) and uses_tools(request),
-        echo=echo,
         seqs=seqs,
         arrival=arrival,
     )
@@ -129,14 +122,14 @@ def _sequences(
 ) -> list[Sequence]:
     """n for each prompt, every one checked against the engine's limits."""
     chat, n, limits = isinstance(request, ChatRequest), request.n or 1, server.engine.limits
-    field = "messages" if chat else "prompt"
-    _check_count(len(prompts), n, field, limits)
+    name = "messages" if chat else "prompt"
+    params.check_num_logprobs(request, len(prompts), sampling.logprobs)
     params.check_processors(request, server.logits_processors)
     seqs: list[Sequence] = []
     for prompt in prompts:
-        params.check_ids(prompt, field, limits)
         default = None if chat else DEFAULT_COMPLETION_TOKENS
-        max_tokens = params.resolve_max_tokens(request, len(prompt), default, limits, field)
+        max_tokens = params.resolve_max_tokens(request, len(prompt), default, limits, name)
+        params.check_ids(prompt, name, limits)
         for i in range(n):
             processors = params.make_processors(request, server.logits_processors, server.tokenizer)
             seqs.append(
@@ -151,14 +144,6 @@ def _sequences(
                 )
             )
     return seqs
-
-
-def _check_count(num_prompts: int, n: int, field: str, limits: Limits) -> None:
-    if num_prompts * n > limits.max_num_seqs:
-        raise RequestError(
-            f"{field} and n ask for {num_prompts} times {n} sequences, the server runs {limits.max_num_seqs} at once.",
-            param="n" if n > 1 else field,
-        )
 
 
 def _namespace(tenant: bytes, salt: str | None, adapter: Any) -> bytes:

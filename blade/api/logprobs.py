@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from blade.types import Sampled, TokenLogprob
 
 LOWEST = -9999.0  # stands for log 0, which JSON cannot say
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class TopToken(Struct):
@@ -66,15 +69,49 @@ def blade_tokens(sampled: Seq[Sampled], tokenizer: Tokenizer) -> list[BladeToken
     return out
 
 
-def legacy(sampled: Seq[Sampled], tokenizer: Tokenizer, offset: int) -> LegacyLogprobs:
-    """`offset` is the number of characters before the first of these tokens."""
-    texts = [_text(s.token_id, tokenizer)[0] for s in sampled]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    top = [{_text(t.token_id, tokenizer)[0]: _finite(t.logprob) for t in s.top} for s in sampled]
-    return LegacyLogprobs(texts, [_finite(s.logprob) for s in sampled], top if any(top) else None, offsets)
+class Offsets:
+    """Where tokens begin in the text that blade.text.detokenizer makes of them, in characters. A token within a
+    character has that character's place."""
+
+    def __init__(self) -> None:
+        self._utf8 = _Utf8Decoder(errors="replace")
+        self._num_chars = 0  # that are complete
+
+    def push(self, data: bytes) -> int:
+        """The place of the next token, whose bytes these are."""
+        completed = len(self._utf8.decode(data[:1]))
+        # A byte may end a character that never becomes one and begin another.
+        is_pending = bool(self._utf8.getstate()[0])
+        offset = self._num_chars + (completed if is_pending else max(completed - 1, 0))
+        self._num_chars += completed + len(self._utf8.decode(data[1:]))
+        return offset
+
+
+def legacy(sampled: Seq[Sampled], tokenizer: Tokenizer, offsets: Offsets) -> LegacyLogprobs:
+    """`offsets` has been given the tokens before these."""
+    return LegacyLogprobs(
+        [_spelt(s.token_id, tokenizer) for s in sampled],
+        [_finite(s.logprob) for s in sampled],
+        [_legacy_top(s.top, tokenizer) for s in sampled] if any(s.top for s in sampled) else None,
+        [offsets.push(tokenizer.token_bytes(s.token_id)) for s in sampled],
+    )
+
+
+def _legacy_top(top: Seq[TokenLogprob], tokenizer: Tokenizer) -> dict[str, float]:
+    """Of tokens that are spelt alike, as control tokens are, the most likely one, which comes first."""
+    out: dict[str, float] = {}
+    for token in top:
+        out.setdefault(_spelt(token.token_id, tokenizer), _finite(token.logprob))
+    return out
+
+
+def _spelt(token_id: int, tokenizer: Tokenizer) -> str:
+    """A token's text; OpenAI's `bytes:\\xe2\\x80` where it holds a part of a character only."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _shown(token: TokenLogprob, tokenizer: Tokenizer) -> tuple[str, float, list[int]]:

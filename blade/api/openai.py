@@ -13,7 +13,7 @@ from uuid import uuid4
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from blade.api.logprobs import LegacyLogprobs, Token, legacy, tokens
+from blade.api.logprobs import LegacyLogprobs, Offsets, Token, legacy, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,7 +115,7 @@ class OpenAI:
         self._usage = usage
         self._created = int(time.time())
         self._begun: set[int] = set()  # choices whose role has been sent
-        self._offsets = dict.fromkeys(range(len(job.seqs)), 0)  # characters of logprob tokens so far, by choice
+        self._offsets = [Offsets() for _ in job.seqs]  # of logprob tokens, by choice
         self._encoder = msgspec.json.Encoder()
 
     @staticmethod
@@ -168,10 +168,9 @@ class OpenAI:
     def reply(self, replies: Iterable[Reply], failure: Failure | None = None) -> Any:
         if failure is not None:
             return self.error(failure)
-        if self._job.chat:
-            choices: list[Any] = [self._chat_choice(reply) for reply in replies]
-        else:
-            choices = [self._completion_choice(reply) for reply in replies]
+        made = self._chat_choice if self._job.chat else self._completion_choice
+        # Each is encoded by itself, so that only one choice's log-probabilities are there as objects at a time.
+        choices = [msgspec.Raw(self._encoder.encode(made(reply))) for reply in replies]
         return self._response("chat.completion" if self._job.chat else "text_completion", choices, self._full_usage())
 
     def _event(self, choices: list[Any], usage: OpenAIUsage | None = None) -> bytes:
@@ -217,9 +216,7 @@ class OpenAI:
     def _legacy_logprobs(self, index: int, sampled: list[Sampled]) -> LegacyLogprobs | None:
         if not self._job.logprobs or not sampled:
             return None
-        logprobs = legacy(sampled, self._tokenizer, self._offsets[index])
-        self._offsets[index] += sum(map(len, logprobs.tokens))
-        return logprobs
+        return legacy(sampled, self._tokenizer, self._offsets[index])
 
 
 def _reason(reason: str | None) -> str | None:

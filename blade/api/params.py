@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
 BIAS_RANGE = (-100, 100)
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_CHARS = 8192
+MAX_REPLY_LOGPROBS = 1 << 23  # a context of 2**18 tokens with the 20 most likely of each is within; some 800 MB are not
 ONLY_THE_TOP = 1e-9  # top_p: 0 asks for the most likely token alone; below 1 / vocab_size that is what any top_p gives
 
 
@@ -103,6 +104,22 @@ def chat_logprobs(request: Sampling) -> int | None:
         return None
     count = 0 if request.logprobs is True else _checked_count("logprobs", request.logprobs)
     return count if top is None else top
+
+
+def check_num_logprobs(request: Sampling, num_prompts: int, num_logprobs: int | None) -> None:
+    """Raises RequestError for more log-probabilities than any reply can hold. What no max_tokens was given for may end
+    at any token: only its reply tells (blade.api.replies)."""
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    if num_logprobs is None or max_tokens is None:
+        return
+    num_choices, per_token = num_prompts * (request.n or 1), 1 + num_logprobs
+    if num_choices * max_tokens * per_token > MAX_REPLY_LOGPROBS:
+        raise RequestError(
+            f"n, max_tokens and logprobs ask for {num_choices} choices of {max_tokens} tokens with {per_token} "
+            f"log-probabilities each, more than {MAX_REPLY_LOGPROBS} in all.",
+            "logprobs",
+            "Ask for less of one of them.",
+        )
 
 
 def stop_strings(request: Sampling) -> list[str]:

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from blade.api.wire import ChatRequest, CompletionRequest, Message, ToolCall
     from blade.contracts import Tokenizer
     from blade.text.chat_template import ChatTemplate
+    from blade.types import Limits
 
 RESERVED_OPTIONS = {"self", "tokenizer", "messages", "tools", "add_generation_prompt"}  # of render_ids
 
 
-async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
-    """One list of ids per prompt; raises RequestError for an empty one. Ids that were given are not checked here."""
-    texts, prompts = _split_prompt(request.prompt)
+async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
+    """One list of ids per prompt; raises RequestError for an empty one, and for more than the server runs at once.
+    What ids were given is not checked here."""
+    texts, prompts = split_prompt(request.prompt, limits)
+    check_count(len(texts) or len(prompts), request.n or 1, "prompt", limits)
     if texts:
         prompts = await asyncio.to_thread(lambda: [tokenizer.encode(text) for text in texts])
     for index, prompt in enumerate(prompts):
@@ -31,18 +34,42 @@ async def completion_prompts(request: CompletionRequest, tokenizer: Tokenizer) -
     return prompts
 
 
-def _split_prompt(prompt: str | list[Any]) -> tuple[list[str], list[list[int]]]:
-    """(texts, []) or ([], lists of ids) out of the four forms a prompt comes in."""
+def split_prompt(prompt: str | list[Any], limits: Limits) -> tuple[list[str], list[list[int]]]:
+    """(texts, []) or ([], lists of ids) out of the four forms a prompt comes in. Lengths come first: what is far too
+    long is not looked through."""
     if isinstance(prompt, str):
         return [prompt], []
     kind = type(prompt[0])
-    if any(type(item) is not kind for item in prompt):
+    if kind is int and len(prompt) > limits.max_context:
+        raise RequestError(
+            f"prompt has {len(prompt)} tokens, the context {limits.max_context}.", "prompt", "Shorten it."
+        )
+    if kind is not int and len(prompt) > MAX_PROMPTS:
+        raise RequestError(f"prompt has {len(prompt)} items, more than {MAX_PROMPTS}.", param="prompt")
+    if len(set(map(type, prompt))) > 1:
         raise RequestError("prompt mixes strings, ids and lists; give one kind.", param="prompt")
     if kind is int:
         return [], [prompt]
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt has {len(prompt)} items, more than {MAX_PROMPTS}.", param="prompt")
     return (prompt, []) if kind is str else ([], prompt)
+
+
+def check_count(num_prompts: int, n: int, field: str, limits: Limits) -> None:
+    if num_prompts * n > limits.max_num_seqs:
+        raise RequestError(
+            f"{field} and n ask for {num_prompts} times {n} sequences, the server runs {limits.max_num_seqs} at once.",
+            param="n" if n > 1 else field,
+        )
+
+
+async def echoed(request: CompletionRequest, prompts: list[list[int]], tokenizer: Tokenizer) -> list[str]:
+    """Each prompt's text as the client wrote it, or what its ids stand for; [] unless `echo` asks for it."""
+    if not request.echo:
+        return []
+    if isinstance(request.prompt, str):
+        return [request.prompt]
+    if texts := [prompt for prompt in request.prompt if isinstance(prompt, str)]:
+        return texts
+    return await asyncio.to_thread(lambda: [tokenizer.decode(prompt) for prompt in prompts])
 
 
 async def chat_prompt(

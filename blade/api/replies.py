@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from blade.errors import Overloaded
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from blade.api.choice import Delta
     from blade.api.context import ServerContext
     from blade.api.dialects import Dialect
     from blade.api.http import HTTPRequest
@@ -23,12 +25,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("blade.api")
 
-MAX_STREAM_BYTES = 64 << 20
-"""Bound of one stream. granian's RSGI takes every write at once and keeps in memory what a slow client does not read,
-without telling how much that is; so the whole stream is the only thing that can be bounded. 64 MiB are over 150,000
-tokens of plain chunks."""
+MAX_REPLY_BYTES = 64 << 20
+"""Bound of one reply. granian's RSGI takes every write of a stream at once and keeps in memory what a slow client does
+not read, without telling how much that is; so the whole stream is the only thing that can be bounded. 64 MiB are over
+150,000 tokens of plain chunks. Of a whole reply, which is held until it ends, it is the size to within a factor."""
 
-TOO_LONG = Failure(500, f"The stream has reached its bound of {MAX_STREAM_BYTES} bytes.", code="stream_too_long")
+LOGPROB_BYTES = 100  # of a token's log-probability as JSON, about, and in memory
+LARGE_REPLY_BYTES = 64 << 10  # from which on a thread, which costs some 50 us, is worth while
+
+_REMEDY = "Ask for fewer tokens (max_tokens), choices (n) or log-probabilities (logprobs, top_logprobs)."
+STREAM_TOO_LONG = Failure(
+    500, f"The stream has reached its bound of {MAX_REPLY_BYTES} bytes. {_REMEDY}", code="stream_too_long"
+)
+REPLY_TOO_LONG = Failure(
+    400, f"The reply has reached its bound of {MAX_REPLY_BYTES} bytes. {_REMEDY}", code="reply_too_long"
+)
 
 
 async def respond(server: ServerContext, http: HTTPRequest, job: Job) -> JSONResponse | EventStream:
@@ -39,26 +50,41 @@ async def respond(server: ServerContext, http: HTTPRequest, job: Job) -> JSONRes
         return await _whole(generation, http, dialect)
     frames = _frames(generation, http, dialect)
     # The head goes out with the first frames, so that a failure before them still has its own status.
-    return EventStream(frames, first=await anext(frames))
+    return EventStream(frames, first=await anext(frames), outcome=lambda: generation.status)
 
 
 async def _whole(generation: Generation, http: HTTPRequest, dialect: Dialect) -> JSONResponse:
-    replies = [Reply(index) for index in range(len(generation.job.seqs))]
-    failure = None
+    replies = [Reply(index, generation.job.logprobs) for index in range(len(generation.job.seqs))]
+    failure, num_bytes = None, 0
     with generation.running(http) as stream:
         async for outputs in stream:
             for delta in generation.take(outputs):
                 replies[delta.index].add(delta)
+                num_bytes += _size(delta, generation.job.logprobs)
                 if isinstance(delta.error, Overloaded):
                     raise delta.error
                 if delta.error is not None:
                     failure = failure_of(delta.error)
                     generation.status = failure.status
+            if failure is None and num_bytes > MAX_REPLY_BYTES:
+                failure = REPLY_TOO_LONG
+                generation.fail(failure)
             if failure is not None:
                 break
         if generation.client_gone:
             raise ClientGone
-    return JSONResponse(dialect.reply(replies, failure), status=generation.status)
+    if failure is REPLY_TOO_LONG:
+        return JSONResponse(dialect.error(failure), failure.status)
+    if num_bytes < LARGE_REPLY_BYTES:
+        return JSONResponse(dialect.reply(replies, failure), generation.status)
+    # Log-probabilities take a second per 20 MB, for which the loop has others to serve.
+    return await asyncio.to_thread(lambda: JSONResponse(dialect.reply(replies, failure), generation.status))
+
+
+def _size(delta: Delta, with_logprobs: bool) -> int:
+    """In bytes, about."""
+    tokens = (*delta.sampled, *delta.end_token) if with_logprobs else ()
+    return len(delta.text) + len(delta.reasoning) + LOGPROB_BYTES * sum(1 + len(token.top) for token in tokens)
 
 
 async def _frames(generation: Generation, http: HTTPRequest, dialect: Dialect) -> AsyncGenerator[bytes, None]:
@@ -67,33 +93,41 @@ async def _frames(generation: Generation, http: HTTPRequest, dialect: Dialect) -
     with generation.running(http) as stream:
         try:
             async for outputs in stream:
-                frames, failed = _frame(generation, outputs, dialect, begun=num_bytes > 0)
+                frames, failure = _frame(generation, outputs, dialect, begun=num_bytes > 0)
                 num_bytes += len(frames)
-                if num_bytes > MAX_STREAM_BYTES:
-                    frames, failed = dialect.failure(TOO_LONG), True
+                if num_bytes > MAX_REPLY_BYTES:
+                    frames, failure = dialect.failure(STREAM_TOO_LONG), STREAM_TOO_LONG
+                    generation.fail(STREAM_TOO_LONG)
+                elif failure is not None:
+                    generation.status = failure.status
                 if frames:
                     yield frames
-                if failed:
+                if failure is not None:
                     break
         except Exception as error:
             if not num_bytes:
                 raise
             log.exception("request %s failed while it streamed", generation.job.id)
-            yield dialect.failure(failure_of(error))
+            failure = failure_of(error)
+            generation.status = failure.status
+            yield dialect.failure(failure)
         if generation.client_gone:
             raise ClientGone
     yield dialect.end()
 
 
-def _frame(generation: Generation, outputs: list[Output], dialect: Dialect, begun: bool) -> tuple[bytes, bool]:
-    """(frames, whether a choice has failed, which ends the stream). What fails before it has begun is raised."""
+def _frame(
+    generation: Generation, outputs: list[Output], dialect: Dialect, begun: bool
+) -> tuple[bytes, Failure | None]:
+    """(frames, why a choice has failed, which ends the stream). What fails before it has begun is raised."""
     frames = []
     for delta in generation.take(outputs):
         if delta.error is None:
             frames.append(dialect.frame(delta))
         elif begun:
-            frames.append(dialect.frame(delta, failure_of(delta.error)))
-            return b"".join(frames), True
+            failure = failure_of(delta.error)
+            frames.append(dialect.frame(delta, failure))
+            return b"".join(frames), failure
         else:
             raise delta.error
-    return b"".join(frames), False
+    return b"".join(frames), None

@@ -23,10 +23,11 @@ class Router:
             if not method.isupper() or not path.startswith("/"):
                 raise ConfigError(f"The route {route!r} is malformed.", 'It has to look like "GET /path".')
             self._paths.setdefault(path, {})[method] = handler
+        prefixes = [path[:-1] for path in self._paths if path.endswith("/*")]
+        self._prefixes = sorted(prefixes, key=len, reverse=True)
 
-    def match(self, method: str, path: str) -> tuple[str, Handler]:
-        """(the path as registered, its handler); raises HTTPError 404, or 405 with the methods there are."""
-        pattern = self.pattern(path)
+    def handler(self, method: str, pattern: str | None) -> Handler:
+        """Of a registered path; raises HTTPError 404 where it is None, or 405 with the methods there are."""
         if pattern is None:
             raise HTTPError(404, "There is no such path.", code="not_found")
         methods = self._paths[pattern]
@@ -34,15 +35,11 @@ class Router:
         if handler is None:
             allow = ", ".join(sorted(methods))
             raise HTTPError(405, f"This path takes {allow}.", code="method_not_allowed", headers=[("allow", allow)])
-        return pattern, handler
+        return handler
 
     def pattern(self, path: str) -> str | None:
-        """The registered path that `path` falls under; None: there is none."""
+        """The registered path that `path` falls under, the longest where there are several; None: there is none."""
         if path in self._paths:
             return path
-        parent = path
-        while parent:
-            parent = parent.rpartition("/")[0]
-            if parent + "/*" in self._paths and path != parent + "/":
-                return parent + "/*"
-        return None
+        below = next((prefix for prefix in self._prefixes if path.startswith(prefix) and path != prefix), None)
+        return None if below is None else below + "*"

@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -92,11 +93,44 @@ def test_unknown_paths_and_methods() -> None:
 
 
 def test_a_prefix_route_takes_what_is_below_it() -> None:
-    router = Router({"GET /a/*": run, "GET /a": run})
-    assert router.pattern("/a/b/c") == "/a/*"
+    router = Router({"GET /a/*": run, "GET /a": run, "GET /a/b/*": run})
+    assert router.pattern("/a/c/d") == "/a/*"
+    assert router.pattern("/a/b") == "/a/*"
+    assert router.pattern("/a/b/c") == "/a/b/*"
+    assert router.pattern("/a//") == "/a/*"
     assert router.pattern("/a") == "/a"
     assert router.pattern("/a/") is None
     assert router.pattern("/ab") is None
+
+
+def test_a_path_of_slashes_takes_no_longer_than_another() -> None:
+    router = Router({"GET /a/*": run})
+    started = time.perf_counter()
+    assert router.pattern("/" * 60_000) is None
+    assert time.perf_counter() - started < 0.05  # what is quadratic in the slashes takes seconds
+
+
+def test_a_route_is_looked_for_once_and_only_for_those_who_may_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for: list[str] = []
+    pattern = Router.pattern
+
+    def watched(self: Router, path: str) -> str | None:
+        looked_for.append(path)
+        return pattern(self, path)
+
+    monkeypatch.setattr(Router, "pattern", watched)
+
+    async def work() -> str:
+        client = Client(api_keys=KEYS)
+        assert (await client.request("GET", "/version")).status == 401
+        assert looked_for == []
+        answer = await client.request("GET", "/version", headers={"authorization": KEYS[0]})
+        assert (answer.status, looked_for) == (200, ["/version"])
+        return (await client.request("GET", "/metrics", headers={"authorization": KEYS[0]})).body.decode()
+
+    text = run(work())
+    assert 'blade_http_requests_total{endpoint="other",status="401"} 1.0' in text
+    assert 'blade_http_requests_total{endpoint="/version",status="200"} 1.0' in text
 
 
 @pytest.mark.parametrize("route", ["get /x", "GET x", "GET", "/x"])

@@ -1,6 +1,15 @@
 """The strict dialect."""
 
-from .fakes import FakeEngine, chat, complete
+import random
+from bisect import bisect_right
+from itertools import accumulate
+
+import pytest
+
+from blade.api.logprobs import Offsets, legacy
+from blade.types import Sampled, TokenLogprob
+
+from .fakes import EOS, ByteTokenizer, FakeEngine, chat, complete
 
 USAGE = {
     "prompt_tokens": 3,
@@ -85,6 +94,56 @@ def test_completion_logprobs_have_the_legacy_shape_and_offsets_go_on_through_a_s
     events = complete(hi(), "openai", logprobs=2, stream=True).events
     assert [e["choices"][0]["logprobs"]["text_offset"] for e in events[:-1]] == [[0], [1]]
     assert events[-1]["choices"][0]["logprobs"] is None
+
+
+def test_completion_logprobs_spell_parts_of_characters_and_offsets_are_those_of_the_text() -> None:
+    choice = complete(FakeEngine("aé€b"), "openai", logprobs=1).json["choices"][0]
+    assert choice["text"] == "aé€b"
+    logprobs = choice["logprobs"]
+    spelt = ["a", "bytes:\\xc3", "bytes:\\xa9", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "b"]
+    assert logprobs["tokens"] == spelt
+    assert [list(top) for top in logprobs["top_logprobs"]] == [[token] for token in spelt]
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
+    events = complete(FakeEngine("aé€b"), "openai", logprobs=1, stream=True).events[:-1]
+    assert "".join(e["choices"][0]["text"] for e in events) == "aé€b"
+    assert [e["choices"][0]["logprobs"]["text_offset"] for e in events] == [[0], [1], [1], [2], [2], [2], [3]]
+
+
+def test_of_tokens_that_are_spelt_alike_the_most_likely_is_told() -> None:
+    top = complete(FakeEngine("é"), "openai", logprobs=20).json["choices"][0]["logprobs"]["top_logprobs"][0]
+    assert top == {f"bytes:\\x{0xC3 + k:02x}": -0.5 - k for k in range(20)}
+    sampled = [Sampled(65, -0.1, (TokenLogprob(65, -0.1), TokenLogprob(EOS, -2.0), TokenLogprob(EOS + 1, -3.0)))]
+    assert legacy(sampled, ByteTokenizer(), Offsets()).top_logprobs == [{"A": -0.1, "": -2.0}]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_offsets_are_right_for_any_bytes(seed: int) -> None:
+    """Tokens cut anywhere, of bytes that may be no UTF-8: each has the place of the character its first byte is of."""
+    draw = random.Random(seed)
+    alphabet = [b"a", b"\xc3", b"\xa9", b"\xe2", b"\x82", b"\xac", b"\xf0\x9f", b"\xff", "é€😀\ufffd".encode()]
+    pieces = [b"".join(draw.choices(alphabet, k=draw.randrange(4))) for _ in range(60)]
+    places = list(accumulate(map(len, pieces), initial=0))
+    starts = starts_of_characters(b"".join(pieces))
+    offsets = Offsets()
+    for piece, place in zip(pieces, places, strict=False):
+        offset = offsets.push(piece)
+        assert offset == bisect_right(starts, place) - 1 or not piece
+
+
+def starts_of_characters(data: bytes) -> list[int]:
+    """In bytes, of each character of `data.decode(errors="replace")`."""
+    starts, begin = [], 0
+    while begin < len(data):
+        end, num_bad = len(data), 0
+        try:
+            data[begin:].decode()
+        except UnicodeDecodeError as error:
+            end, num_bad = begin + error.start, error.end - error.start
+        starts += [i for i in range(begin, end) if data[i] & 0xC0 != 0x80]
+        starts += [end] if num_bad else []
+        begin = end + num_bad
+    assert len(starts) == len(data.decode(errors="replace"))
+    return starts
 
 
 def test_an_error_names_param_and_code() -> None:

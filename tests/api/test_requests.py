@@ -1,12 +1,16 @@
 """What a request may say, and what the engine is asked for then."""
 
+import threading
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
 
+from blade.api.prompts import split_prompt
+from blade.errors import RequestError
 from blade.types import Limits, SamplingParams
 
-from .fakes import EOS, Client, FakeEngine, complete, run
+from .fakes import EOS, ByteTokenizer, Client, FakeEngine, complete, run
 from .rsgi import Answer
 
 
@@ -63,6 +67,61 @@ def test_a_seed_gives_each_choice_its_own() -> None:
 def test_echo_of_ids_is_their_text_and_begins_a_stream() -> None:
     events = complete(FakeEngine("a"), prompt=[120, 121], echo=True, stream=True).events
     assert [event["choices"][0]["text"] for event in events] == ["xya", ""]
+
+
+class WatchedTokenizer(ByteTokenizer):
+    """Remembers what is asked of it, and in which thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.calls.append(("encode", threading.get_ident()))
+        return super().encode(text, add_special_tokens)
+
+    def decode(self, ids: Seq[int], skip_special_tokens: bool = True) -> str:
+        self.calls.append(("decode", threading.get_ident()))
+        return super().decode(ids, skip_special_tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [7] * 513},
+        {"prompt": [[7] * 513]},
+        {"prompt": [7] * 512},
+        {"prompt": [7, 260]},
+        {"prompt": [7] * 510},  # with max_tokens 16
+        {"prompt": [[7]] * 33},
+        {"prompt": ["x"] * 33},
+        {"prompt": ["x"] * 17, "n": 2},
+    ],
+    ids=lambda fields: str(fields)[:30],
+)
+def test_what_is_beyond_a_limit_is_neither_encoded_nor_decoded(fields: dict[str, Any]) -> None:
+    client = Client(FakeEngine())
+    client.server.tokenizer = watched = WatchedTokenizer()
+    assert run(client.complete(echo=True, **fields)).status == 400
+    assert watched.calls == []
+
+
+def test_ids_are_decoded_for_an_echo_in_a_thread() -> None:
+    client = Client(FakeEngine("a"))
+    client.server.tokenizer = watched = WatchedTokenizer()
+    answer = run(client.complete(echo=True, prompt=[[120, 121], [122]]))
+    assert [choice["text"] for choice in answer.json["choices"]] == ["xya", "za"]
+    assert {name for name, _ in watched.calls} == {"decode"}
+    assert threading.get_ident() not in {thread for _, thread in watched.calls}
+
+
+@pytest.mark.parametrize("first", [1, [1], "x"])
+def test_a_prompt_with_far_too_many_items_is_not_looked_through(first: Any) -> None:
+    class Unread(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError
+
+    with pytest.raises(RequestError, match="prompt has 3000"):
+        split_prompt(Unread([first] * 3000), Limits(260, 2999, 4))
 
 
 def test_the_defaults() -> None:
@@ -158,3 +217,37 @@ def test_held_back_text_is_not_lost() -> None:
 def test_what_would_hurt_the_engine_or_the_loop_is_refused(fields: dict[str, Any], param: str) -> None:
     answer = complete(**fields)
     assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
+LONG = Limits(vocab_size=260, max_context=1 << 18, max_num_seqs=256)
+
+
+@pytest.mark.parametrize("path", ["complete", "chat"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_more_log_probabilities_than_a_reply_can_hold_are_refused(path: str, stream: bool) -> None:
+    client = Client(FakeEngine(limits=LONG), "openai")
+    asked = {"n": 256, "max_tokens": 4096, "ignore_eos": True, "stream": stream}
+    top = {"logprobs": 20} if path == "complete" else {"logprobs": True, "top_logprobs": 20}
+    answer = run(getattr(client, path)(**asked, **top))
+    assert (answer.status, answer.json["error"]["param"]) == (400, "logprobs")
+    assert "256 choices of 4096 tokens with 21 log-probabilities each" in answer.json["error"]["message"]
+    assert "Ask for less of one of them." in answer.json["error"]["message"]
+    assert client.engine.seqs == []
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("complete", {"n": 128, "logprobs": 20}),
+        ("complete", {"prompt": ["abc"] * 256, "max_tokens": 1024, "logprobs": 5}),
+        ("complete", {"max_tokens": 200_000, "logprobs": 20}),
+        ("complete", {"prompt": ["x" * 2000] * 128, "max_tokens": 1, "logprobs": 1}),
+        ("complete", {"n": 256, "max_tokens": 100_000}),
+        ("chat", {"n": 128, "logprobs": True, "top_logprobs": 20}),
+        ("chat", {"n": 8, "max_completion_tokens": 32_768, "logprobs": True, "top_logprobs": 20}),
+        ("chat", {"max_tokens": 250_000, "logprobs": True, "top_logprobs": 20}),
+    ],
+)
+def test_what_clients_and_harnesses_ask_for_is_no_such_thing(path: str, fields: dict[str, Any]) -> None:
+    client = Client(FakeEngine("Hi", limits=LONG), "openai")
+    assert run(getattr(client, path)(**fields)).status == 200

@@ -211,6 +211,37 @@ def test_strange_heads_are_answered(head: bytes, status: bytes) -> None:
     on_socket(work)
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/%68ealth", 200),
+        ("/health%2F", 401),
+        ("/health/..%2Fversion", 401),
+        ("/version/../health", 401),
+        ("/version/%2e%2e/health", 401),
+        ("//health", 401),
+        ("/%2Fhealth", 401),
+        ("/health%00", 401),
+        ("/health%3F", 401),
+        ("/health?/../version", 200),
+    ],
+)
+def test_what_is_public_is_decided_by_the_path_that_is_served(path: str, status: int) -> None:
+    """granian hands a path over percent-decoded: whichever way it is spelt, keys and routes see the same one."""
+
+    async def work() -> None:
+        served = Client(options={"port": 0}, api_keys=("key",))
+        async with serving(served) as (url, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+            answer = await reader.read()
+            writer.close()
+            assert int(answer.split()[1]) == status
+            assert (b'{"status":"ok"}' in answer) == (status == 200)
+
+    on_socket(work)
+
+
 def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
     async def work() -> None:
         async with serving(client()) as (url, _):

@@ -2,12 +2,17 @@
 
 import asyncio
 import json
+import logging
+import threading
 from typing import Any
 
 import pytest
 
 from blade.api import replies
+from blade.api.choice import Delta, Reply
+from blade.api.http import EventStream, JSONResponse
 from blade.errors import Overloaded, RequestError
+from blade.types import Sampled
 
 from .fakes import Client, FakeEngine, complete, run
 from .rsgi import FakeProto
@@ -114,6 +119,55 @@ def test_one_failing_choice_ends_the_others() -> None:
     assert client.summaries[0].finish_reasons == ("error", "abort")
 
 
+ENDLESS = {"max_tokens": 400, "n": 3, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize("fields", [{"logprobs": 4}, {"logprobs": True, "top_logprobs": 4, "chat": True}])
+def test_a_whole_reply_is_bounded(dialect: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "MAX_REPLY_BYTES", 20_000)
+    fields = dict(fields)
+
+    async def work() -> None:
+        client = Client(FakeEngine("x" * 400), dialect)
+        ask = client.chat if fields.pop("chat", False) else client.complete
+        answer = await ask(**ENDLESS, **fields)
+        assert (answer.status, answer.json["error"]["code"]) == (400, "reply_too_long")
+        assert "max_tokens" in answer.json["error"]["message"]
+        assert len(answer.body) < 1000
+        assert sorted(client.engine.aborted) == [0, 1, 2]
+        assert len(client.engine.seqs[0].output_ids) < 20
+        assert (client.summaries[0].status, client.summaries[0].finish_reasons) == (400, ("error",) * 3)
+        assert (await client.complete(**ENDLESS)).status == 200  # text alone is small
+
+    run(work())
+
+
+def test_what_a_whole_reply_is_made_of_is_kept_no_longer_than_it_is_needed() -> None:
+    delta = Delta(0, "x", sampled=[Sampled(1)] * 9, end_token=[Sampled(2)])
+    for keeps, num_kept in ((False, 0), (True, 9)):
+        reply = Reply(0, keeps)
+        reply.add(delta)
+        assert (reply.text, len(reply.sampled), len(reply.end_token)) == ("x", num_kept, num_kept // 9)
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize("large", [True, False])
+def test_a_large_reply_is_encoded_in_a_thread(dialect: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Watched(JSONResponse):
+        def __init__(self, *args: Any) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(*args)
+
+    monkeypatch.setattr(replies, "JSONResponse", Watched)
+    monkeypatch.setattr(replies, "LARGE_REPLY_BYTES", 20_000 if large else 2_000_000)
+    answer = complete(FakeEngine("x" * 400), dialect, **ENDLESS, logprobs=1)
+    assert [len(choice["text"]) for choice in answer.json["choices"]] == [400] * 3
+    assert (threads != [threading.get_ident()]) == large
+
+
 class BrokenParser:
     def __init__(self, tokenizer: Any) -> None: ...
 
@@ -140,12 +194,59 @@ def test_a_parser_that_breaks_fails_its_request_alone(dialect: str, caplog: pyte
 
 
 def test_a_stream_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replies, "MAX_STREAM_BYTES", 2000)
+    monkeypatch.setattr(replies, "MAX_REPLY_BYTES", 2000)
     client = Client(FakeEngine("x" * 400))
     events = run(client.complete(max_tokens=400, stream=True)).events
     assert len(events) < 12
     assert events[-1]["error_info"]["code"] == 500
     assert client.engine.aborted == [0]
+    assert (client.summaries[0].status, client.summaries[0].finish_reasons) == (500, ("error",))
+
+
+@pytest.mark.parametrize("dialect", ["bladellm", "openai"])
+@pytest.mark.parametrize(
+    ("engine", "parser", "status", "reasons"),
+    [
+        (lambda: FakeEngine("Hello", fail_at=2), None, 500, ("error", "abort")),
+        (lambda: FakeEngine("Hello", fail_at=2, error=WAITED), None, 503, ("error", "abort")),
+        (lambda: FakeEngine("Hello", pace=0.001), BrokenParser, 500, ("error", "abort")),
+        (lambda: FakeEngine("Hello"), None, 200, ("stop", "stop")),
+    ],
+    ids=["engine", "overload", "parser", "well"],
+)
+def test_a_stream_that_fails_is_counted_as_failed(
+    dialect: str, engine: Any, parser: Any, status: int, reasons: tuple[str, ...], caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, "blade.access")
+
+    async def work() -> str:
+        client = Client(engine(), dialect, reasoning_parser=parser, options={"access_log": True})
+        answer = await client.chat(stream=True, n=2)
+        assert answer.status == 200  # the head
+        assert (client.summaries[0].status, client.summaries[0].finish_reasons) == (status, reasons)
+        return (await client.request("GET", "/metrics")).body.decode()
+
+    text = run(work())
+    assert f'blade_http_requests_total{{endpoint="/v1/chat/completions",status="{status}"}} 1.0' in text
+    for reason in reasons:
+        assert f'finish_reason="{reason}"}} {float(reasons.count(reason))}' in text
+    assert f"'/v1/chat/completions' {status} " in caplog.text
+
+
+def test_a_stream_of_a_plugin_that_breaks_off_is_counted_as_failed() -> None:
+    async def frames() -> Any:
+        yield b"data: 1\n\n"
+        raise ZeroDivisionError
+
+    async def handler(server: Any, request: Any) -> EventStream:
+        return EventStream(frames())
+
+    async def work() -> str:
+        client = Client(routes={"GET /mine": handler})
+        assert (await client.request("GET", "/mine")).body == b"data: 1\n\n"
+        return (await client.request("GET", "/metrics")).body.decode()
+
+    assert 'blade_http_requests_total{endpoint="/mine",status="500"} 1.0' in run(work())
 
 
 def test_an_observer_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
