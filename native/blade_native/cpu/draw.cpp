@@ -153,6 +153,7 @@ Tile weigh(float* x, long n, float peak, float temperature) {
 
 EXPORT int blade_draw(const DrawCall* call) {
     auto& c = *call;
+    if (c.rows == 0) return OK;
     const long num_chunks = (c.n + CHUNK - 1) / CHUNK, num_tiles = (c.n + TILE - 1) / TILE;
     Scratch peaks_memory(c.rows * num_tiles * sizeof(Peak)), tiles_memory(c.rows * num_tiles * sizeof(Tile)),
         bars_memory(c.rows * sizeof(float));

@@ -79,6 +79,7 @@ void report(const LogprobsCall& c, long row, const Peak* tiles, float log_sum) {
 
 EXPORT int blade_argmax(const ArgmaxCall* call) {
     auto& c = *call;
+    if (c.rows == 0) return OK;
     long num_chunks = (c.n + CHUNK - 1) / CHUNK;
     Scratch scratch(c.rows * num_chunks * sizeof(Peak));
     Peak* peaks = (Peak*)scratch.data;
@@ -94,6 +95,7 @@ EXPORT int blade_argmax(const ArgmaxCall* call) {
 
 EXPORT int blade_logprobs(const LogprobsCall* call) {
     auto& c = *call;
+    if (c.rows == 0) return OK;
     const long num_chunks = (c.n + CHUNK - 1) / CHUNK, num_tiles = (c.n + TILE - 1) / TILE;
     Scratch masses_memory(c.rows * num_chunks * sizeof(Mass)), tiles_memory(c.rows * num_tiles * sizeof(Peak));
     Mass* masses = (Mass*)masses_memory.data;
