@@ -30,14 +30,14 @@ void put_rounded(const float* x, int group, float inverse, float shift, float lo
     }
 }
 
-// The largest number of a group decides its scale.
+// The largest number of a group decides its scale, which is NaN where one of them is not finite.
 template <class E>
 void round_symmetric(const E* x, int bits, int group, uint8_t* q, uint16_t* scale) {
     const int half = 1 << (bits - 1);
-    float numbers[MAX_ROUNDED_GROUP], most = 0;
+    float numbers[MAX_ROUNDED_GROUP], most = 0, nothing = 0;
     widen(x, group, numbers);
-    for (int i = 0; i < group; i++) most = std::max(most, fabsf(numbers[i]));
-    *scale = vec::to_half(most / (half - 1));
+    for (int i = 0; i < group; i++) most = std::max(most, fabsf(numbers[i])), nothing += numbers[i] * 0;
+    *scale = vec::to_half((most + nothing) / (half - 1));
     put_rounded(numbers, group, inverse_of(vec::half_to_float(*scale)), 0, -half, half - 1, q);
     for (int i = 0; i < group; i++) q[i] += half;
 }
