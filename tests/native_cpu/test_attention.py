@@ -153,6 +153,20 @@ def test_long_context_of_one_sequence_is_split(library: Library, kind: str) -> N
     check(world(library, spec(4, 1, 64, kind), [CONTEXT]), [5], 400)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
+def test_contexts_of_all_lengths_are_split_to_the_same_bits(library: Library, kind: str) -> None:
+    """Side by side with others of few rows and spans, or of many."""
+    kv_lens, owed = [5, CONTEXT, 129, 300], [1, 1, 2, 1]
+    w = world(library, spec(4, 1, 96, kind, 32), kv_lens)
+    batch = ragged(owed, kv_lens, 32)
+    w.store_all(batch)
+    found = []
+    for threads in (1, 3):
+        w.attention = SimdAttention(PagedAttention(torch.device("cpu")), library, threads)
+        found.append([w.step(owed, batch, *reach) for reach in ((None, None), (200, None), (None, 250))])
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotary_part_of_a_head(library: Library, kind: str) -> None:
     check(world(library, spec(4, 2, 80, kind), [20, 9], rotary_dim=20), [20, 1])

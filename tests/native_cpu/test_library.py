@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,16 @@ import torch
 
 from blade import ConfigError
 from blade_native.simd import build
-from blade_native.simd.library import Library, Unavailable, load, runnable_levels
+from blade_native.simd.library import (
+    CPagedKV,
+    CRounding,
+    CStep,
+    Library,
+    Unavailable,
+    check_status,
+    load,
+    runnable_levels,
+)
 from blade_native.simd.limits import peak_flops
 from blade_native.simd.linear import pack_dense
 from blade_native.simd.memory import HUGE_PAGE, REGION, Regions, allocate
@@ -47,6 +57,22 @@ def test_kernels_of_a_lesser_machine_run_with_a_word(
     build.library_path("portable").symlink_to(portable)
     assert load({}).level == "portable"
     assert "compiled on a machine without" in caplog.text
+
+
+def test_where_there_is_no_room_for_scratch_python_is_told(library: Library) -> None:
+    """And the process goes on."""
+    absurd, kv, step = 1 << 50, CPagedKV(), CStep()
+    rounding = CRounding(bits=4, group=32, n=1, k=absurd, block=128)
+    with pytest.raises(MemoryError):
+        check_status(library.round(ctypes.byref(rounding), 2))
+    with pytest.raises(MemoryError):
+        library.attend_slots(ctypes.addressof(kv), None, 0, 1.0, None, absurd, 1, None, 2)
+    with pytest.raises(MemoryError):
+        library.keep_index_keys(0, ctypes.addressof(step), None, 0, absurd, None, 0.0, None, 0, 4, 16, None, 2)
+    with pytest.raises(MemoryError):
+        library.draw(None, 1, absurd, *[None] * 7, 2)
+    with pytest.raises(MemoryError):
+        library.logprobs(None, 1, absurd, 5, None, None, None, 2)
 
 
 def test_which_levels_are_compiled() -> None:

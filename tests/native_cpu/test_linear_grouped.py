@@ -152,6 +152,33 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, name: str) ->
     assert linear(x[299:]).equal(whole[299:])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_finite_shows_in_its_row_alone(ops: SimdOps, name: str, bad: float) -> None:
+    linear = ops.quantized_linear(weight_of(name, 70), torch.randn(70))
+    for m in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, row = torch.randn(m, K).to(dtype), m // 2
+            x[row, :256] = 0
+            want = linear(x)
+            for place in (0, 31, 300, K - 1):
+                spoilt = x.clone()
+                spoilt[row, place] = bad
+                y = linear(spoilt)
+                assert y[row].isnan().all()
+                y[row] = want[row]
+                assert y.equal(want)
+
+
+def test_what_is_almost_nothing_counts_as_nothing(ops: SimdOps) -> None:
+    """So little that its inverse is infinite, times which zeros would be NaN."""
+    linear, bias = ops.quantized_linear(weight_of("q4_1", 70), torch.ones(70)), torch.ones(5, 70)
+    for least in (1e-45, 1e-39, 1e-37):
+        x = torch.zeros(5, K)
+        x[:, ::7] = least
+        assert linear(x).equal(bias)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_embedding_rows_come_back_from_the_packed_head(ops: SimdOps, name: str, dtype: torch.dtype) -> None:

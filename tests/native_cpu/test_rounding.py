@@ -62,6 +62,18 @@ def test_zeros_alike_numbers_and_the_smallest_are_as_in_the_twin(ops: SimdOps) -
         torch.testing.assert_close(dequantize(found, torch.float32), dequantize(want, torch.float32), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_stays_so_in_its_row_alone(ops: SimdOps, bits: int, bad: float) -> None:
+    weight = weights_of("normal")
+    weight[3, 70] = bad
+    for found in (ops.round_weight(weight, bits, 32), twin_of(ops, bits)(weight, 32)):
+        assert found is not None
+        numbers = dequantize(found, torch.float32)
+        assert not numbers[3, 70].isfinite()
+        assert numbers[torch.arange(N) != 3].isfinite().all()
+
+
 def test_rows_that_lie_apart_are_the_same_rows(ops: SimdOps) -> None:
     weight = weights_of("normal")
     apart, found = ops.round_weight(weight.T.contiguous().T, 4, 32), ops.round_weight(weight, 4, 32)

@@ -130,6 +130,15 @@ def test_selection_survives_nan_and_infinity(ops: SimdOps) -> None:
     assert ((ids >= 0) & (ids < 100)).all()
 
 
+def test_of_no_rows_nothing_is_chosen(ops: SimdOps) -> None:
+    logits, none = torch.empty(0, 100), torch.empty(0)
+    values, ids = ops.argmax(logits)
+    assert (values.shape, ids.shape) == ((0,), (0,))
+    assert [x.shape for x in ops.logprobs(logits, 3)] == [(0,), (0, 3), (0, 3)]
+    settings = none, none.long(), none.double(), none, none.double()
+    assert [x.shape for x in ops.draw(logits, *settings)] == [(0,), (0,)]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_argmax_shows_what_spoils_a_long_row(ops: SimdOps, bad: float) -> None:
     logits = torch.zeros(2, 20_000)

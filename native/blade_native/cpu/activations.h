@@ -6,6 +6,7 @@
 #include "linear_tile.h"
 
 constexpr int MOST_ROWS = AMX ? AMX_ROWS : STREAM_ROWS;  // of a tile of integers
+constexpr float LEAST_BOUND = 0x1p-120f;  // of a group of a row: 127 divided by less need not be finite
 
 // float or bf16 rows [R][k], times a factor -> floats [padded][R], zeros from k on.
 template <class X>
@@ -58,9 +59,10 @@ struct ByRows {
     INLINE void put(const uint32_t (&words)[vec::LANES / 4], uint32_t* out, long) { memcpy(out, words, sizeof words); }
 };
 
-// Rounds one group of one row to int8, q = x * inverse, and writes the words of its steps `step` apart. Returns the sum of q.
+// Rounds one group of one row to int8, q = x * inverse, and writes the words of its steps `step` apart. Returns the sum of q:
+// NaN where x has NaN or infinity, and then the words are any.
 template <class Order, class X>
-INLINE int quantize_group(const X* x, int group, float inverse, uint32_t* out, long step) {
+INLINE float quantize_group(const X* x, int group, float inverse, uint32_t* out, long step) {
     vec::F total = vec::zero(), factor = vec::set(inverse);
     for (int i = 0; i < group; i += vec::LANES, out += vec::LANES / 4 * step) {
         vec::F q = vec::round_to_int(vec::mul(vec::load(x + i), factor));
@@ -69,11 +71,11 @@ INLINE int quantize_group(const X* x, int group, float inverse, uint32_t* out, l
         vec::store((int8_t*)words, q);
         Order::put(words, out, step);
     }
-    return int(vec::sum(total));
+    return vec::sum(total);
 }
 
-// Rows [R][k] -> units [first, last) of a tile (ActivationGroup), x ~ scale * q with |q| <= 127. `order`, that of the weights'
-// columns, may be null.
+// Rows [R][k] -> units [first, last) of a tile (ActivationGroup), x ~ scale * q with |q| <= 127. Where a row is not finite
+// its scale is NaN, and with it all its sums. `order`, that of the weights' columns, may be null.
 template <class Order, class X>
 void pack_groups(const Layout& layout, const X* x, long k, const int32_t* order, int rows, long first, long last,
                  char* out) {
@@ -95,18 +97,20 @@ void pack_groups(const Layout& layout, const X* x, long k, const int32_t* order,
         float *scales = (float*)out, *factors = scales + 2 * rows;
         for (int r = 0; r < rows; r++) {
             float bound = bound_of(from + r * stride, columns);
-            inverses[r] = bound > 0 ? 127.0f / bound : 0.0f;
+            inverses[r] = bound >= LEAST_BOUND ? 127.0f / bound : 0.0f;
             scales[r] = bound / 127.0f;
         }
         for (int r = 0; r < rows; r++) {
             uint32_t* words = (uint32_t*)factors + layout.groups * rows + r * Order::row(layout.steps);
-            int total = 0;
+            float total = 0;  // exact: less than 2^24
             for (int g = 0; g < groups; g++, words += group / 4 * step) {
-                int sum = quantize_group<Order>(from + r * stride + g * group, group, inverses[r], words, step);
+                float sum = quantize_group<Order>(from + r * stride + g * group, group, inverses[r], words, step);
                 factors[g * rows + r] = layout.format.coding == NESTED ? sum : scales[r] * sum;
                 total += sum;
             }
-            ((int32_t*)out)[rows + r] = -layout.zero * total;
+            const bool finite = total == total;
+            if (!finite) scales[r] = total;
+            ((int32_t*)out)[rows + r] = finite ? -layout.zero * int(total) : 0;
         }
     }
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "vec.h"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 enum Status {
@@ -13,6 +15,15 @@ enum Status {
     OUT_OF_RANGE = 2,   // an expert's id
 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FLOAT16 = 3, INT4 = 4, E4M3 = 5, E5M2 = 6 };
+
+// Calls body with an instance of the dtype's type, FLOAT32 or BFLOAT16.
+template <class Body>
+INLINE void with_dtype(int dtype, Body body) {
+    if (dtype == FLOAT32)
+        body(float{});
+    else
+        body(bf16{});
+}
 
 // How a group's scale or offset is kept: as float16 (HALF), bfloat16 (BRAIN) or float32 (SINGLE). CODES count multiples of
 // a block's float16; ZEROS are integer zero points.

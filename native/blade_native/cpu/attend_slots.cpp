@@ -2,7 +2,7 @@
 // each query has a sequence, over which attention goes as ever. So a query that sees all keys before it gets what it gets of
 // attention to all, to the last bit.
 #include <algorithm>
-#include <vector>
+#include <numeric>
 
 #include "attention_paths.h"
 #include "parallel.h"
@@ -60,23 +60,25 @@ void lay_out(const PagedKV& kv, const int32_t* slots, long from, long to, const 
 int attend_slots(const AttendSlotsCall& c) {
     const PagedKV& kv = *c.kv;
     const long itemsize = kv.dtype == FLOAT32 ? 4 : 2, row = kv.num_heads * kv.head_dim;
-    std::vector<int32_t> lens(c.num_tokens), starts(c.num_tokens + 1), blocks;
+    if (c.num_tokens == 0) return OK;
+    Scratch sequences((2 * c.num_tokens + 1) * sizeof(int32_t));
+    int32_t *lens = (int32_t*)sequences.data, *starts = lens + c.num_tokens;
+    if (!lens) return OUT_OF_MEMORY;
     for (long t = 0; t < c.num_tokens; t++) {
         const int32_t* slots = c.slots + t * c.width;
         lens[t] = int32_t(std::find(slots, slots + c.width, -1) - slots);
-        starts[t + 1] = int32_t(t + 1);
     }
-    if (c.num_tokens == 0) return OK;
-    const long longest = *std::max_element(lens.begin(), lens.end());
+    std::iota(starts, starts + c.num_tokens + 1, 0);
+    const long longest = *std::max_element(lens, lens + c.num_tokens);
     const long per_token = (longest + kv.block_size - 1) / kv.block_size, chunks = per_token * kv.num_kv_heads * kv.block_size / CHUNK;
     const long key_bytes = chunks * chunk_bytes(kv.keys, kv.head_dim), value_bytes = chunks * chunk_bytes(kv.values, kv.head_dim);
     const long most = std::max(1L, std::min<long>(c.num_tokens, COPIED_BYTES / (key_bytes + value_bytes)));
-    Scratch keys(most * key_bytes), values(most * value_bytes);
-    if (!keys.data || !values.data) return OUT_OF_MEMORY;
+    Scratch keys(most * key_bytes), values(most * value_bytes), tables(most * per_token * sizeof(int32_t));
+    if (!keys.data || !values.data || !tables.data) return OUT_OF_MEMORY;
     PagedKV laid = kv;
     laid.k = (char*)keys.data, laid.v = (char*)values.data;
-    blocks.resize(most * per_token);
-    for (size_t i = 0; i < blocks.size(); i++) blocks[i] = int32_t(i);
+    int32_t* blocks = (int32_t*)tables.data;
+    std::iota(blocks, blocks + most * per_token, 0);
     for (long first = 0; first < c.num_tokens; first += most) {
         const long num = std::min(most, c.num_tokens - first), runs = (longest + RUN - 1) / RUN;
         parallel_for(c.threads, num * kv.num_kv_heads * runs, 1, [&](long i, int) {
@@ -84,7 +86,7 @@ int attend_slots(const AttendSlotsCall& c) {
             const long to = std::min<long>(from + RUN, lens[first + t]);
             lay_out(kv, c.slots + (first + t) * c.width, from, to, laid, t * per_token, head);
         });
-        const Step step{nullptr, nullptr, starts.data(), lens.data() + first, blocks.data(), nullptr, num, num, per_token};
+        const Step step{nullptr, nullptr, starts, lens + first, blocks, nullptr, num, num, per_token};
         const AttendCall call{&laid, &step, (const char*)c.q + first * c.q_stride * itemsize, c.q_stride, c.scale, 0,
                               (char*)c.out + first * row * itemsize, 0, c.threads};
         if (const int status = blade_attend(&call)) return status;

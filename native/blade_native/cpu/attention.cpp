@@ -16,6 +16,8 @@
 namespace {
 using namespace attention;
 
+constexpr long MERGED_FLOATS = 16 * 1024;  // of spans: less is not worth another thread
+
 template <int R>
 KeyKernels<R> key_kernels(const PagedKV& kv) {
     KeyKernels<R> kernels = {load_queries<bf16, R>, score<bf16, R>};
@@ -40,27 +42,27 @@ __attribute__((noinline)) void attend_item(const Job& job, const Item& item) {
     sums.clear(job.kv->head_dim);
     for (int from = item.from; from < item.to; from = (from / SPAN + 1) * SPAN) {
         tile.sum_span(from, std::min((from / SPAN + 1) * SPAN, item.to), span);
-        tile.merge(span, sums);
+        merge(span, tile.d, sums);
     }
     tile.write(sums);
 }
 
-// One span of an item, its sums left in `parts` for merge_parts.
+// One span of an item, its sums left at `out` for merge_parts: as much of Sums as head_dim needs.
 template <int R>
-__attribute__((noinline)) void attend_part(const Job& job, const Item& item, int part, float* parts) {
+__attribute__((noinline)) void attend_part(const Job& job, const Item& item, long part, float* out) {
     Tile<R> tile(job, item, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv));
-    int start = (item.from / SPAN + part) * SPAN;
-    tile.sum_span(std::max(start, item.from), std::min(start + SPAN, item.to), *(Sums<R>*)parts);
+    int start = int(item.from / SPAN + part) * SPAN;
+    tile.sum_span(std::max(start, item.from), std::min(start + SPAN, item.to), *(Sums<R>*)out);
 }
 
 template <int R>
-__attribute__((noinline)) void merge_parts(const Job& job, const Item& item, int num_parts, const float* parts,
+__attribute__((noinline)) void merge_parts(const Job& job, const Item& item, long num_parts, const float* parts,
                                            long part_floats) {
-    Tile<R> tile(job, item, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv));
+    const Place place(job, item);
     Sums<R> sums;
-    sums.clear(job.kv->head_dim);
-    for (int part = 0; part < num_parts; part++) tile.merge(*(const Sums<R>*)(parts + part * part_floats), sums);
-    tile.write(sums);
+    sums.clear(place.d);
+    for (long part = 0; part < num_parts; part++) merge(*(const Sums<R>*)(parts + part * part_floats), place.d, sums);
+    place.write(sums);
 }
 
 int count_parts(const Item& item) { return (item.to - 1) / SPAN - item.from / SPAN + 1; }
@@ -113,22 +115,32 @@ void attend_whole(const Job& job, const Item* items, long num_items) {
     });
 }
 
-// For few items over long contexts: the spans of all items are shared out.
-int attend_split(const Job& job, const Item* items, long num_items, long max_parts) {
-    constexpr long PART = sizeof(Sums<MAX_TILE_ROWS>) / sizeof(float);
-    Scratch scratch(num_items * max_parts * PART * sizeof(float));
+// For few items over long contexts: the spans of all items are shared out, and then the items, whose spans are merged.
+int attend_split(const Job& job, const Item* items, long num_items) {
+    Scratch numbers((num_items + 1) * sizeof(long));
+    long* first = (long*)numbers.data;  // part of an item, among those of all
+    if (!first) return OUT_OF_MEMORY;
+    int most_rows = 0;
+    first[0] = 0;
+    for (long i = 0; i < num_items; i++) {
+        first[i + 1] = first[i] + count_parts(items[i]);
+        most_rows = std::max(most_rows, items[i].num_rows);
+    }
+    const long num_parts = first[num_items], size = most_rows * (2L + job.kv->head_dim);  // floats of a part
+    Scratch scratch(num_parts * size * sizeof(float));
     float* parts = (float*)scratch.data;
     if (!parts) return OUT_OF_MEMORY;
-    parallel_for(job.threads, num_items * max_parts, 1, [&](long i, int) {
-        const Item& item = items[i / max_parts];
-        int part = int(i % max_parts);
-        if (part < count_parts(item))
-            with_rows(item.num_rows, [&](auto rows) { attend_part<rows.value>(job, item, part, parts + i * PART); });
-    });
-    for (long i = 0; i < num_items; i++)
+    parallel_for(job.threads, num_parts, 1, [&](long part, int) {
+        const long i = std::upper_bound(first, first + num_items, part) - first - 1;
         with_rows(items[i].num_rows, [&](auto rows) {
-            merge_parts<rows.value>(job, items[i], count_parts(items[i]), parts + i * max_parts * PART, PART);
+            attend_part<rows.value>(job, items[i], part - first[i], parts + part * size);
         });
+    });
+    parallel_for(job.threads, num_items, std::max(1L, MERGED_FLOATS * num_items / (num_parts * size)), [&](long i, int) {
+        with_rows(items[i].num_rows, [&](auto rows) {
+            merge_parts<rows.value>(job, items[i], first[i + 1] - first[i], parts + first[i] * size, size);
+        });
+    });
     return OK;
 }
 
@@ -161,7 +173,7 @@ int attend(const Job& job) {
         parallel_for(job.threads, num_items, 1, [&](long i, int) { if (items[i].has_path()) lay_path(job, items[i]); });
     }
     if (job.threads > 1 && max_parts > 1 && num_items < 4L * job.threads)
-        return attend_split(job, items, num_items, max_parts);
+        return attend_split(job, items, num_items);
     attend_whole(job, items, num_items);
     return OK;
 }

@@ -59,6 +59,54 @@ struct Sums {
 
 static_assert(MAX_TILE_ROWS <= vec::LANES, "the rows of a tile fit a vector");
 
+// Adds those of a later span; values are [R][d].
+template <int R>
+void merge(const Sums<R>& span, long d, Sums<R>& sums) {
+    alignas(64) float old_factors[vec::LANES], factors[vec::LANES];
+    vec::F old_most = vec::load_some(sums.most, R), new_most = vec::load_some(span.most, R);
+    vec::F most = vec::max(old_most, new_most);
+    vec::store(old_factors, vec::exp(vec::sub(old_most, most)));
+    vec::store(factors, vec::exp(vec::sub(new_most, most)));
+    vec::store_some(sums.most, most, R);
+    for (int r = 0; r < R; r++) {
+        sums.total[r] = sums.total[r] * old_factors[r] + factors[r] * span.total[r];
+        vec::F factor = vec::set(factors[r]), old_factor = vec::set(old_factors[r]);
+        for (int i = r * d; i < (r + 1) * d; i += vec::LANES) {
+            vec::F old = vec::mul(vec::load(sums.values + i), old_factor);
+            vec::store(sums.values + i, vec::fma(vec::load(span.values + i), factor, old));
+        }
+    }
+}
+
+// Where an item's rows are: in the step, and in their sequence.
+struct Place {
+    const Job& job;
+    const Item& item;
+    const long d;
+    const int group;  // query heads per KV head
+
+    Place(const Job& job, const Item& item)
+        : job(job), item(item), d(job.kv->head_dim), group(job.kv->num_heads / job.kv->num_kv_heads) {}
+    long token(int r) const { return job.step->cu_seqlens[item.seq] + (item.row + r) / group; }
+    long query_head(int r) const { return item.head * group + (item.row + r) % group; }
+    bool in_floats() const { return job.kv->dtype == FLOAT32; }
+
+    template <int R>
+    void write(const Sums<R>& sums) const {
+        for (int r = 0; r < R; r++) {
+            long out = (token(r) * job.kv->num_heads + query_head(r)) * d;
+            vec::F inverse = vec::set(1.0f / sums.total[r]);
+            alignas(64) float values[MAX_HEAD_DIM];
+            std::copy_n(sums.values + r * d, d, values);
+            if (transformed_values(*job.kv)) hadamard(values, d);
+            for (int i = 0; i < d; i += vec::LANES) {
+                vec::F x = vec::mul(vec::load(values + i), inverse);
+                in_floats() ? vec::store((float*)job.out + out + i, x) : vec::store((bf16*)job.out + out + i, x);
+            }
+        }
+    }
+};
+
 // Keys [from, to) of a sequence, at most SPAN of them, and where their chunks lie.
 struct Span {
     int from, to;
@@ -79,11 +127,9 @@ template <int R>
 using ValueKernel = void (*)(const Tile<R>&, const Span&, float* weights, Sums<R>&);  // sums.values = weights . values
 
 template <int R>
-struct Tile {
-    const Job& job;
-    const Item& item;
-    const long d, key_bytes, value_bytes;
-    int group, base;  // query heads per KV head; position of the sequence's first query token
+struct Tile : Place {
+    const long key_bytes, value_bytes;
+    int base;  // position of the sequence's first query token
     KeyKernels<R> keys;
     ValueKernel<R> weigh;
     alignas(64) float queries[R * MAX_HEAD_DIM];  // as keys want them, [D / numbers of a word][R] words
@@ -94,10 +140,9 @@ struct Tile {
     float shifts[R];  // in dual chunks, of keys relative to an origin: their scores' too, which differ with `behind`
 
     Tile(const Job& job, const Item& item, KeyKernels<R> keys, ValueKernel<R> weigh)
-        : job(job), item(item), d(job.kv->head_dim), key_bytes(chunk_bytes(job.kv->keys, d)),
-          value_bytes(chunk_bytes(job.kv->values, d)), keys(keys), weigh(weigh) {
+        : Place(job, item), key_bytes(chunk_bytes(job.kv->keys, d)), value_bytes(chunk_bytes(job.kv->values, d)),
+          keys(keys), weigh(weigh) {
         int num_tokens = job.step->cu_seqlens[item.seq + 1] - job.step->cu_seqlens[item.seq];
-        group = job.kv->num_heads / job.kv->num_kv_heads;
         base = job.step->context_lens[item.seq] - num_tokens;
         for (int r = 0; r < R; r++) {
             end_key[r] = position(r) + 1;
@@ -106,9 +151,6 @@ struct Tile {
         keys.load_queries(*this);
     }
     int position(int r) const { return item.has_path() ? item.to - 1 : base + (item.row + r) / group; }
-    long token(int r) const { return job.step->cu_seqlens[item.seq] + (item.row + r) / group; }
-    long query_head(int r) const { return item.head * group + (item.row + r) % group; }
-    bool in_floats() const { return job.kv->dtype == FLOAT32; }
 
     const char* key_chunk(int key) const { return chunk(job.kv->k, item.keys, key_bytes, key); }
     const char* value_chunk(int key) const { return chunk(job.kv->v, item.values, value_bytes, key); }
@@ -170,7 +212,7 @@ struct Tile {
         int end = sum_chunk(from, to, sums);
         while (end < to) {
             end = sum_chunk(end, to, part);
-            merge(part, sums);
+            merge(part, d, sums);
         }
     }
 
@@ -197,37 +239,6 @@ struct Tile {
         keys.score(*this, span, scores);
         for (int r = 0; r < R; r++) soften(*this, r, span, scores + r * SPAN, sums);
         weigh(*this, span, scores, sums);
-    }
-
-    void merge(const Sums<R>& span, Sums<R>& sums) const {
-        alignas(64) float old_factors[vec::LANES], factors[vec::LANES];
-        vec::F old_most = vec::load_some(sums.most, R), new_most = vec::load_some(span.most, R);
-        vec::F most = vec::max(old_most, new_most);
-        vec::store(old_factors, vec::exp(vec::sub(old_most, most)));
-        vec::store(factors, vec::exp(vec::sub(new_most, most)));
-        vec::store_some(sums.most, most, R);
-        for (int r = 0; r < R; r++) {
-            sums.total[r] = sums.total[r] * old_factors[r] + factors[r] * span.total[r];
-            vec::F factor = vec::set(factors[r]), old_factor = vec::set(old_factors[r]);
-            for (int i = r * d; i < (r + 1) * d; i += vec::LANES) {
-                vec::F old = vec::mul(vec::load(sums.values + i), old_factor);
-                vec::store(sums.values + i, vec::fma(vec::load(span.values + i), factor, old));
-            }
-        }
-    }
-
-    void write(const Sums<R>& sums) const {
-        for (int r = 0; r < R; r++) {
-            long out = (token(r) * job.kv->num_heads + query_head(r)) * d;
-            vec::F inverse = vec::set(1.0f / sums.total[r]);
-            alignas(64) float values[MAX_HEAD_DIM];
-            std::copy_n(sums.values + r * d, d, values);
-            if (transformed_values(*job.kv)) hadamard(values, d);
-            for (int i = 0; i < d; i += vec::LANES) {
-                vec::F x = vec::mul(vec::load(values + i), inverse);
-                in_floats() ? vec::store((float*)job.out + out + i, x) : vec::store((bf16*)job.out + out + i, x);
-            }
-        }
     }
 };
 }  // namespace attention

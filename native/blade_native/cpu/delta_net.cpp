@@ -207,20 +207,12 @@ void gated_delta(const GatedDeltaCall& c, float* scratch, long per_thread) {
 }  // namespace
 
 EXPORT int blade_short_conv(const ShortConvCall* call) {
-    if (call->dtype == FLOAT32)
-        short_conv<float>(*call);
-    else
-        short_conv<bf16>(*call);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { short_conv<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_gated_delta(const GatedDeltaCall* call) {
     long per_thread = (call->dk * (2 + COLUMNS) + vec::LANES - 1) / vec::LANES * vec::LANES;
     Scratch scratch(call->threads * per_thread * sizeof(float));
     if (!scratch.data) return OUT_OF_MEMORY;
-    if (call->dtype == FLOAT32)
-        gated_delta<float>(*call, (float*)scratch.data, per_thread);
-    else
-        gated_delta<bf16>(*call, (float*)scratch.data, per_thread);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { gated_delta<decltype(e)>(*call, (float*)scratch.data, per_thread); }), OK;
 }

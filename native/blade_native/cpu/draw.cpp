@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "api.h"
 #include "parallel.h"
@@ -31,6 +30,7 @@ struct Row {
     const float* weights;
     long n;
     Tile* tiles;
+    float* found;  // [n + 1]
     long num_tiles() const { return (n + TILE - 1) / TILE; }
 
     double total() const {
@@ -39,9 +39,8 @@ struct Row {
         return sum;
     }
 
-    // All weights of at least `least`, in no time that depends on which they are.
-    std::vector<float> from(float least) const {
-        std::vector<float> found(n + 1);
+    // Finds all weights of at least `least`, in no time that depends on which they are. Returns how many.
+    long find(float least) const {
         long num = 0;
         for (long t = 0; t < num_tiles(); t++) {
             if (tiles[t].peak < least) continue;
@@ -50,8 +49,7 @@ struct Row {
                 num += weights[i] >= least;
             }
         }
-        found.resize(num);
-        return found;
+        return num;
     }
 
     // Keeps only weights of at least `least`.
@@ -82,23 +80,22 @@ float least_kept(const Row& row, float least, double limit, Amount amount) {
     int shift = 0;
     while (range >> shift >= BUCKETS) shift++;
     auto bucket_of = [&](float weight) { return (bits_of(weight) - low) >> shift; };
-    const std::vector<float> weights = row.from(least);
+    float* const found = row.found;
+    const long num = row.find(least);
     double amounts[BUCKETS] = {};
-    for (float weight : weights) amounts[bucket_of(weight)] += amount(weight);
+    for (long i = 0; i < num; i++) amounts[bucket_of(found[i])] += amount(found[i]);
     double sum = 0;
     long bucket = BUCKETS - 1;
     while (bucket >= 0 && sum + amounts[bucket] < limit) sum += amounts[bucket--];
     if (bucket < 0) return least;
 
-    std::vector<float> inside;
-    for (float weight : weights)
-        if (bucket_of(weight) == uint32_t(bucket)) inside.push_back(weight);
-    std::sort(inside.begin(), inside.end(), std::greater<float>());
-    float last = inside[0];
-    for (float weight : inside) {
-        if (weight < last && sum >= limit) break;
-        last = weight;
-        sum += amount(weight);
+    float* const end = std::remove_if(found, found + num, [&](float x) { return bucket_of(x) != uint32_t(bucket); });
+    std::sort(found, end, std::greater<float>());
+    float last = found[0];
+    for (const float* at = found; at < end; at++) {
+        if (*at < last && sum >= limit) break;
+        last = *at;
+        sum += amount(*at);
     }
     return last;
 }
@@ -130,10 +127,10 @@ long draw(const Row& row, float least, double u) {
     return last;
 }
 
-// The logit below which no tile need be weighed, where `peak` is the largest: nothing of it can be drawn.
-float least_weighed(const Peak* peaks, long num_tiles, float peak, float temperature, long top_k) {
+// The logit below which no tile need be weighed, where `peak` is the largest: nothing of it can be drawn. room [num_tiles].
+float least_weighed(const Peak* peaks, long num_tiles, float peak, float temperature, long top_k, float* room) {
     float bar = peak + temperature * VANISHING;
-    return top_k > num_tiles ? bar : std::max(bar, bar_of(peaks, num_tiles, top_k));
+    return top_k > num_tiles ? bar : std::max(bar, bar_of(peaks, num_tiles, top_k, room));
 }
 
 // Weights in the place of logits x[0 : n], n <= TILE, of which `peak` is the largest there is.
@@ -153,13 +150,15 @@ Tile weigh(float* x, long n, float peak, float temperature) {
 
 EXPORT int blade_draw(const DrawCall* call) {
     auto& c = *call;
+    if (c.rows == 0) return OK;
     const long num_chunks = (c.n + CHUNK - 1) / CHUNK, num_tiles = (c.n + TILE - 1) / TILE;
     Scratch peaks_memory(c.rows * num_tiles * sizeof(Peak)), tiles_memory(c.rows * num_tiles * sizeof(Tile)),
-        bars_memory(c.rows * sizeof(float));
+        bars_memory(c.rows * sizeof(float)), rooms(c.threads * (c.n + 1) * sizeof(float));
     Peak* all_peaks = (Peak*)peaks_memory.data;
     Tile* all_tiles = (Tile*)tiles_memory.data;
     float* bars = (float*)bars_memory.data;
-    if (!all_peaks || !all_tiles || !bars) return OUT_OF_MEMORY;
+    if (!all_peaks || !all_tiles || !bars || !rooms.data) return OUT_OF_MEMORY;
+    auto room_of = [&](int thread) { return (float*)rooms.data + thread * (c.n + 1); };
     auto is_drawn = [&](long row) { return c.temperatures[row] > 0 && std::isfinite(c.peaks[row]); };
     // body(row, tile, logits of the tile, their number)
     auto each_tile = [&](auto body) {
@@ -170,19 +169,20 @@ EXPORT int blade_draw(const DrawCall* call) {
         });
     };
     each_tile([&](long, long tile, float* x, long n) { all_peaks[tile] = find_peak(x, n); });
-    parallel_for(c.threads, c.rows, 1, [&](long row, int) {
+    parallel_for(c.threads, c.rows, 1, [&](long row, int thread) {
         const Peak* peaks = all_peaks + row * num_tiles;
         c.ids[row] = argmax(c.logits + row * c.n, c.n, TILE, peaks, c.peaks[row]);
-        if (is_drawn(row)) bars[row] = least_weighed(peaks, num_tiles, c.peaks[row], c.temperatures[row], c.top_k[row]);
+        if (is_drawn(row))
+            bars[row] = least_weighed(peaks, num_tiles, c.peaks[row], c.temperatures[row], c.top_k[row], room_of(thread));
     });
     each_tile([&](long row, long tile, float* x, long n) {
         if (!is_drawn(row)) return;
         bool matters = all_peaks[tile].value >= bars[row];
         all_tiles[tile] = matters ? weigh(x, n, c.peaks[row], c.temperatures[row]) : Tile{0, 0};
     });
-    parallel_for(c.threads, c.rows, 1, [&](long i, int) {
+    parallel_for(c.threads, c.rows, 1, [&](long i, int thread) {
         if (!is_drawn(i)) return;
-        Row row{c.logits + i * c.n, c.n, all_tiles + i * num_tiles};
+        Row row{c.logits + i * c.n, c.n, all_tiles + i * num_tiles, room_of(thread)};
         c.ids[i] = draw(row, restrict(row, c.top_k[i], c.top_p[i], c.min_p[i]), c.u[i]);
     });
     return OK;

@@ -3,7 +3,6 @@
 // batch around it nor on the number of threads.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "api.h"
 #include "parallel.h"
@@ -42,33 +41,37 @@ float rounded(float x) {
     return vec::to_float(e);
 }
 
-// The key of the group that ends at `position`, rounded after each step as the device's dtype has it.
+// The key of the group that ends at `position`, rounded after each step as the device's dtype has it. x [d]: room.
 template <class E>
-void keep_group(const KeepIndexKeysCall& c, const Places& places, long position) {
-    std::vector<float> x(c.d);
+void keep_group(const KeepIndexKeysCall& c, const Places& places, long position, float* x) {
     const long first = position - c.group + 1;
+    std::fill_n(x, c.d, 0.0f);
     for (long i = first; i <= position; i++) {
         const E* k = (const E*)c.kept + places.slot(i) * c.d;
         for (long j = 0; j < c.d; j++) x[j] += vec::to_float(k[j]);
     }
     float squares = 0;
-    for (float& value : x) value = rounded<E>(value / float(c.group)), squares += value * value;
+    for (long j = 0; j < c.d; j++) x[j] = rounded<E>(x[j] / float(c.group)), squares += x[j] * x[j];
     const float factor = 1 / std::sqrt(squares / float(c.d) + c.eps);
     for (long j = 0; j < c.d; j++) x[j] = rounded<E>(x[j] * factor * vec::to_float(((const E*)c.weight)[j]));
-    turn(x.data(), c.cos_sin + first * c.rotary_dim, c.rotary_dim);
+    turn(x, c.cos_sin + first * c.rotary_dim, c.rotary_dim);
     E* to = (E*)c.kept + places.slot(position) * c.d;
     for (long j = 0; j < c.d; j++) vec::from_float(x[j], to[j]);
 }
 
 template <class E>
-void keep_index_keys(const KeepIndexKeysCall& c) {
+int keep_index_keys(const KeepIndexKeysCall& c) {
     const Step& step = *c.step;
+    Scratch rooms(c.threads * c.d * sizeof(float));
+    if (!rooms.data) return OUT_OF_MEMORY;
     for (long t = 0; t < step.num_tokens; t++)
         if (step.slots[t] >= 0) memcpy((E*)c.kept + step.slots[t] * c.d, (const E*)c.k + t * c.k_stride, c.d * sizeof(E));
-    parallel_for(c.threads, step.num_tokens, 16, [&](long t, int) {
+    parallel_for(c.threads, step.num_tokens, 16, [&](long t, int thread) {
         const long position = step.positions[t];
-        if (step.slots[t] >= 0 && position % c.group == c.group - 1) keep_group<E>(c, {step, t, c.block_size}, position);
+        if (step.slots[t] >= 0 && position % c.group == c.group - 1)
+            keep_group<E>(c, {step, t, c.block_size}, position, (float*)rooms.data + thread * c.d);
     });
+    return OK;
 }
 
 // A query's scores of groups [from, to). q [num_heads, d], turned.
@@ -88,15 +91,16 @@ void score(const SelectKeysCall& c, const Places& places, const float* q, long f
     }
 }
 
-// The slots of the query at `position`, of whose `num` groups there are scores.
-void select(const SelectKeysCall& c, const Places& places, long position, long num, const float* scores, int32_t* slots) {
+// The slots of the query at `position`, of whose `num` groups there are scores. room [num].
+void select(const SelectKeysCall& c, const Places& places, long position, long num, const float* scores, float* room,
+            int32_t* slots) {
     const long most = c.budget / c.group;
     float bar = -1;
     long equal = num;  // how many that reach the bar, and no more, are seen
     if (num > most) {
-        std::vector<float> sorted(scores, scores + num);
-        std::nth_element(sorted.begin(), sorted.begin() + most - 1, sorted.end(), [](float a, float b) { return a > b; });
-        bar = sorted[most - 1];
+        std::copy_n(scores, num, room);
+        std::nth_element(room, room + most - 1, room + num, [](float a, float b) { return a > b; });
+        bar = room[most - 1];
         equal = most - std::count_if(scores, scores + num, [&](float x) { return x > bar; });
     }
     int32_t *at = slots, *end = slots + c.budget + c.group - 1;
@@ -121,8 +125,8 @@ int select_keys(const SelectKeysCall& c) {
             row = longest;
         }
         const long num = end - first, runs = (row + RUN - 1) / RUN;
-        Scratch queries(num * width * sizeof(float)), scores(num * row * sizeof(float));
-        if (!queries.data || !scores.data) return OUT_OF_MEMORY;
+        Scratch queries(num * width * sizeof(float)), scores(num * row * sizeof(float)), rooms(c.threads * row * sizeof(float));
+        if (!queries.data || !scores.data || !rooms.data) return OUT_OF_MEMORY;
         parallel_for(c.threads, num, 16, [&](long i, int) {
             float* q = (float*)queries.data + i * width;
             for (long j = 0; j < width; j++) q[j] = vec::to_float(((const E*)c.q)[(first + i) * c.q_stride + j]);
@@ -137,11 +141,12 @@ int select_keys(const SelectKeysCall& c) {
             score<E>(c, {step, t, c.block_size}, (const float*)queries.data + i / runs * width, from, to,
                      (float*)scores.data + i / runs * row);
         });
-        parallel_for(c.threads, num, 1, [&](long i, int) {
+        parallel_for(c.threads, num, 1, [&](long i, int thread) {
             const long t = first + i;
-            float* own = (float*)scores.data + i * row;
+            float *own = (float*)scores.data + i * row, *room = (float*)rooms.data + thread * row;
             if (count(t) <= most) std::fill_n(own, count(t), 0.0f);
-            select(c, {step, t, c.block_size}, step.positions[t], count(t), own, c.slots + t * (c.budget + c.group - 1));
+            select(c, {step, t, c.block_size}, step.positions[t], count(t), own, room,
+                   c.slots + t * (c.budget + c.group - 1));
         });
     }
     return OK;
@@ -149,8 +154,7 @@ int select_keys(const SelectKeysCall& c) {
 }  // namespace
 
 EXPORT int blade_keep_index_keys(const KeepIndexKeysCall* call) {
-    call->dtype == FLOAT32 ? keep_index_keys<float>(*call) : keep_index_keys<bf16>(*call);
-    return OK;
+    return call->dtype == FLOAT32 ? keep_index_keys<float>(*call) : keep_index_keys<bf16>(*call);
 }
 
 EXPORT int blade_select_keys(const SelectKeysCall* call) {

@@ -160,11 +160,7 @@ EXPORT int blade_pack_float8(const Linear* linear, const Float8* from, int threa
 }
 
 EXPORT int blade_unpack_rows(const UnpackRowsCall* call) {
-    if (call->dtype == FLOAT32)
-        unpack_rows<float>(*call);
-    else
-        unpack_rows<bf16>(*call);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { unpack_rows<decltype(e)>(*call); }), OK;
 }
 
 // Makes memory present, zeros where it is new, whatever others write to it meanwhile.

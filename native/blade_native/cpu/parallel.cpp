@@ -4,8 +4,8 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace {
@@ -96,7 +96,7 @@ private:
         try {
             for (; num_workers_ < num_workers; num_workers_++)
                 std::thread(&Pool::work, this, num_workers_ + 1).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
         }  // the threads that there are will do
     }
 

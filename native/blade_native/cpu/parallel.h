@@ -31,7 +31,7 @@ void parallel_for(int threads, long count, long grain, Body body) {
 
 // [0, count) cut into a part for each thread.
 struct Parts {
-    static constexpr int MOST = 64;
+    static constexpr int MOST = 256;  // more threads do not take part
     long count;
     int num;
     Parts(int threads, long count) : count(count), num(int(std::min<long>({threads, MOST, count}))) {}
@@ -69,7 +69,8 @@ void parallel_parts(int threads, long count, Body body) {
     struct Loop {
         Body& body;
         int num;
-        Part parts[Parts::MOST];
+        Part parts[Parts::MOST];  // of which num are used: the others are not touched
+        Loop(Body& body, int num) : body(body), num(num) {}
 
         static void run(void* context, int thread) {
             Loop& loop = *(Loop*)context;
@@ -81,7 +82,7 @@ void parallel_parts(int threads, long count, Body body) {
         }
     };
     Parts parts(threads, count);
-    Loop loop{body, parts.num, {}};
+    Loop loop(body, parts.num);
     for (int i = 0; i < parts.num; i++) {
         loop.parts[i].next.store(parts.start(i), std::memory_order_relaxed);
         loop.parts[i].end = parts.start(i + 1);

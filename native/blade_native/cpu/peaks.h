@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <functional>
-#include <vector>
 
 #include "vec.h"
 
@@ -29,12 +28,11 @@ inline Peak find_peak(const float* logits, long n) {
     return {vec::max_lane(most), vec::sum(spoilt)};
 }
 
-// A bar that the k largest logits of a row reach, k <= num_parts: the k-th largest peak of its parts.
-inline float bar_of(const Peak* peaks, long num_parts, long k) {
-    std::vector<float> values(num_parts);
-    for (long i = 0; i < num_parts; i++) values[i] = peaks[i].value;
-    std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
-    return values[k - 1];
+// A bar that the k largest logits of a row reach, k <= num_parts: the k-th largest peak of its parts. room [num_parts].
+inline float bar_of(const Peak* peaks, long num_parts, long k, float* room) {
+    for (long i = 0; i < num_parts; i++) room[i] = peaks[i].value;
+    std::nth_element(room, room + k - 1, room + num_parts, std::greater<float>());
+    return room[k - 1];
 }
 
 // The index of the first of the largest of a row of n logits, from the peaks of its parts of `size` logits, and its value:

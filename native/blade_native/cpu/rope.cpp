@@ -156,6 +156,5 @@ void rope_and_store(const RopeAndStoreCall& c) {
 }  // namespace
 
 EXPORT int blade_rope_and_store(const RopeAndStoreCall* call) {
-    call->kv->dtype == FLOAT32 ? rope_and_store<float>(*call) : rope_and_store<bf16>(*call);
-    return OK;
+    return with_dtype(call->kv->dtype, [&](auto e) { rope_and_store<decltype(e)>(*call); }), OK;
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <vector>
 
 #include "api.h"
 #include "nesting.h"
@@ -30,14 +29,14 @@ void put_rounded(const float* x, int group, float inverse, float shift, float lo
     }
 }
 
-// The largest number of a group decides its scale.
+// The largest number of a group decides its scale, which is NaN where one of them is not finite.
 template <class E>
 void round_symmetric(const E* x, int bits, int group, uint8_t* q, uint16_t* scale) {
     const int half = 1 << (bits - 1);
-    float numbers[MAX_ROUNDED_GROUP], most = 0;
+    float numbers[MAX_ROUNDED_GROUP], most = 0, nothing = 0;
     widen(x, group, numbers);
-    for (int i = 0; i < group; i++) most = std::max(most, fabsf(numbers[i]));
-    *scale = vec::to_half(most / (half - 1));
+    for (int i = 0; i < group; i++) most = std::max(most, fabsf(numbers[i])), nothing += numbers[i] * 0;
+    *scale = vec::to_half((most + nothing) / (half - 1));
     put_rounded(numbers, group, inverse_of(vec::half_to_float(*scale)), 0, -half, half - 1, q);
     for (int i = 0; i < group; i++) q[i] += half;
 }
@@ -133,12 +132,16 @@ struct Rows {
     const Rounding& r;
     const E* x;  // [to - from, k], theirs
     long from, to, per_row, count;
-    std::vector<float> scales, minima;  // of each group, before they are rounded
-    double error = 0;                   // the sum of squares that these leave
+    float *scales, *minima, *units;  // of each group, and block, before they are rounded
+    double error = 0;                // the sum of squares that scales and minima leave
 
-    Rows(const Rounding& rounding, const E* all, long first, long last)
+    // Floats that so many rows have to have room for.
+    static long room(long rows, long per_row) { return 3 * (rows * per_row + vec::LANES); }
+
+    Rows(const Rounding& rounding, const E* all, long first, long last, float* room)
         : r(rounding), x(all + first * rounding.k), from(first), to(last), per_row(rounding.k / rounding.group),
-          count((last - first) * per_row), scales(count + vec::LANES), minima(count + vec::LANES) {
+          count((last - first) * per_row), scales(room), minima(scales + count + vec::LANES),
+          units(minima + count + vec::LANES) {
         for (long g = 0; g < count; g += vec::LANES) {
             Lanes numbers[MAX_ROUNDED_GROUP], scale, minimum, least;
             gather(x, r.group, g, count, numbers);
@@ -169,8 +172,7 @@ struct Rows {
     // Those of a block count one unit, by codes that nest. Returns the sum of squared errors.
     double nest() {
         const long per_block = r.block / r.group, first = from * r.k / r.block;
-        std::vector<float> units(count / per_block);
-        for (size_t i = 0; i < units.size(); i++) {
+        for (long i = 0; i < count / per_block; i++) {
             uint16_t unit = unit_of(&scales[i * per_block], &minima[i * per_block], per_block);
             r.units[first + i] = unit, units[i] = vec::half_to_float(unit);
         }
@@ -196,22 +198,26 @@ struct Rows {
 };
 
 template <class E>
-void round_to_4(Rounding& r, int threads) {
-    const long items = (r.n + ROWS - 1) / ROWS;
-    std::vector<double> nested(items), least(items);
+int round_to_4(Rounding& r, int threads) {
+    const long items = (r.n + ROWS - 1) / ROWS, room = Rows<E>::room(ROWS, r.k / r.group);
+    Scratch errors((2 * items + 1) * sizeof(double)), rooms(threads * room * sizeof(float));
+    double *nested = (double*)errors.data, *least = nested + items;
+    if (!nested || !rooms.data) return OUT_OF_MEMORY;
     auto each = [&](auto body) {  // body(item, its rows)
-        parallel_for(threads, items, 1, [&](long item, int) {
-            body(item, Rows<E>(r, (const E*)r.weight, item * ROWS, std::min<long>((item + 1) * ROWS, r.n)));
+        parallel_for(threads, items, 1, [&](long item, int thread) {
+            const long first = item * ROWS, last = std::min<long>(first + ROWS, r.n);
+            body(item, Rows<E>(r, (const E*)r.weight, first, last, (float*)rooms.data + thread * room));
         });
     };
-    auto sum = [](const std::vector<double>& parts) { return std::accumulate(parts.begin(), parts.end(), 0.0); };
+    auto sum = [&](const double* parts) { return std::accumulate(parts, parts + items, 0.0); };
     if (NESTS) each([&](long item, Rows<E> rows) { least[item] = rows.error, nested[item] = rows.nest(); });
     r.nested = NESTS && sum(nested) <= NESTED_ERROR * sum(least);
     if (!r.nested) each([](long, Rows<E> rows) { rows.round_freely(); });
+    return OK;
 }
 
 template <class E>
-void round_rows(Rounding& r, int threads) {
+int round_rows(Rounding& r, int threads) {
     if (r.bits == 4) return round_to_4<E>(r, threads);
     parallel_for(threads, (r.n + ROWS - 1) / ROWS, 1, [&](long item, int) {
         long from = item * ROWS, to = std::min(from + ROWS, long(r.n)), groups = r.k / r.group;
@@ -219,15 +225,12 @@ void round_rows(Rounding& r, int threads) {
         for (long g = from * groups; g < to * groups; g++, x += r.group)
             round_symmetric(x, r.bits, r.group, r.q + g * r.group, (uint16_t*)r.scales + g);
     });
+    return OK;
 }
 }  // namespace
 
 EXPORT int blade_round(Rounding* rounding, int threads) {
-    if (rounding->dtype == FLOAT32)
-        round_rows<float>(*rounding, threads);
-    else if (rounding->dtype == BFLOAT16)
-        round_rows<bf16>(*rounding, threads);
-    else
-        round_rows<half>(*rounding, threads);
-    return OK;
+    if (rounding->dtype == FLOAT32) return round_rows<float>(*rounding, threads);
+    if (rounding->dtype == BFLOAT16) return round_rows<bf16>(*rounding, threads);
+    return round_rows<half>(*rounding, threads);
 }

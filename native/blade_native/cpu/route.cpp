@@ -76,10 +76,7 @@ EXPORT int blade_route(const RouteCall* call) {
     if (!scratch.data) return OUT_OF_MEMORY;
     parallel_for(c.threads, c.rows, std::max(1L, long(GRAIN_NUMBERS / (c.n * c.k))), [&](long row, int thread) {
         float* keys = (float*)scratch.data + thread * per_thread;
-        if (c.dtype == FLOAT32)
-            route_row<float>(c, row, keys, keys + padded(c.n));
-        else
-            route_row<bf16>(c, row, keys, keys + padded(c.n));
+        with_dtype(c.dtype, [&](auto e) { route_row<decltype(e)>(c, row, keys, keys + padded(c.n)); });
     });
     return OK;
 }

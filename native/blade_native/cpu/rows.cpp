@@ -117,66 +117,31 @@ void sigmoid_mul(const SigmoidMulCall& c) {
 }  // namespace
 
 EXPORT int blade_add_rows(const AddRowsCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        add_rows<float>(c);
-    else
-        add_rows<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { add_rows<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_rms_norm(const RmsNormCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        rms_norm<float>(c);
-    else
-        rms_norm<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { rms_norm<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_add_rms_norm(const AddRmsNormCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        add_rms_norm<float>(c);
-    else
-        add_rms_norm<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { add_rms_norm<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_gated_rms_norm(const GatedRmsNormCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        gated_rms_norm<float>(c);
-    else
-        gated_rms_norm<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { gated_rms_norm<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_silu_mul(const SiluMulCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        silu_mul<float>(c);
-    else
-        silu_mul<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { silu_mul<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_sigmoid_mul(const SigmoidMulCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        sigmoid_mul<float>(c);
-    else
-        sigmoid_mul<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { sigmoid_mul<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_scale_rows(const ScaleRowsCall* call) {
-    auto& c = *call;
-    if (c.dtype == FLOAT32)
-        scale_rows<float>(c);
-    else
-        scale_rows<bf16>(c);
-    return OK;
+    return with_dtype(call->dtype, [&](auto e) { scale_rows<decltype(e)>(*call); }), OK;
 }
 
 EXPORT int blade_take_rows(const TakeRowsCall* call) {

@@ -2,7 +2,6 @@
 // ones, without sorting the vocabulary.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "api.h"
 #include "parallel.h"
@@ -50,26 +49,31 @@ float log_sum(const Mass* masses, long num) {
     return float(peak + std::log(sum)) + spoilt;
 }
 
-// The k largest of a row of n numbers, largest first.
-std::vector<Candidate> largest(const float* row, long n, const Peak* tiles, long k) {
+// The k largest of a row of n numbers, largest first, to best [k]. room [tiles].
+void find_largest(const float* row, long n, const Peak* tiles, long k, float* room, Candidate* best) {
     const long num_tiles = (n + TILE - 1) / TILE;
-    const float bar = k > num_tiles ? -__builtin_inff() : bar_of(tiles, num_tiles, k);
-    std::vector<Candidate> found;
+    const float bar = k > num_tiles ? -__builtin_inff() : bar_of(tiles, num_tiles, k, room);
+    long num = 0;  // in a heap, whose first is the one to go
     for (long i = 0; i < n; i++) {
-        if (i % TILE == 0 && tiles[i / TILE].value < bar)
+        const Candidate candidate{row[i], i};
+        if (i % TILE == 0 && tiles[i / TILE].value < bar) {
             i += TILE - 1;
-        else if (row[i] >= bar)
-            found.push_back({row[i], i});
+        } else if (row[i] >= bar && (num < k || candidate < best[0])) {
+            if (num == k) std::pop_heap(best, best + num--);
+            best[num++] = candidate;
+            std::push_heap(best, best + num);
+        }
     }
-    std::partial_sort(found.begin(), found.begin() + k, found.end());
-    return found;
+    std::sort_heap(best, best + k);
 }
 
-void report(const LogprobsCall& c, long row, const Peak* tiles, float log_sum) {
+// room: [k] candidates and [tiles] floats.
+void report(const LogprobsCall& c, long row, const Peak* tiles, float log_sum, char* room) {
     float* logprobs = c.logprobs + row * c.k;
     int64_t* ids = c.ids + row * c.k;
     if (std::isfinite(log_sum)) {
-        const std::vector<Candidate> best = largest(c.logits + row * c.n, c.n, tiles, c.k);
+        Candidate* best = (Candidate*)room;
+        find_largest(c.logits + row * c.n, c.n, tiles, c.k, (float*)(best + c.k), best);
         for (long i = 0; i < c.k; i++) logprobs[i] = best[i].value - log_sum, ids[i] = best[i].index;
     } else {
         for (long i = 0; i < c.k; i++) logprobs[i] = __builtin_nanf(""), ids[i] = i;
@@ -79,6 +83,7 @@ void report(const LogprobsCall& c, long row, const Peak* tiles, float log_sum) {
 
 EXPORT int blade_argmax(const ArgmaxCall* call) {
     auto& c = *call;
+    if (c.rows == 0) return OK;
     long num_chunks = (c.n + CHUNK - 1) / CHUNK;
     Scratch scratch(c.rows * num_chunks * sizeof(Peak));
     Peak* peaks = (Peak*)scratch.data;
@@ -94,19 +99,23 @@ EXPORT int blade_argmax(const ArgmaxCall* call) {
 
 EXPORT int blade_logprobs(const LogprobsCall* call) {
     auto& c = *call;
+    if (c.rows == 0) return OK;
     const long num_chunks = (c.n + CHUNK - 1) / CHUNK, num_tiles = (c.n + TILE - 1) / TILE;
-    Scratch masses_memory(c.rows * num_chunks * sizeof(Mass)), tiles_memory(c.rows * num_tiles * sizeof(Peak));
+    const long room_bytes = c.k * sizeof(Candidate) + (num_tiles + 1) / 2 * 2 * sizeof(float);
+    Scratch masses_memory(c.rows * num_chunks * sizeof(Mass)), tiles_memory(c.rows * num_tiles * sizeof(Peak)),
+        rooms(c.threads * room_bytes);
     Mass* masses = (Mass*)masses_memory.data;
     Peak* tiles = (Peak*)tiles_memory.data;
-    if (!masses || !tiles) return OUT_OF_MEMORY;
+    if (!masses || !tiles || !rooms.data) return OUT_OF_MEMORY;
     parallel_parts(c.threads, c.rows * num_chunks, [&](long i, int) {
         long row = i / num_chunks, from = i % num_chunks * CHUNK;
         Peak* at = tiles + row * num_tiles + from / TILE;
         masses[i] = weigh(c.logits + row * c.n + from, std::min(CHUNK, c.n - from), at);
     });
-    parallel_for(c.threads, c.rows, 1, [&](long row, int) {
+    parallel_for(c.threads, c.rows, 1, [&](long row, int thread) {
         c.log_sums[row] = log_sum(masses + row * num_chunks, num_chunks);
-        if (c.k > 0) report(c, row, tiles + row * num_tiles, c.log_sums[row]);
+        char* room = (char*)rooms.data + thread * room_bytes;
+        if (c.k > 0) report(c, row, tiles + row * num_tiles, c.log_sums[row], room);
     });
     return OK;
 }

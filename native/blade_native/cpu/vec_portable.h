@@ -43,9 +43,11 @@ INLINE void store(bf16* p, F x) {
     store(lanes, x);
     for (int i = 0; i < LANES; i++) from_float(lanes[i], p[i]);
 }
-INLINE void store(int8_t* p, F x) {  // whole numbers that fit
-    float lanes[LANES];
-    store(lanes, x);
+INLINE F add(F a, F b) { QUARTERS(F, a.v[q] + b.v[q]) }
+INLINE void store(int8_t* p, F x) {  // whole numbers that fit; others become any
+    uint32_t lanes[LANES];           // 1.5 * 2^23 + x has x in its last bits
+    x = add(x, set(12582912.0f));
+    memcpy(lanes, &x, sizeof x);
     for (int i = 0; i < LANES; i++) p[i] = int8_t(lanes[i]);
 }
 INLINE void store(int16_t* p, F x) {  // whole numbers that fit
@@ -53,7 +55,6 @@ INLINE void store(int16_t* p, F x) {  // whole numbers that fit
     store(lanes, x);
     for (int i = 0; i < LANES; i++) p[i] = int16_t(lanes[i]);
 }
-INLINE F add(F a, F b) { QUARTERS(F, a.v[q] + b.v[q]) }
 INLINE I add(I a, I b) { QUARTERS(I, a.v[q] + b.v[q]) }
 INLINE F sub(F a, F b) { QUARTERS(F, a.v[q] - b.v[q]) }
 INLINE F mul(F a, F b) { QUARTERS(F, a.v[q] * b.v[q]) }

@@ -33,7 +33,10 @@ X86_LEVELS = {
 }
 # Never -ffast-math: linked into a library it makes the whole process flush subnormals to zero.
 TRIALS = {"amx": 'void trial() { asm volatile("tilerelease"); }'}  # what the assembler has to know, too
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
+FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-fno-strict-aliasing",  # packed bytes are read as words of several kinds
+]  # fmt: skip
 
 
 class CompileError(Exception):

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from blade import GroupedWeight
-from blade_native.simd.library import CRounding, Library
+from blade_native.simd.library import CRounding, Library, check_status
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}  # `Dtype` of api.h
 GROUPS = (32, 64, 128)
 
 
 def round_weight(library: Library, weight: Tensor, bits: int, group: int, threads: int) -> GroupedWeight | None:
-    """As contracts.Ops."""
+    """As contracts.Ops. Raises MemoryError where there is no room for the work."""
     if weight.dtype not in DTYPES or weight.dim() != 2 or group not in GROUPS or bits not in (4, 6, 8):
         return None
     (n, k), weight = weight.shape, weight.contiguous()
@@ -29,7 +29,7 @@ def round_weight(library: Library, weight: Tensor, bits: int, group: int, thread
     tensors = q, scales, minima, block_scales, block_minima, units
     pointers = (tensor.data_ptr() for tensor in tensors)
     rounding = CRounding(weight.data_ptr(), DTYPES[weight.dtype], bits, group, n, k, *pointers, block)
-    library.round(ctypes.byref(rounding), threads)
+    check_status(library.round(ctypes.byref(rounding), threads))
     if bits > 4:
         return GroupedWeight(bits, group, q, scales)
     if rounding.nested:
