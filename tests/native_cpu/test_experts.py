@@ -126,6 +126,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops: SimdOps, kind: str) ->
         assert torch.equal(one_thread(x, ids, weights, weigh_input), whole)
 
 
+def test_what_is_not_finite_shows_in_its_row_alone(ops: SimdOps) -> None:
+    mixture = ops.experts(*grouped(ops, FORMATS, 256, 512))
+    for num_tokens in TOKENS:
+        ids, weights = choices(num_tokens, 5, 3)
+        x, row = torch.randn(num_tokens, 256), num_tokens // 2
+        want = mixture(x, ids, weights)
+        x[row, 77] = torch.nan
+        y = mixture(x, ids, weights)
+        assert y[row].isnan().all()
+        y[row] = want[row]
+        assert y.equal(want)
+
+
 def test_bias_and_repeated_experts(ops: SimdOps) -> None:
     gate_up, down = torch.randn(2, 64, 32), torch.randn(2, 32, 32)
     biases = torch.randn(2, 64), torch.randn(2, 32)
