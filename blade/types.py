@@ -389,6 +389,7 @@ class EngineStats:
     blocks_used: int = 0
     # counters
     steps: int = 0
+    steps_failed: int = 0  # of these, the ones in which every sequence failed
     prompt_tokens: int = 0
     prompt_tokens_cached: int = 0  # of these, found in the prefix cache
     generated_tokens: int = 0

@@ -32,6 +32,7 @@ ENGINE_GAUGES = {
 }
 ENGINE_COUNTERS = {
     "steps": ("blade_engine_steps", "Steps the engine has run"),
+    "steps_failed": ("blade_engine_steps_failed", "Of these, steps in which every sequence failed"),
     "step_seconds": ("blade_engine_step_seconds", "Seconds spent in steps"),
     "prompt_tokens": ("blade_prompt_tokens", "Prompt tokens of sequences that were started"),
     "prompt_tokens_cached": ("blade_prompt_tokens_cached", "Of these, found in the prefix cache"),

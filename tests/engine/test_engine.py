@@ -112,6 +112,10 @@ async def collect(engine: Engine, seqs: list[Sequence]) -> dict[int, tuple[list[
     return found
 
 
+async def ends(engine: Engine, seqs: list[Sequence]) -> list[str | None]:
+    return [reason for _, reason, _ in (await collect(engine, seqs)).values()]
+
+
 def test_many_prompts_each_get_their_own_tokens() -> None:
     async def scenario(engine: Engine) -> None:
         seqs = [make_seq([i, *range(i, i * 5)], max_tokens=5 + i) for i in range(1, 12)]
@@ -258,6 +262,63 @@ def test_a_stalled_step_makes_it_unhealthy_and_shows_where_it_hangs(capfd: pytes
 
     serve(make_engine(FakeExecutor(1.5), stall_seconds=1), scenario)
     assert capfd.readouterr().err.count("test_engine.py") >= 1
+
+
+class BrokenExecutor(FakeExecutor):
+    """Fails whatever it is given while it is broken; `raises`: the step as a whole, else each of its rows."""
+
+    def __init__(self, raises: bool) -> None:
+        super().__init__()
+        self.broken, self.raises = True, raises
+
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        if not self.broken:
+            return super().run(step)
+        if self.raises:
+            raise RuntimeError("an illegal memory access was encountered")
+        return [RuntimeError("no token to sample") for _ in step.seqs]
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_executor_that_fails_every_step_makes_it_unhealthy_until_one_succeeds(raises: bool) -> None:
+    executor = BrokenExecutor(raises)
+
+    async def scenario(engine: Engine) -> None:
+        for num_failed in range(1, 6):
+            assert (await ends(engine, [make_seq([1, 2]), make_seq([3])])) == ["error", "error"]
+            assert engine.healthy() == (num_failed < 3)
+            assert engine.stats().steps_failed == num_failed
+        executor.broken = False
+        assert await ends(engine, [make_seq([1, 2])]) == ["length"]
+        assert engine.healthy()
+        assert engine.stats().steps_failed == 5
+
+    serve(make_engine(executor), scenario)
+
+
+@pytest.mark.parametrize("fault", [POISON, SOUR])
+def test_bad_requests_alone_never_make_it_unhealthy(fault: int) -> None:
+    async def scenario(engine: Engine) -> None:
+        for i in range(10):
+            assert await ends(engine, [make_seq([i, fault])]) == ["error"]
+            assert engine.healthy()
+        assert engine.stats().steps_failed == 10
+        assert engine.stats().blocks_used == 0
+
+    serve(make_engine(FakeExecutor(), num_blocks=3), scenario)
+
+
+def test_a_few_steps_that_fail_are_no_matter() -> None:
+    executor = BrokenExecutor(raises=True)
+
+    async def scenario(engine: Engine) -> None:
+        for i in range(8):
+            executor.broken = i % 3 < 2
+            await ends(engine, [make_seq([i], max_tokens=1)])
+            assert engine.healthy()
+        assert engine.stats().steps_failed == 6
+
+    serve(make_engine(executor), scenario)
 
 
 class Oracle:
