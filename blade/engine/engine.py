@@ -186,15 +186,23 @@ class Engine:
                 outputs = self._expire() + self._step()
                 self._busy_since = None
                 self._send(outputs)
-        except Exception:  # a defect of blade's own or of a scheduler: nobody may wait for ever
-            log.exception("the engine thread has died")
+        except BaseException:  # of blade's own, or a plugin's: sys.exit and panics of Rust code are no Exceptions
             reason, error = "error", RuntimeError("engine failure")
-        for seq in list(self._seqs.values()):
-            with suppress(Exception):  # whoever broke the engine may break this as well
-                self._end(seq, reason)
-        self._send([])
-        self._call_loop(self._close, reason, error)
-        self.executor.close()
+            log.exception("the engine thread has died")
+        finally:
+            self._wind_up(reason, error)
+
+    def _wind_up(self, reason: FinishReason, error: Exception | None) -> None:
+        """Whatever has happened, and happens here: nobody may wait for ever."""
+        try:
+            for seq in list(self._seqs.values()):
+                with suppress(BaseException):  # whoever broke the engine may break this as well
+                    self._end(seq, reason)
+            with suppress(BaseException):
+                self._send([])
+        finally:
+            self._call_loop(self._close, reason, error)
+            self.executor.close()
 
     def _receive(self) -> bool:
         """Take in all messages, waiting for one when there is nothing to run. False: stop."""

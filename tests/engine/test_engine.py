@@ -381,17 +381,38 @@ def test_a_broken_drafter_is_done_without(answer: Any) -> None:
     serve(make_engine(FakeExecutor(), drafter=BrokenDrafter(answer)), scenario)
 
 
+class Panic(BaseException):
+    """As Rust code in Python raises it."""
+
+
+class Unreadable:
+    def __len__(self) -> int:
+        raise Panic
+
+
 class FatalScheduler(OrderedScheduler):
     """Breaks the engine thread, slowly enough for others to submit meanwhile."""
+
+    error: BaseException
+    for_good: bool  # nothing of it works any more
 
     def schedule(self) -> Step:
         if any(POISON in seq.prompt_ids for seq in self.waiting):
             time.sleep(0.1)
-            raise ValueError("fatal")
+            if self.for_good:
+                self.running = Unreadable()  # type: ignore[assignment]
+            raise self.error
         return super().schedule()
 
+    def remove(self, seq: Sequence) -> None:
+        if isinstance(self.running, Unreadable):
+            raise self.error
+        super().remove(seq)
 
-def test_nobody_waits_for_an_engine_that_has_died() -> None:
+
+@pytest.mark.parametrize("error", [ValueError("fatal"), SystemExit(1), Panic("fatal")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("for_good", [False, True])
+def test_nobody_waits_for_an_engine_that_has_died(error: BaseException, for_good: bool) -> None:
     async def scenario(engine: Engine) -> None:
         first = asyncio.create_task(collect(engine, [make_seq([POISON])]))
         await asyncio.sleep(0.03)
@@ -404,7 +425,8 @@ def test_nobody_waits_for_an_engine_that_has_died() -> None:
             engine.submit([make_seq([1])])
 
     engine = make_engine(FakeExecutor())
-    engine.scheduler = FatalScheduler(engine.blocks, engine.config)
+    engine.scheduler = scheduler = FatalScheduler(engine.blocks, engine.config)
+    scheduler.error, scheduler.for_good = error, for_good
     serve(engine, scenario)
 
 
