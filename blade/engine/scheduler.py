@@ -65,8 +65,14 @@ class OrderedScheduler:
     def _run(self, seq: Sequence, step: Step, budget: int) -> int:
         """Put what fits of the sequence's owed tokens into the step; the budget that is left."""
         num_tokens = min(seq.num_owed, budget)
-        if not num_tokens or seq not in self.running or not self._make_room(seq, num_tokens, step):
+        if not num_tokens or seq not in self.running:
             return budget  # it may have given way to one before it
+        if seq.draft_ids and not self.blocks.grow(seq, num_tokens):  # nobody gives way to a guess
+            room = len(seq.blocks) * self.blocks.block_size - seq.computed
+            del seq.draft_ids[max(0, room - 1) :]
+            num_tokens = min(seq.num_owed, budget)
+        if not self._make_room(seq, num_tokens, step):
+            return budget
         step.add(seq, num_tokens)
         return budget - num_tokens
 

@@ -96,6 +96,30 @@ def test_the_last_one_gives_way_and_comes_back_with_its_tokens() -> None:
     assert second.output_ids[: len(produced)] == produced
 
 
+def test_nobody_gives_way_to_a_draft() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=5, budget=32)
+    first, second = make_seq(6), make_seq(5, first=100)
+    for seq in (first, second):
+        scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)  # two blocks each
+    assert blocks.grow(make_seq(4), 4)  # the last one
+    first.draft_ids, second.draft_ids = [1, 2, 3, 4], [5, 6, 7]
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == ([first, second], [2, 3])  # up to the ends of their own blocks
+    assert (first.draft_ids, second.draft_ids) == ([1], [5, 6])
+    assert second.num_preemptions == 0
+
+
+def test_a_draft_that_finds_no_room_does_not_hold_up_its_own_sequence() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=2, budget=32)
+    seq = make_seq(7)
+    scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)
+    seq.draft_ids = [1, 2]
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens, seq.draft_ids) == ([seq], [1], [])
+
+
 def test_a_shared_prefix_is_computed_once_for_those_who_arrive_together() -> None:
     scheduler, blocks = make_scheduler(budget=64)
     seqs = [make_seq(16) for _ in range(4)]
