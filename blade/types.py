@@ -76,6 +76,7 @@ class Sequence:
     state: int = -1  # slot of the recurrent layers' state after tokens[:computed], where the model has such; -1: none
     next_state: int = -1  # slot that the next step writes its state to
     block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full blocks known so far
+    awaited: tuple[bytes, int] | None = None  # hash of a block that it waits for, and whose id computes it
     num_committed: int = 0  # full blocks already offered to the prefix cache
     num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at first admission
     num_preemptions: int = 0
