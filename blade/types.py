@@ -61,7 +61,7 @@ class Sequence:
     index: int = 0  # which choice of its request this is
     namespace: bytes = b""  # prefix-cache namespace: only sequences of the same one share blocks
     priority: int = 0  # lower runs earlier, where the scheduler looks at it
-    arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic clock
+    arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic clock; `submit` sets it anew
     prediction_ids: list[int] = field(
         default_factory=list
     )  # what the client expects the output to be like: for drafters

@@ -111,6 +111,9 @@ class Engine:
         num_queued = self._stats.num_waiting + self._num_submitted
         if num_queued and num_queued + len(seqs) > self.config.max_queue_size:
             raise Overloaded(f"{num_queued} sequences are waiting already; try again later.", status=429, retry_after=5)
+        now = time.monotonic()
+        for seq in seqs:  # a prompt that took long to make comes after those that run already
+            seq.arrival = now
         stream = OutputStream({seq.id: seq.index for seq in seqs}, self.abort)
         self._streams |= dict.fromkeys((seq.id for seq in seqs), stream)
         self._num_submitted += len(seqs)

@@ -77,10 +77,10 @@ class OrderedScheduler:
         return budget - num_tokens
 
     def _give_way(self) -> None:
-        """Let whoever is ordered last make room for one that waits and comes before it."""
-        while self.waiting and self.running and self.key(self.waiting[0]) < self.key(self.running[-1]):
-            if self._fits(self.waiting[0]):
-                return
+        """Let whoever is ordered last make room for one that waits and comes before it: not for one that waits for its
+        prefix, with which it will need less."""
+        first = next((seq for seq in self.waiting if seq.awaited is None), None)
+        while first and self.running and self.key(first) < self.key(self.running[-1]) and not self._fits(first):
             self._preempt(self.running[-1])
 
     def _make_room(self, seq: Sequence, num_tokens: int, step: Step) -> bool:

@@ -141,6 +141,19 @@ def test_too_few_blocks_preempt_and_lose_nothing() -> None:
     serve(make_engine(FakeExecutor(), num_blocks=14), scenario)
 
 
+def test_who_was_submitted_first_comes_first_however_long_a_prompt_took_to_make() -> None:
+    async def scenario(engine: Engine) -> None:
+        running, late = make_seq([1] * 6, max_tokens=30), make_seq([2] * 24)
+        late.arrival = running.arrival - 1
+        task = asyncio.create_task(collect(engine, [running]))
+        await asyncio.sleep(0.03)
+        assert await ends(engine, [late]) == ["length"]
+        assert (await task)[running.id][0] == expected([1] * 6, 30)
+        assert running.num_preemptions == 0
+
+    serve(make_engine(FakeExecutor(0.004), num_blocks=9), scenario)
+
+
 def test_stop_tokens_end_it_and_are_delivered_and_min_tokens_holds_them_back() -> None:
     ids = expected([1, 2, 3], 8)
     stop = ids[2]

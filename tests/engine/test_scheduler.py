@@ -163,6 +163,34 @@ def test_priority_runs_the_urgent_first_and_pushes_out_the_least_urgent() -> Non
     assert idle in scheduler.schedule().seqs  # a less urgent one does not push it out
 
 
+def test_nobody_gives_way_to_one_whose_prefix_was_computed_meanwhile() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=9, budget=20)
+    first, same, other = make_seq(14), make_seq(14), make_seq(4, first=300)
+    for seq in (first, same, other):
+        scheduler.add(seq)
+    step = scheduler.schedule()
+    assert step.seqs == [first, other]
+    advance(step, blocks)
+    step = scheduler.schedule()  # there were no four blocks for all of it, but there is one for the rest
+    assert (step.seqs, step.num_tokens) == ([first, other, same], [1, 1, 2])
+    assert other.num_preemptions == 0
+
+
+def test_an_urgent_one_gets_room_beside_another_that_waits_for_its_prefix() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=10, budget=8, policy=PriorityScheduler)
+    idle, owner, same = make_seq(8, first=300, priority=9), make_seq(20), make_seq(20)
+    urgent = make_seq(16, first=500, priority=1)
+    scheduler.add(idle)
+    advance(scheduler.schedule(), blocks)
+    for seq in (owner, same, urgent):
+        scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)
+    assert not blocks.attach_prefix(same)
+    scheduler.schedule()
+    assert same in scheduler.waiting
+    assert idle in scheduler.waiting  # it has made room for the urgent one
+
+
 def test_a_sequence_removed_while_waiting_is_forgotten() -> None:
     scheduler, _ = make_scheduler()
     seq = make_seq(4)
