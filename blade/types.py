@@ -375,6 +375,7 @@ class DrafterStats:
     tokens_verified: int = 0  # of these, worth a place in a step
     tokens_accepted: int = 0
     drafts_verified: int = 0  # tokens_accepted / drafts_verified is the mean accepted length
+    enabled: bool = True  # False for good once it has raised, or broken its contract
 
 
 @dataclass(slots=True, frozen=True)

@@ -389,7 +389,10 @@ WRONG: list[Any] = [ValueError("no idea"), [], [None], [Draft(["x"])], None, [Dr
 def test_a_broken_drafter_is_done_without(answer: Any) -> None:
     async def scenario(engine: Engine) -> None:
         seq = make_seq([1, 2, 3])
+        assert engine.speculator is not None
+        assert [drafter.enabled for drafter in engine.speculator.stats] == [True]
         assert (await collect(engine, [seq]))[seq.id][0] == expected([1, 2, 3], 8)
+        assert [drafter.enabled for drafter in engine.stats().drafters] == [False]
 
     serve(make_engine(FakeExecutor(), drafter=BrokenDrafter(answer)), scenario)
 
