@@ -91,10 +91,6 @@ class Sequence:
     def num_owed(self) -> int:
         return self.num_tokens - self.computed
 
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
-
     def tokens(self, start: int, stop: int) -> list[int]:
         """Ids of tokens[start:stop] over prompt, output and draft, without joining the whole."""
         num_prompt = len(self.prompt_ids)
@@ -163,10 +159,6 @@ class Batch:
     @property
     def max_query_len(self) -> int:
         return max(self.query_lens)
-
-    @property
-    def max_kv_len(self) -> int:
-        return max(self.kv_lens)
 
 
 @dataclass(slots=True, frozen=True)
