@@ -60,11 +60,6 @@ class PluginInfo:
         return f"{self.name!r} ({self.distribution} {self.version})"
 
 
-def discover() -> list[PluginInfo]:
-    """All installed plugins, built-ins first, by name; imports none. A name claimed twice is a PluginError."""
-    return [info for info, _ in _announced()]
-
-
 def load(names: Sequence[str] = ()) -> Plugins:
     """Import all built-ins and the third-party plugins among `names`, in this order; check every hook they
     implement."""
@@ -164,6 +159,7 @@ class Plugins:
 
 
 def _announced() -> list[tuple[PluginInfo, metadata.EntryPoint]]:
+    """All installed plugins, built-ins first, by name; imports none. A name claimed twice is a PluginError."""
     # pluggy's own loader silently skips a name that is already taken, so the entry points are walked here.
     found: dict[str, tuple[PluginInfo, metadata.EntryPoint]] = {}
     for entry_point in metadata.entry_points(group=GROUP):

@@ -61,7 +61,7 @@ class Sequence:
     index: int = 0  # which choice of its request this is
     namespace: bytes = b""  # prefix-cache namespace: only sequences of the same one share blocks
     priority: int = 0  # lower runs earlier, where the scheduler looks at it
-    arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic clock
+    arrival: float = field(default_factory=time.monotonic)  # seconds, monotonic clock; `submit` sets it anew
     prediction_ids: list[int] = field(
         default_factory=list
     )  # what the client expects the output to be like: for drafters
@@ -76,6 +76,7 @@ class Sequence:
     state: int = -1  # slot of the recurrent layers' state after tokens[:computed], where the model has such; -1: none
     next_state: int = -1  # slot that the next step writes its state to
     block_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full blocks known so far
+    awaited: tuple[bytes, int] | None = None  # hash of a block that it waits for, and whose id computes it
     num_committed: int = 0  # full blocks already offered to the prefix cache
     num_cached: int = 0  # prompt tokens whose KV was found in the prefix cache at first admission
     num_preemptions: int = 0
@@ -89,10 +90,6 @@ class Sequence:
     @property
     def num_owed(self) -> int:
         return self.num_tokens - self.computed
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Ids of tokens[start:stop] over prompt, output and draft, without joining the whole."""
@@ -162,10 +159,6 @@ class Batch:
     @property
     def max_query_len(self) -> int:
         return max(self.query_lens)
-
-    @property
-    def max_kv_len(self) -> int:
-        return max(self.kv_lens)
 
 
 @dataclass(slots=True, frozen=True)
@@ -374,6 +367,7 @@ class DrafterStats:
     tokens_verified: int = 0  # of these, worth a place in a step
     tokens_accepted: int = 0
     drafts_verified: int = 0  # tokens_accepted / drafts_verified is the mean accepted length
+    enabled: bool = True  # False for good once it has raised, or broken its contract
 
 
 @dataclass(slots=True, frozen=True)
@@ -389,6 +383,7 @@ class EngineStats:
     blocks_used: int = 0
     # counters
     steps: int = 0
+    steps_failed: int = 0  # of these, the ones in which every sequence failed
     prompt_tokens: int = 0
     prompt_tokens_cached: int = 0  # of these, found in the prefix cache
     generated_tokens: int = 0

@@ -11,7 +11,7 @@ from blade.contracts import DraftHead, DraftModel
 from blade.engine.blocks import BlockPool
 from blade.engine.head_runner import HeadRunner
 from blade.engine.runner import ModelRunner
-from blade.plugins import discover, load
+from blade.plugins import load
 from blade.testing import (
     FakeModel,
     check_attention,
@@ -23,8 +23,8 @@ from blade.testing import (
 )
 from blade.text.tokenizer import load_tokenizer
 
-BUILTINS = [info.module for info in discover() if info.builtin]
 PLUGINS = load()
+BUILTINS = [info.module for info in PLUGINS.table() if info.builtin]
 SCHEDULERS = PLUGINS.registry("register_schedulers")
 DRAFTERS = PLUGINS.registry("register_drafters")
 ATTENTION = PLUGINS.registry("register_attention")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blade import PluginError
-from blade.plugins import discover, load
+from blade.plugins import load
 
 Install = Callable[..., None]
 
@@ -36,11 +36,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return install
 
 
-def test_discovery_imports_nothing(install: Install) -> None:
+def test_all_that_is_installed_is_listed_and_what_is_not_named_not_imported(install: Install) -> None:
     install("acme-lifo", "lifo", "raise RuntimeError('imported')")
-    found = [(i.name, i.distribution, i.version, i.module, i.origin, i.loaded) for i in discover()]
+    found = [(i.name, i.distribution, i.version, i.module, i.origin, i.loaded) for i in load().table()]
     assert found == [
-        ("fcfs", "blade-llm", "1.5", "blade_llm_module", "built-in", False),
+        ("fcfs", "blade-llm", "1.5", "blade_llm_module", "built-in", True),
         ("lifo", "acme-lifo", "1.5", "acme_lifo_module", "third-party", False),
     ]
 

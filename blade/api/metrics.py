@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from blade.types import EngineStats, RequestSummary
+
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -32,6 +34,7 @@ ENGINE_GAUGES = {
 }
 ENGINE_COUNTERS = {
     "steps": ("blade_engine_steps", "Steps the engine has run"),
+    "steps_failed": ("blade_engine_steps_failed", "Of these, steps in which every sequence failed"),
     "step_seconds": ("blade_engine_step_seconds", "Seconds spent in steps"),
     "prompt_tokens": ("blade_prompt_tokens", "Prompt tokens of sequences that were started"),
     "prompt_tokens_cached": ("blade_prompt_tokens_cached", "Of these, found in the prefix cache"),
@@ -40,6 +43,7 @@ ENGINE_COUNTERS = {
     "draft_tokens_accepted": ("blade_draft_tokens_accepted", "Of these, accepted by the model"),
     "preemptions": ("blade_preemptions", "Times a running sequence had to give up its blocks"),
 }
+DRAFTER_GAUGES = {"enabled": ("blade_drafter_enabled", "1 until a drafter fails, which turns it off for good")}
 DRAFTER_COUNTERS = {
     "seconds": ("blade_drafter_seconds", "Seconds a drafter spent on proposals"),
     "calls": ("blade_drafter_calls", "Times it was asked, for all sequences of a step at once"),
@@ -124,8 +128,12 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(name, help_text, value=getattr(self._stats, field))
         for field, (name, help_text) in ENGINE_COUNTERS.items():
             yield CounterMetricFamily(name, help_text, value=getattr(self._stats, field))
+        for field, (name, help_text) in DRAFTER_GAUGES.items():
+            yield self._per_drafter(GaugeMetricFamily(name, help_text, labels=["drafter"]), field)
         for field, (name, help_text) in DRAFTER_COUNTERS.items():
-            family = CounterMetricFamily(name, help_text, labels=["drafter"])
-            for drafter in self._stats.drafters:
-                family.add_metric([drafter.name], getattr(drafter, field))
-            yield family
+            yield self._per_drafter(CounterMetricFamily(name, help_text, labels=["drafter"]), field)
+
+    def _per_drafter(self, family: Family, field: str) -> Family:
+        for drafter in self._stats.drafters:
+            family.add_metric([drafter.name], getattr(drafter, field))
+        return family

@@ -39,7 +39,7 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats: ...
 
     def healthy(self) -> bool:
-        """True while the engine is idle or its steps complete."""
+        """True while the engine is idle or its steps complete, and not all of them fail."""
         ...
 
 

@@ -60,6 +60,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._by_hash: dict[bytes, int] = {}
         self._pending: dict[bytes, int] = {}  # hash -> id of the sequence that is computing this block now
+        self._hashed: tuple[list[int], bytes, list[bytes]] = [], b"", []  # the last prompt, its namespace, its hashes
 
     @property
     def num_free(self) -> int:
@@ -80,14 +81,21 @@ class BlockPool:
         """Give a sequence without blocks those of its longest cached prefix; see contracts.Blocks."""
         if not self.prefix_cache:
             return True
+        if seq.awaited is not None:
+            block_hash, owner = seq.awaited
+            if self._pending.get(block_hash) == owner:
+                return False  # as before: to look at all of a long prefix in each step would take its time
+            seq.awaited = None
         # The last token is never taken from the cache: its logits are what the sequence is waiting for.
         num_wanted = (seq.num_tokens - 1) // self.block_size
         self._hash_blocks(seq, num_wanted)
         found = self._longest_prefix(seq, num_wanted)
-        if self.states is None:
-            if len(found) < num_wanted and self._pending.get(seq.block_hashes[len(found)], seq.id) != seq.id:
-                return False
-        elif not self._attach_state(seq, found, num_wanted, self.states):
+        num_known, owner = self._under_computation(seq, len(found), num_wanted)
+        waits = owner != seq.id
+        if self.states is not None:
+            waits = not self._attach_state(seq, found, num_wanted, self.states, num_known, owner)
+        if waits:
+            seq.awaited = seq.block_hashes[num_known - 1], owner
             return False
         for block_id in found:
             self._hold(block_id)
@@ -98,14 +106,21 @@ class BlockPool:
             self._pending.setdefault(block_hash, seq.id)
         return True
 
-    def _attach_state(self, seq: Sequence, found: list[int], num_wanted: int, states: StatePool) -> bool:
-        """Shorten the prefix `found` to where there is a state, and attach that. False as in attach_prefix: a sequence
-        that computes more of the same prefix is asked to leave its state where the two part."""
-        hashes = seq.block_hashes
-        num_known, owner = len(found), seq.id
-        while num_known < num_wanted and hashes[num_known] in self._pending:
-            owner = self._pending[hashes[num_known]]
+    def _under_computation(self, seq: Sequence, num_found: int, num_wanted: int) -> tuple[int, int]:
+        """The blocks of its prefix that are found or being computed, and who computes the last of them: the sequence
+        itself, where nobody else does. Who computes a block has all those before it."""
+        num_known, owner = num_found, seq.id
+        while num_known < num_wanted and seq.block_hashes[num_known] in self._pending:
+            owner = self._pending[seq.block_hashes[num_known]]
             num_known += 1
+        return num_known, owner
+
+    def _attach_state(
+        self, seq: Sequence, found: list[int], num_wanted: int, states: StatePool, num_known: int, owner: int
+    ) -> bool:
+        """Shorten the prefix `found` to where there is a state, and attach that. False as in attach_prefix: a sequence
+        that computes more of the same prefix, `owner`, is asked to leave its state where the two part."""
+        hashes = seq.block_hashes
         num_usable = next((n for n in range(len(found), 0, -1) if states.find(hashes[n - 1]) != NO_SLOT), 0)
         cut = num_known * self.block_size
         if owner != seq.id and (cut - num_usable * self.block_size >= MIN_GAIN or cut in self._cuts.get(owner, ())):
@@ -221,11 +236,17 @@ class BlockPool:
         return found
 
     def _hash_blocks(self, seq: Sequence, num_blocks: int) -> None:
+        prompt_ids, namespace, hashes = self._hashed
+        is_new = not seq.block_hashes
+        if is_new and prompt_ids is seq.prompt_ids and namespace == seq.namespace:  # choices share their prompt's list
+            seq.block_hashes += hashes[:num_blocks]
         for i in range(len(seq.block_hashes), num_blocks):
             parent = seq.block_hashes[-1] if i else seq.namespace
             ids = array("q", seq.tokens(i * self.block_size, (i + 1) * self.block_size)).tobytes()
             # The length of the parent is fixed but for the first block's namespace, which the separator closes off.
             seq.block_hashes.append(hashlib.blake2b(parent + b"|" + ids, key=self._secret, digest_size=16).digest())
+        if is_new:
+            self._hashed = seq.prompt_ids, seq.namespace, seq.block_hashes[: len(seq.prompt_ids) // self.block_size]
 
     def _hold(self, block_id: int) -> None:
         block = self._blocks[block_id]

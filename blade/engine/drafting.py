@@ -60,7 +60,7 @@ class GuardedDrafter:
 
     @property
     def stats(self) -> DrafterStats:
-        return DrafterStats(self.name, **self._counts)
+        return DrafterStats(self.name, enabled=self._drafter is not None, **self._counts)
 
     @property
     def seconds(self) -> float:

@@ -59,6 +59,7 @@ class LogitEdits:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._kept: dict[int, Kept] = {}  # by id of the sequence
+        self._prompt: tuple[Seq[int], TokenCounts] = (), TokenCounts(())  # the last one that was counted
 
     def forget(self, seq: Sequence) -> None:
         self._kept.pop(seq.id, None)
@@ -84,20 +85,30 @@ class LogitEdits:
     def _keep(self, seq: Sequence) -> Kept:
         kept = self._kept.get(seq.id)
         if kept is None:
-            kept = self._kept[seq.id] = _make(seq, self._vocab_size)
+            kept = self._kept[seq.id] = _make(seq, self._counts(seq), self._vocab_size)
         return kept
+
+    def _counts(self, seq: Sequence) -> TokenCounts | None:
+        if not has_penalties(seq.params):
+            return None
+        if seq.params.repetition_penalty == 1:
+            return TokenCounts(())  # the other penalties are over output
+        prompt_ids, counts = self._prompt
+        if prompt_ids is not seq.prompt_ids:  # the choices of one request share their prompt's list
+            counts = TokenCounts(seq.prompt_ids)
+            self._prompt = seq.prompt_ids, counts
+        return counts.copy()
 
     def _process(self, row: Row, logits: Tensor) -> None:
         for processor in row.seq.params.processors:
             processor([*row.seq.output_ids, *row.draft_ids], logits)
 
 
-def _make(seq: Sequence, vocab_size: int) -> Kept:
+def _make(seq: Sequence, counts: TokenCounts | None, vocab_size: int) -> Kept:
     params = seq.params
-    prompt_ids = seq.prompt_ids if params.repetition_penalty != 1 else []  # the other penalties are over output
     stop_ids = [token_id for token_id in params.stop_token_ids if token_id < vocab_size]  # a model's own may lie beyond
     return Kept(
-        counts=TokenCounts(prompt_ids) if has_penalties(params) else None,
+        counts=counts,
         bias_ids=np.fromiter(params.logit_bias.keys(), np.int64),
         bias_values=np.fromiter(params.logit_bias.values(), np.float32),
         stop_ids=np.array(stop_ids, np.int64),

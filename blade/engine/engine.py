@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
+from blade.engine.health import Health
 from blade.engine.overlap import Overlap
 from blade.engine.pace import Pace
 from blade.engine.stream import OutputStream
@@ -91,6 +92,7 @@ class Engine:
         self._num_received = 0  # sequences taken in since the last delivery
         self._busy_since: float | None = None  # start of the step under way; None when asleep
         self._overlap = Overlap(executor, scheduler, blocks, limits, config, enabled=speculator is None)
+        self._health = Health(executor, blocks, self._forget)
         self._flight: Flight | None = None  # a step that has been begun already
         self._landed = 0.0  # when the last step's results were there
 
@@ -109,6 +111,9 @@ class Engine:
         num_queued = self._stats.num_waiting + self._num_submitted
         if num_queued and num_queued + len(seqs) > self.config.max_queue_size:
             raise Overloaded(f"{num_queued} sequences are waiting already; try again later.", status=429, retry_after=5)
+        now = time.monotonic()
+        for seq in seqs:  # a prompt that took long to make comes after those that run already
+            seq.arrival = now
         stream = OutputStream({seq.id: seq.index for seq in seqs}, self.abort)
         self._streams |= dict.fromkeys((seq.id for seq in seqs), stream)
         self._num_submitted += len(seqs)
@@ -130,7 +135,7 @@ class Engine:
             self._stall_reported = busy_since
             log.error("a step has taken longer than %g s; where every thread is:", self.config.stall_seconds)
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-        return self._thread.is_alive() and not self._ended and not stalled
+        return self._thread.is_alive() and not self._ended and not stalled and not self._health.failing
 
     def stop(self) -> None:
         """Finish every sequence with "abort" after the step under way, and end the thread. Returns at once."""
@@ -184,15 +189,23 @@ class Engine:
                 outputs = self._expire() + self._step()
                 self._busy_since = None
                 self._send(outputs)
-        except Exception:  # a defect of blade's own or of a scheduler: nobody may wait for ever
-            log.exception("the engine thread has died")
+        except BaseException:  # of blade's own, or a plugin's: sys.exit and panics of Rust code are no Exceptions
             reason, error = "error", RuntimeError("engine failure")
-        for seq in list(self._seqs.values()):
-            with suppress(Exception):  # whoever broke the engine may break this as well
-                self._end(seq, reason)
-        self._send([])
-        self._call_loop(self._close, reason, error)
-        self.executor.close()
+            log.exception("the engine thread has died")
+        finally:
+            self._wind_up(reason, error)
+
+    def _wind_up(self, reason: FinishReason, error: Exception | None) -> None:
+        """Whatever has happened, and happens here: nobody may wait for ever."""
+        try:
+            for seq in list(self._seqs.values()):
+                with suppress(BaseException):  # whoever broke the engine may break this as well
+                    self._end(seq, reason)
+            with suppress(BaseException):
+                self._send([])
+        finally:
+            self._call_loop(self._close, reason, error)
+            self.executor.close()
 
     def _receive(self) -> bool:
         """Take in all messages, waiting for one when there is nothing to run. False: stop."""
@@ -237,15 +250,17 @@ class Engine:
         seconds = landed - max(flight.began, self._landed)
         self._landed = landed
         self._learn(step, seconds)
-        outputs = []
+        outputs, booked = [], []
         for seq, num_tokens, result in zip(step.seqs, step.num_tokens, results, strict=True):
             if not flight.is_of_use(seq):
                 continue
+            booked.append(result)
             if isinstance(result, Exception):
                 outputs.append(self._end(seq, "error", result))
             elif output := self._commit(seq, num_tokens, result):
                 outputs.append(output)
         self._counters["steps"] += 1
+        self._counters["steps_failed"] += self._health.judge(booked)
         self._step_seconds += time.monotonic() - landed + seconds
         return outputs
 
@@ -365,14 +380,17 @@ class Engine:
         del self._seqs[seq.id]
         self.scheduler.remove(seq)
         self.blocks.release(seq)
+        self._forget(seq)
+        self._counters["preemptions"] += seq.num_preemptions
+        return Output(seq.id, seq.index, [], reason, seq.num_cached, error)
+
+    def _forget(self, seq: Sequence) -> None:
         try:
             self.executor.forget(seq)
         except Exception:
             log.exception("the executor could not forget sequence %d", seq.id)
         if self.speculator is not None:
             self.speculator.forget(seq)
-        self._counters["preemptions"] += seq.num_preemptions
-        return Output(seq.id, seq.index, [], reason, seq.num_cached, error)
 
     def _send(self, outputs: list[Output]) -> None:
         blocks = self.blocks

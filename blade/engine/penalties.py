@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -37,6 +38,12 @@ class TokenCounts:
         self._counts: Floats = np.zeros(len(self._ids), np.float32)
         self._index = {token_id: i for i, token_id in enumerate(self._ids.tolist())}
         self._num_output = 0
+
+    def copy(self) -> TokenCounts:
+        """One that grows by itself; much quicker than counting again."""
+        other = copy(self)
+        other._ids, other._counts, other._index = self._ids.copy(), self._counts.copy(), self._index.copy()
+        return other
 
     def update(self, output_ids: Seq[int]) -> None:
         """Count what has been added to the output since the last call."""

@@ -65,16 +65,22 @@ class OrderedScheduler:
     def _run(self, seq: Sequence, step: Step, budget: int) -> int:
         """Put what fits of the sequence's owed tokens into the step; the budget that is left."""
         num_tokens = min(seq.num_owed, budget)
-        if not num_tokens or seq not in self.running or not self._make_room(seq, num_tokens, step):
+        if not num_tokens or seq not in self.running:
             return budget  # it may have given way to one before it
+        if seq.draft_ids and not self.blocks.grow(seq, num_tokens):  # nobody gives way to a guess
+            room = len(seq.blocks) * self.blocks.block_size - seq.computed
+            del seq.draft_ids[max(0, room - 1) :]
+            num_tokens = min(seq.num_owed, budget)
+        if not self._make_room(seq, num_tokens, step):
+            return budget
         step.add(seq, num_tokens)
         return budget - num_tokens
 
     def _give_way(self) -> None:
-        """Let whoever is ordered last make room for one that waits and comes before it."""
-        while self.waiting and self.running and self.key(self.waiting[0]) < self.key(self.running[-1]):
-            if self._fits(self.waiting[0]):
-                return
+        """Let whoever is ordered last make room for one that waits and comes before it: not for one that waits for its
+        prefix, with which it will need less."""
+        first = next((seq for seq in self.waiting if seq.awaited is None), None)
+        while first and self.running and self.key(first) < self.key(self.running[-1]) and not self._fits(first):
             self._preempt(self.running[-1])
 
     def _make_room(self, seq: Sequence, num_tokens: int, step: Step) -> bool:

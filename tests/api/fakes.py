@@ -86,7 +86,7 @@ class FakeEngine:
     async def _play(self, seqs: list[Sequence], stream: OutputStream) -> None:
         script = [*self.say.encode(), EOS]
         step = 0
-        while live := [seq for seq in seqs if not seq.finished and seq.id not in self.aborted]:
+        while live := [seq for seq in seqs if seq.finish_reason is None and seq.id not in self.aborted]:
             if step % self.steps_per_look == 0:
                 await asyncio.sleep(self.pace)
             if self.gate is not None:
@@ -113,7 +113,7 @@ class FakeEngine:
                 seq.finish_reason = "stop"
             elif len(seq.output_ids) == seq.params.max_tokens:
                 seq.finish_reason = "length"
-            if seq.finished:
+            if seq.finish_reason is not None:
                 break
         return Output(
             seq.id,

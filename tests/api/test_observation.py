@@ -50,22 +50,26 @@ def test_metrics_count_what_happened() -> None:
 def test_every_number_of_the_engine_is_there() -> None:
     from dataclasses import fields
 
-    from blade.api.metrics import DRAFTER_COUNTERS, ENGINE_COUNTERS, ENGINE_GAUGES
+    from blade.api.metrics import DRAFTER_COUNTERS, DRAFTER_GAUGES, ENGINE_COUNTERS, ENGINE_GAUGES
     from blade.types import DrafterStats, EngineStats
 
     shown = ENGINE_GAUGES.keys() | ENGINE_COUNTERS.keys() | {"drafters"}
     assert {field.name for field in fields(EngineStats)} == shown
-    assert {field.name for field in fields(DrafterStats)} == DRAFTER_COUNTERS.keys() | {"name"}
+    assert {field.name for field in fields(DrafterStats)} == DRAFTER_COUNTERS.keys() | DRAFTER_GAUGES.keys() | {"name"}
 
 
 def test_each_drafter_has_its_own_counts() -> None:
     from blade.api.metrics import Metrics
     from blade.types import DrafterStats, EngineStats
 
-    stats = EngineStats(drafters=(DrafterStats("suffix", tokens_proposed=7), DrafterStats("model", seconds=0.5)))
+    stats = EngineStats(
+        drafters=(DrafterStats("suffix", tokens_proposed=7), DrafterStats("model", seconds=0.5, enabled=False))
+    )
     text = Metrics().render(stats, True).decode()
     assert 'blade_drafter_tokens_proposed_total{drafter="suffix"} 7.0' in text
     assert 'blade_drafter_seconds_total{drafter="model"} 0.5' in text
+    assert 'blade_drafter_enabled{drafter="suffix"} 1.0' in text
+    assert 'blade_drafter_enabled{drafter="model"} 0.0' in text
 
 
 def test_health_follows_the_engine() -> None:

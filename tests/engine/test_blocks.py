@@ -20,6 +20,11 @@ def make_seq(prompt: list[int], namespace: bytes = b"") -> Sequence:
 
 def compute_all(pool: BlockPool, seq: Sequence) -> None:
     assert pool.attach_prefix(seq)
+    compute_all_of(pool, seq)
+
+
+def compute_all_of(pool: BlockPool, seq: Sequence) -> None:
+    """Of one that has its prefix."""
     assert pool.grow(seq, seq.num_owed)
     seq.computed = seq.num_tokens
     pool.commit(seq)
@@ -82,6 +87,74 @@ def test_an_owner_that_leaves_frees_those_who_wait_for_its_prefix() -> None:
     assert not pool.attach_prefix(second)
     pool.release(first)
     assert pool.attach_prefix(second)
+
+
+class Counting(Sequence):
+    """Counts how often its tokens are looked at."""
+
+    num_looks = 0
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        self.num_looks += 1
+        return super().tokens(start, stop)
+
+
+def test_who_waits_for_a_prefix_looks_at_it_when_it_is_there_and_not_in_each_step() -> None:
+    pool = BlockPool(64, 4)
+    first = make_seq(list(range(80)))
+    second = Counting(next(counter), [*range(60), 99, 98], SamplingParams(max_tokens=8))
+    compute_all(pool, made := make_seq(list(range(41))))
+    pool.release(made)
+    assert pool.attach_prefix(first)
+    assert not pool.attach_prefix(second)
+    num_looks = second.num_looks
+    assert pool.grow(first, first.num_owed)
+    for num_computed in range(first.computed, 60, 4):
+        first.computed = num_computed
+        pool.commit(first)
+        assert not pool.attach_prefix(second)
+    assert second.num_looks == num_looks
+    first.computed = 60
+    pool.commit(first)
+    assert pool.attach_prefix(second)
+    assert second.computed == 60
+    pool.check([first, second])
+
+
+def test_who_waits_turns_to_the_next_one_that_computes_the_prefix() -> None:
+    pool = BlockPool(32, 4)
+    first, second, third = (make_seq(list(range(12))) for _ in range(3))
+    assert pool.attach_prefix(first)
+    assert not pool.attach_prefix(third)
+    pool.release(first)
+    assert pool.attach_prefix(second)
+    assert not pool.attach_prefix(third)
+    compute_all_of(pool, second)
+    assert pool.attach_prefix(third)
+    assert third.computed == 8
+
+
+def test_choices_of_one_prompt_share_its_hashes() -> None:
+    pool, prompt = BlockPool(32, 4), list(range(30))
+    first = make_seq(prompt)
+    choices = [Counting(next(counter), prompt, SamplingParams(max_tokens=8)) for _ in range(3)]
+    stranger = Counting(next(counter), prompt, SamplingParams(max_tokens=8), namespace=b"another")
+    pool.attach_prefix(first)
+    for choice in choices:
+        assert not pool.attach_prefix(choice)
+    assert [choice.num_looks for choice in choices] == [0, 0, 0]
+    assert choices[2].block_hashes == first.block_hashes
+    assert pool.attach_prefix(stranger)
+    assert not set(stranger.block_hashes) & set(first.block_hashes)
+    compute_all_of(pool, first)
+    first.output_ids = [1, 2, 3]
+    compute_all_of(pool, first)
+    assert len(first.block_hashes) == 8
+    assert pool.attach_prefix(choices[0])
+    choices[0].output_ids = [4, 5, 6]
+    compute_all_of(pool, choices[0])
+    assert choices[0].block_hashes[:7] == first.block_hashes[:7]
+    assert choices[0].block_hashes[7] != first.block_hashes[7]
 
 
 def test_a_hash_collision_is_a_miss() -> None:

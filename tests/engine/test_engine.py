@@ -112,6 +112,10 @@ async def collect(engine: Engine, seqs: list[Sequence]) -> dict[int, tuple[list[
     return found
 
 
+async def ends(engine: Engine, seqs: list[Sequence]) -> list[str | None]:
+    return [reason for _, reason, _ in (await collect(engine, seqs)).values()]
+
+
 def test_many_prompts_each_get_their_own_tokens() -> None:
     async def scenario(engine: Engine) -> None:
         seqs = [make_seq([i, *range(i, i * 5)], max_tokens=5 + i) for i in range(1, 12)]
@@ -135,6 +139,19 @@ def test_too_few_blocks_preempt_and_lose_nothing() -> None:
         assert engine.stats().preemptions > 0
 
     serve(make_engine(FakeExecutor(), num_blocks=14), scenario)
+
+
+def test_who_was_submitted_first_comes_first_however_long_a_prompt_took_to_make() -> None:
+    async def scenario(engine: Engine) -> None:
+        running, late = make_seq([1] * 6, max_tokens=30), make_seq([2] * 24)
+        late.arrival = running.arrival - 1
+        task = asyncio.create_task(collect(engine, [running]))
+        await asyncio.sleep(0.03)
+        assert await ends(engine, [late]) == ["length"]
+        assert (await task)[running.id][0] == expected([1] * 6, 30)
+        assert running.num_preemptions == 0
+
+    serve(make_engine(FakeExecutor(0.004), num_blocks=9), scenario)
 
 
 def test_stop_tokens_end_it_and_are_delivered_and_min_tokens_holds_them_back() -> None:
@@ -260,6 +277,63 @@ def test_a_stalled_step_makes_it_unhealthy_and_shows_where_it_hangs(capfd: pytes
     assert capfd.readouterr().err.count("test_engine.py") >= 1
 
 
+class BrokenExecutor(FakeExecutor):
+    """Fails whatever it is given while it is broken; `raises`: the step as a whole, else each of its rows."""
+
+    def __init__(self, raises: bool) -> None:
+        super().__init__()
+        self.broken, self.raises = True, raises
+
+    def run(self, step: Step) -> list[list[Sampled] | Exception]:
+        if not self.broken:
+            return super().run(step)
+        if self.raises:
+            raise RuntimeError("an illegal memory access was encountered")
+        return [RuntimeError("no token to sample") for _ in step.seqs]
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_executor_that_fails_every_step_makes_it_unhealthy_until_one_succeeds(raises: bool) -> None:
+    executor = BrokenExecutor(raises)
+
+    async def scenario(engine: Engine) -> None:
+        for num_failed in range(1, 6):
+            assert (await ends(engine, [make_seq([1, 2]), make_seq([3])])) == ["error", "error"]
+            assert engine.healthy() == (num_failed < 3)
+            assert engine.stats().steps_failed == num_failed
+        executor.broken = False
+        assert await ends(engine, [make_seq([1, 2])]) == ["length"]
+        assert engine.healthy()
+        assert engine.stats().steps_failed == 5
+
+    serve(make_engine(executor), scenario)
+
+
+@pytest.mark.parametrize("fault", [POISON, SOUR])
+def test_bad_requests_alone_never_make_it_unhealthy(fault: int) -> None:
+    async def scenario(engine: Engine) -> None:
+        for i in range(10):
+            assert await ends(engine, [make_seq([i, fault])]) == ["error"]
+            assert engine.healthy()
+        assert engine.stats().steps_failed == 10
+        assert engine.stats().blocks_used == 0
+
+    serve(make_engine(FakeExecutor(), num_blocks=3), scenario)
+
+
+def test_a_few_steps_that_fail_are_no_matter() -> None:
+    executor = BrokenExecutor(raises=True)
+
+    async def scenario(engine: Engine) -> None:
+        for i in range(8):
+            executor.broken = i % 3 < 2
+            await ends(engine, [make_seq([i], max_tokens=1)])
+            assert engine.healthy()
+        assert engine.stats().steps_failed == 6
+
+    serve(make_engine(executor), scenario)
+
+
 class Oracle:
     """Drafts the right tokens for even prompts, wrong ones in between."""
 
@@ -315,22 +389,46 @@ WRONG: list[Any] = [ValueError("no idea"), [], [None], [Draft(["x"])], None, [Dr
 def test_a_broken_drafter_is_done_without(answer: Any) -> None:
     async def scenario(engine: Engine) -> None:
         seq = make_seq([1, 2, 3])
+        assert engine.speculator is not None
+        assert [drafter.enabled for drafter in engine.speculator.stats] == [True]
         assert (await collect(engine, [seq]))[seq.id][0] == expected([1, 2, 3], 8)
+        assert [drafter.enabled for drafter in engine.stats().drafters] == [False]
 
     serve(make_engine(FakeExecutor(), drafter=BrokenDrafter(answer)), scenario)
+
+
+class Panic(BaseException):
+    """As Rust code in Python raises it."""
+
+
+class Unreadable:
+    def __len__(self) -> int:
+        raise Panic
 
 
 class FatalScheduler(OrderedScheduler):
     """Breaks the engine thread, slowly enough for others to submit meanwhile."""
 
+    error: BaseException
+    for_good: bool  # nothing of it works any more
+
     def schedule(self) -> Step:
         if any(POISON in seq.prompt_ids for seq in self.waiting):
             time.sleep(0.1)
-            raise ValueError("fatal")
+            if self.for_good:
+                self.running = Unreadable()  # type: ignore[assignment]
+            raise self.error
         return super().schedule()
 
+    def remove(self, seq: Sequence) -> None:
+        if isinstance(self.running, Unreadable):
+            raise self.error
+        super().remove(seq)
 
-def test_nobody_waits_for_an_engine_that_has_died() -> None:
+
+@pytest.mark.parametrize("error", [ValueError("fatal"), SystemExit(1), Panic("fatal")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("for_good", [False, True])
+def test_nobody_waits_for_an_engine_that_has_died(error: BaseException, for_good: bool) -> None:
     async def scenario(engine: Engine) -> None:
         first = asyncio.create_task(collect(engine, [make_seq([POISON])]))
         await asyncio.sleep(0.03)
@@ -343,7 +441,8 @@ def test_nobody_waits_for_an_engine_that_has_died() -> None:
             engine.submit([make_seq([1])])
 
     engine = make_engine(FakeExecutor())
-    engine.scheduler = FatalScheduler(engine.blocks, engine.config)
+    engine.scheduler = scheduler = FatalScheduler(engine.blocks, engine.config)
+    scheduler.error, scheduler.for_good = error, for_good
     serve(engine, scenario)
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
@@ -105,6 +106,32 @@ def test_counts_follow_the_output_and_not_the_drafts() -> None:
             ids, numbers = counts.after(drafts)
             known = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
             assert known == {5: 0, 9: 0} | Counter(output + drafts)
+
+
+def test_the_choices_of_one_prompt_have_it_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    class Counting(TokenCounts):
+        def __init__(self, prompt_ids: Seq[int]) -> None:
+            counted.append(len(prompt_ids))
+            super().__init__(prompt_ids)
+
+    monkeypatch.setattr("blade.engine.edits.TokenCounts", Counting)
+    edits, params = LogitEdits(VOCAB), {"repetition_penalty": 1.2, "frequency_penalty": 0.5}
+    seqs = [make_seq(12, num_output, **params) for num_output in (0, 3, 9, 40)]
+    for seq in seqs:
+        seq.prompt_ids = seqs[0].prompt_ids
+    other = make_seq(13, 5, **params)
+    for _ in range(3):  # as the output grows, of each choice by itself
+        rows = [row for seq in [*seqs, other] for row in rows_of(seq)]
+        logits = torch.randn(len(rows), WIDTH, generator=torch.Generator().manual_seed(3))
+        x = logits.clone()
+        edits.apply(x, rows)
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(x[i], expected(logits[i], row))
+        for seq in seqs:
+            seq.output_ids += [seq.id % VOCAB] * 2
+    assert counted == [0, 12, 13]  # none yet, and each prompt
 
 
 def test_a_forgotten_sequence_leaves_nothing() -> None:

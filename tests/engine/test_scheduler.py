@@ -96,6 +96,30 @@ def test_the_last_one_gives_way_and_comes_back_with_its_tokens() -> None:
     assert second.output_ids[: len(produced)] == produced
 
 
+def test_nobody_gives_way_to_a_draft() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=5, budget=32)
+    first, second = make_seq(6), make_seq(5, first=100)
+    for seq in (first, second):
+        scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)  # two blocks each
+    assert blocks.grow(make_seq(4), 4)  # the last one
+    first.draft_ids, second.draft_ids = [1, 2, 3, 4], [5, 6, 7]
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens) == ([first, second], [2, 3])  # up to the ends of their own blocks
+    assert (first.draft_ids, second.draft_ids) == ([1], [5, 6])
+    assert second.num_preemptions == 0
+
+
+def test_a_draft_that_finds_no_room_does_not_hold_up_its_own_sequence() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=2, budget=32)
+    seq = make_seq(7)
+    scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)
+    seq.draft_ids = [1, 2]
+    step = scheduler.schedule()
+    assert (step.seqs, step.num_tokens, seq.draft_ids) == ([seq], [1], [])
+
+
 def test_a_shared_prefix_is_computed_once_for_those_who_arrive_together() -> None:
     scheduler, blocks = make_scheduler(budget=64)
     seqs = [make_seq(16) for _ in range(4)]
@@ -137,6 +161,34 @@ def test_priority_runs_the_urgent_first_and_pushes_out_the_least_urgent() -> Non
     scheduler.add(make_seq(4, first=200, priority=9))
     advance(step, blocks)
     assert idle in scheduler.schedule().seqs  # a less urgent one does not push it out
+
+
+def test_nobody_gives_way_to_one_whose_prefix_was_computed_meanwhile() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=9, budget=20)
+    first, same, other = make_seq(14), make_seq(14), make_seq(4, first=300)
+    for seq in (first, same, other):
+        scheduler.add(seq)
+    step = scheduler.schedule()
+    assert step.seqs == [first, other]
+    advance(step, blocks)
+    step = scheduler.schedule()  # there were no four blocks for all of it, but there is one for the rest
+    assert (step.seqs, step.num_tokens) == ([first, other, same], [1, 1, 2])
+    assert other.num_preemptions == 0
+
+
+def test_an_urgent_one_gets_room_beside_another_that_waits_for_its_prefix() -> None:
+    scheduler, blocks = make_scheduler(num_blocks=10, budget=8, policy=PriorityScheduler)
+    idle, owner, same = make_seq(8, first=300, priority=9), make_seq(20), make_seq(20)
+    urgent = make_seq(16, first=500, priority=1)
+    scheduler.add(idle)
+    advance(scheduler.schedule(), blocks)
+    for seq in (owner, same, urgent):
+        scheduler.add(seq)
+    advance(scheduler.schedule(), blocks)
+    assert not blocks.attach_prefix(same)
+    scheduler.schedule()
+    assert same in scheduler.waiting
+    assert idle in scheduler.waiting  # it has made room for the urgent one
 
 
 def test_a_sequence_removed_while_waiting_is_forgotten() -> None:
