@@ -96,7 +96,8 @@ def test_commands_and_what_is_missing(tmp_path: Path) -> None:
     blade, llama, openvino, vllm = contenders(tmp_path, PRECISIONS["int8"], programs, [0])
     assert blade.command[4:6] == ("--quantize", "int8")
     assert llama.missing == f"{tmp_path}/q8_0.gguf does not exist"
-    assert vllm.missing == "not in this precision"
+    assert vllm.missing == f"{tmp_path}/w8a8 does not exist"
+    assert contenders(tmp_path, PRECISIONS["int4"], programs, [0])[3].missing == "not in this precision"
 
 
 def test_a_frozen_server_answers_when_it_is_thawed() -> None:

@@ -19,7 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "together": {},
     "alone": {"max_num_seqs": 1},
     "small steps": {"max_batch_tokens": 24, "max_num_seqs": 6},
-    "little memory": {"kv_cache_memory": 300_000},
+    "little memory": {"kv_cache_memory": 345_000},
     "no prefix cache": {"prefix_cache": False},
     "drafts, all verified": {"drafter": ("suffix",), "adaptive_drafts": False},
     "trees, all verified": {"drafter": ("lookahead",), "adaptive_drafts": False},
