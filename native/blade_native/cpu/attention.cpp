@@ -47,6 +47,29 @@ __attribute__((noinline)) void attend_item(const Job& job, const Item& item) {
     tile.write(sums);
 }
 
+// Whether two items are alike but for their KV heads, which are next to each other: so are their keys, block by block.
+bool are_neighbours(const Item& a, const Item& b) {
+    return a.seq == b.seq && a.head + 1 == b.head && a.row == b.row && a.num_rows == b.num_rows && a.from == b.from &&
+           a.to == b.to;
+}
+
+// Two neighbours, span by span in turn: what the processor fetches beyond the one's keys is the other's.
+template <int R>
+__attribute__((noinline)) void attend_pair(const Job& job, const Item& item, const Item& neighbour) {
+    Tile<R> tiles[] = {{job, item, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv)},
+                       {job, neighbour, key_kernels<R>(*job.kv), value_kernel<R>(*job.kv)}};
+    tiles[0].next_tile = &tiles[1], tiles[1].next_tile = &tiles[0];
+    tiles[0].next_span = false;
+    Sums<R> sums[2], span;
+    for (Sums<R>& each : sums) each.clear(job.kv->head_dim);
+    for (int from = item.from; from < item.to; from = (from / SPAN + 1) * SPAN)
+        for (int i = 0; i < 2; i++) {
+            tiles[i].sum_span(from, std::min((from / SPAN + 1) * SPAN, item.to), span);
+            merge(span, tiles[i].d, sums[i]);
+        }
+    for (int i = 0; i < 2; i++) tiles[i].write(sums[i]);
+}
+
 // One span of an item, its sums left at `out` for merge_parts: as much of Sums as head_dim needs.
 template <int R>
 __attribute__((noinline)) void attend_part(const Job& job, const Item& item, long part, float* out) {
@@ -108,10 +131,22 @@ long cut_tiles(const Job& job, int seq, Item* items) {
     return num;
 }
 
+// Two items at a time, unless the longest two would be more than a thread's share.
 void attend_whole(const Job& job, const Item* items, long num_items) {
-    parallel_for(job.threads, num_items, 1, [&](long i, int) {
-        const Item& item = items[num_items - 1 - i];  // the longest contexts of a prefill first
-        with_rows(item.num_rows, [&](auto rows) { attend_item<rows.value>(job, item); });
+    long all = 0, longest = 0;
+    for (long i = 0; i < num_items; i++) {
+        const long num_keys = items[i].to - items[i].from;
+        all += num_keys, longest = std::max(longest, num_keys);
+    }
+    const long grain = 2 * longest * job.threads <= all ? 2 : 1;
+    parallel_for(job.threads, (num_items + grain - 1) / grain, 1, [&](long i, int) {
+        const long end = num_items - i * grain, begin = std::max(0L, end - grain);  // the longest of a prefill first
+        if (end - begin == 2 && are_neighbours(items[begin], items[begin + 1]))
+            return with_rows(items[begin].num_rows, [&](auto rows) {
+                attend_pair<rows.value>(job, items[begin], items[begin + 1]);
+            });
+        for (long at = end; at-- > begin;)
+            with_rows(items[at].num_rows, [&](auto rows) { attend_item<rows.value>(job, items[at]); });
     });
 }
 

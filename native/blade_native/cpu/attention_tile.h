@@ -111,7 +111,7 @@ struct Place {
 struct Span {
     int from, to;
     const char *keys[SPAN / CHUNK + 1], *values[SPAN / CHUNK + 1];
-    const char* next[SPAN / CHUNK];  // the keys after them, as far as there are any
+    const char* next[SPAN / CHUNK];  // the keys that will be scored after them, as far as there are any
 };
 
 template <int R>
@@ -129,6 +129,8 @@ using ValueKernel = void (*)(const Tile<R>&, const Span&, float* weights, Sums<R
 template <int R>
 struct Tile : Place {
     const long key_bytes, value_bytes;
+    const Tile* next_tile = this;  // whose keys are scored after a span, and whether these come after the span's
+    bool next_span = true;
     int base;  // position of the sequence's first query token
     KeyKernels<R> keys;
     ValueKernel<R> weigh;
@@ -167,7 +169,8 @@ struct Tile : Place {
             span.keys[n] = key_chunk(key), span.values[n] = value_chunk(key);
         span.keys[n] = span.keys[n - 1];  // read beside it and masked: any keys will do
         span.values[n] = span.values[n - 1];
-        for (int c = 0; c < n; c++) span.next[c] = to + c * CHUNK < item.to ? key_chunk(to + c * CHUNK) : span.keys[c];
+        for (int c = 0, key = next_span ? to : from; c < n; c++, key += CHUNK)
+            span.next[c] = key < item.to ? next_tile->key_chunk(key) : span.keys[c];
         return span;
     }
 
