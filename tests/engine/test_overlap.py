@@ -189,3 +189,20 @@ def test_drawing_first_looks_at_few_and_says_which_were_wrong() -> None:
     assert begun.results() == [expected]
     assert isinstance(expected, list)
     assert begun.wrong == (set() if first == expected[0].token_id else {seq.id})
+
+
+def raises(output_ids: list[int], logits: torch.Tensor) -> None:
+    raise RuntimeError("of no concern to others")
+
+
+def test_a_runner_vouches_for_itself_when_requests_are_bad() -> None:
+    executor = Executor()
+
+    async def scenario(engine: Engine) -> None:
+        for i in range(4):
+            bad = make_seq([i], processors=(raises,))
+            assert [end for _, end, _ in (await collect(engine, [bad])).values()] == ["error"]
+            assert engine.healthy()
+        assert executor.num_run == 4 + 1  # after the third
+
+    serve(make_engine(executor), scenario)
