@@ -59,10 +59,10 @@ async def hello(server: ServerContext, http: HTTPRequest) -> Response:
 
 
 async def health(server: ServerContext, http: HTTPRequest) -> Response:
-    """200 only while the engine is idle or makes progress."""
+    """200 only while the engine is idle or makes progress; else the log says what is the matter."""
     if server.engine.healthy():
         return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "stalled"}, status=503)
+    return JSONResponse({"status": "unhealthy"}, status=503)
 
 
 async def ping(server: ServerContext, http: HTTPRequest) -> Response:

@@ -77,8 +77,8 @@ def test_health_follows_the_engine() -> None:
     client = Client(engine)
     assert run(client.request("GET", "/health")).json == {"status": "ok"}
     engine.is_healthy = False
-    stalled = run(client.request("GET", "/health"))
-    assert (stalled.status, stalled.json) == (503, {"status": "stalled"})
+    unhealthy = run(client.request("GET", "/health"))
+    assert (unhealthy.status, unhealthy.json) == (503, {"status": "unhealthy"})
     assert run(client.request("GET", "/ping")).status == 200
 
 
